@@ -1,0 +1,181 @@
+"""Fine-tunes a pre-trained encoder into a recognizer: labelled crops in, text out.
+
+    python finetune.py --init out/mnsp/last.pt --data synth IIIT5k SVT --val synth:1000:1      a laptop
+    python finetune.py --init out/mnsp/last.pt --data L/train --val L/val --compile            one GPU
+    torchrun --nproc_per_node=8 finetune.py --init out/mnsp/last.pt --data L/train --val L/val eight GPUs, the papers' setting
+
+Writes to --out_dir: last.pt, prev.pt, best.pt (highest accuracy on --val, which should never be a test set), log.jsonl.
+`evaluate.py --ckpt` needs nothing but such a file.
+"""
+import argparse
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+import evaluate
+from data import CHARSETS, Parser, Subset, UserError, augment, charset, fit_label, fit_labels, normalize, open_sources, read_all, run, unit
+from model import MODELS, Recognizer, ViT, load_encoder, load_state, read_checkpoint
+from pretrain import Run, between, parse, training_flags
+
+RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's: lr 2e-4 at 512 words a step, 10 epochs
+    "vit_nano": dict(batch_size=128, max_steps=12000, blr=2e-3, warmup_epochs=0.3, clip_grad=20.0, layer_decay=0.9, drop_path=0.0,
+                     dropout=0.0, spell=10.0, save_every=1000),
+    "vit_tiny": dict(blr=4e-4),
+    "vit_small": {},
+    "vit_base": {},
+}
+
+
+# ---- labels
+
+def encode(labels, model):
+    """Words -> classes (B, T): characters, end, then padding; T is the longest, rounded up so that few shapes are compiled."""
+    T = min(-(-max(len(word) + 1 for word in labels) // 4) * 4, model.max_length + 1)
+    ids = torch.full((len(labels), T), model.pad)
+    for row, word in zip(ids, labels):
+        row[:len(word) + 1] = torch.tensor([model.charset.index(c) for c in word] + [model.end])
+    return ids
+
+
+def under_patches(masks, targets, model):
+    """Class of the character under each patch (B, N), padding where there is none or where it is not known (real crops)."""
+    k = torch.nn.functional.max_pool2d(masks.float()[:, None], model.encoder.patch).flatten(1).long()     # 1 = the first character
+    return torch.where(k > 0, targets.gather(1, (k - 1).clamp(min=0)), model.pad)
+
+
+def label_fraction(source, share, seed):
+    """A random `share` of a source's crops, the same for the same seed."""
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
+    return Subset(source, order[:max(1, round(share * len(source)))].sort().values)
+
+
+# ---- model and optimizer
+
+def build(args, chars):
+    """Recognizer from --init: an encoder (ours or MAE's), or a whole recognizer; left out: random weights."""
+    options = dict(dropout=args.dropout, drop_path=args.drop_path)
+    start = read_checkpoint(args.init) if args.init else {}
+    config = {k: v for k, v in MODELS[args.model].items() if k not in ("reader", "decoder")}
+    encoder = load_encoder(args.init, **options) if args.init else ViT(**config, **options)
+    model = Recognizer(encoder, chars, args.max_length, dropout=args.dropout, spell=args.spell > 0, **MODELS[args.model]["reader"])
+    said = f"--init {args.init}: all {encoder.matched} tensors of the encoder loaded" if args.init else "from scratch: no --init"
+    if "charset" in start:
+        own, old = model.state_dict(), start["model"]
+        new = [k for k in own if k not in old or own[k].shape != old[k].shape]
+        if start["charset"] != chars:
+            new += [k for k in own if k.startswith(("embed.", "classifier.", "char_head.")) and k not in new]
+        load_state(model, {k: own[k] if k in new else old[k] for k in own}, args.init)
+        said = f"--init {args.init}: a recognizer; {len(own) - len(new)} of {len(own)} tensors loaded" + (
+            f", anew: {' '.join(new)}" if new else "")
+    if args.freeze_encoder:
+        encoder.requires_grad_(False)
+    return model, said
+
+
+def layer_groups(model, weight_decay, layer_decay):
+    """AdamW's groups. Encoder layer i of n learns at layer_decay^(n + 1 - i) of the rate, what is above it at the full rate
+    (BEiT's rule); biases, norms, tokens and embeddings do not decay."""
+    groups, n = {}, len(model.encoder.blocks)
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        layer = int(name.split(".")[2]) + 1 if name.startswith("encoder.blocks") else n + 1
+        layer = 0 if name.startswith(("encoder.cls_token", "encoder.patch_embed")) else layer
+        plain = p.dim() < 2 or name.endswith(("cls_token", "embed.weight"))
+        group = groups.setdefault((layer, plain), dict(params=[], weight_decay=0.0 if plain else weight_decay))
+        group["params"].append(p)
+        group["lr_scale"] = layer_decay ** (n + 1 - layer)
+    return list(groups.values())
+
+
+# ---- validation
+
+@torch.inference_mode()
+def validate(training, source, protocol):
+    """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first few (label, reading)."""
+    reader = evaluate.Reader(training.raw.eval(), training.device, str(training.dtype)[6:])
+    pairs = {}
+    for ids, images, labels, _ in read_all(source, training.args.batch_size, training.args.workers, training.rank, training.world):
+        pairs.update(zip(ids, zip(labels, [text for text, _ in reader.read(images)])))
+    if training.world > 1:
+        parts = [None] * training.world
+        dist.all_gather_object(parts, pairs, group=training.hosts)
+        pairs = {i: pair for part in parts for i, pair in part.items()}
+    training.raw.train()
+    pairs = [pairs[i] for i in sorted(pairs)]
+    return evaluate.score(pairs, protocol), pairs[:4]
+
+
+# ---- main
+
+def main():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--init", help="checkpoint to start from: pretrain.py's, a recognizer's, MAE's, LMIM's; left out: from scratch")
+    training_flags(parser)
+    add = parser.add_argument
+    add("--val", nargs="+", metavar="SRC", help="labelled crops that choose best.pt, read every --sample_every steps; never a test set")
+    add("--charset", default="94", help="36 (case folded), 62, 94, or a UTF-8 file of the characters of your script")
+    add("--max_length", type=int, default=25, help="longest word, in characters; 40 for lines of Chinese")
+    add("--layer_decay", type=float, default=0.75, help="each encoder layer learns at this share of the rate of the one above it")
+    add("--drop_path", type=between(-1, 1), default=0.1, help="share of encoder branches skipped; 0 for short runs")
+    add("--dropout", type=between(-1, 1), default=0.1, help="in attention, FFN and embeddings; 0 for short runs")
+    add("--label_fraction", type=float, default=1.0, help="train on this share of the labels, drawn once by --seed")
+    add("--freeze_encoder", action="store_true", help="train the decoder only, to measure what the encoder holds")
+    add("--spell", type=float, default=0.0, help="weight of naming the character under each patch of rendered words, whose boxes are "
+        "known: supervision beyond the labels, which gets small models off the ground")
+    add("--out_dir", default=os.path.join("out", "finetune"), help="where to write")
+    argv = sys.argv[1:]
+    named, _ = first_flags(argv)
+    if named.init and not named.model:                       # the size is in our own checkpoints; a foreign one needs --model
+        stored = read_checkpoint(named.init).get("args", {})
+        argv += ["--model", stored["model"]] if isinstance(stored, dict) and stored.get("model") in MODELS else []
+    args = parse(parser, RECIPES, argv)
+    if not 0 < args.label_fraction <= 1:
+        parser.error(f"--label_fraction {args.label_fraction}: expected a number in (0, 1]")
+
+    training = Run(args)
+    chars = charset(args.charset)
+    protocol = "waics" if chars in CHARSETS.values() else "exact"
+    options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall, chars=chars)
+    source, report = fit_labels(open_sources(args.data, **options), chars, args.max_length)
+    if args.label_fraction < 1:
+        source = label_fraction(source, args.label_fraction, args.seed)
+    training.say(report)
+    if not len(source):
+        raise UserError(f"--data {' '.join(args.data)}: no crop has a label that fits --charset {args.charset}")
+    val = open_sources(args.val, **options) if args.val else None
+    model, said = build(args, chars)
+    training.say(said)
+    training.prepare(model, source, layer_groups(model, args.weight_decay, args.layer_decay), masks=args.spell > 0)
+    best = training.best
+
+    for step in training.steps():
+        for images, labels, masks, (rows, total) in training.micro_batches():
+            targets = encode([fit_label(label, chars, args.max_length)[0] for label in labels], model).to(training.device)
+            # rendered words come varied already, and their masks would have to move along: only real crops are augmented
+            real = torch.arange(len(images)) if masks is None else (masks.flatten(1).amax(1) == 0).nonzero()[:, 0]
+            images = unit(images)
+            images[real] = augment(images[real], training.generator(), (rows[real], total))
+            named = None if masks is None else under_patches(masks.to(training.device), targets, model)
+            with training.autocast():
+                _, terms, logits = training.model(normalize(images), targets, named)
+            terms["spell"] = args.spell * terms.get("spell", 0)
+            right = ((logits.argmax(-1) == targets) | (targets == model.pad)).all(1).float().mean()
+            training.backward(sum(terms.values()), dict(terms, accuracy=right))
+
+        if val is not None and ((step + 1) % args.sample_every == 0 or step + 1 == training.total):
+            with training.untimed():
+                result, few = validate(training, val, protocol)
+            readings = "  ".join(f"{label}>{text}" for label, text in few)
+            training.say(f"step {step + 1}  val {result['accuracy']:.1f} {protocol}  1-NED {result['ned']:.1f}  {readings}")
+            training.after = dict(step=step + 1, val_accuracy=result["accuracy"], val_ned=result["ned"])
+            if result["accuracy"] > best:
+                best = training.best = result["accuracy"]
+                training.keep_best = True
+    training.say(f"checkpoint {os.path.join(args.out_dir, 'best.pt' if val is not None else 'last.pt')}  best val {best:.1f}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,557 @@
+"""The networks: a plain ViT, the pre-training objective of four methods, and a recognizer that reads.
+
+Read it top to bottom: attention and block, encoder (`ViT`), decoder, METHODS, the objective (`Pretrainer`), the recognizer.
+Nothing here reads files of data or knows of ranks; `pretrain.py` and `finetune.py` hold the loops.
+
+    # B batch   H W pixels   h w patch grid   N = h*w patches   K kept   M masked (K + M = N)
+    # D width   C channels of the target   T characters   V classes
+"""
+import argparse
+import math
+import pickle
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import UserError
+
+MODELS = {  # encoder; patch in pixels (h, w); `decoder` of pre-training; `reader` that spells words after fine-tuning
+    "vit_nano": dict(depth=4, width=128, heads=4, patch=(4, 8), decoder=dict(layers=2, width=128, heads=4, ffn=256),
+                     reader=dict(layers=2, width=128, heads=4, ffn=256)),
+    "vit_tiny": dict(depth=12, width=192, heads=3, patch=(4, 4), decoder=dict(layers=2, width=256, heads=8, ffn=1024),
+                     reader=dict(layers=3, width=256, heads=8, ffn=256)),
+    "vit_small": dict(depth=12, width=384, heads=6, patch=(4, 4), decoder=dict(layers=2, width=512, heads=16, ffn=2048),
+                      reader=dict(layers=6, width=512, heads=8, ffn=256)),
+    "vit_base": dict(depth=12, width=768, heads=12, patch=(4, 4), decoder=dict(layers=2, width=512, heads=16, ffn=2048),
+                     reader=dict(layers=6, width=512, heads=8, ffn=256)),
+}
+
+
+# ---- tensors
+
+def take(x, ids):
+    """Rows `ids` (B, K) of every crop's tokens x (B, N, D) -> (B, K, D)."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def patchify(images, patch):
+    """(B, 3, H, W) -> (B, N, 3*p*q): pixels of each patch in the order of a convolution's weight (channel, row, column)."""
+    B, c, H, W = images.shape
+    p, q = patch
+    x = images.reshape(B, c, H // p, p, W // q, q).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(B, (H // p) * (W // q), c * p * q)
+
+
+def unpatchify(x, grid, patch):
+    """The inverse of `patchify`: (B, N, 3*p*q) -> (B, 3, H, W)."""
+    (h, w), (p, q) = grid, patch
+    return x.reshape(-1, h, w, 3, p, q).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, h * p, w * q)
+
+
+def sincos(width, grid, fine):
+    """Fixed position embedding (h*w, width) of patch centres, in units of patches of the grid `fine` = (h, w).
+
+    First half x, second half y, each [sin, cos] with frequencies 10000^(-i/(width/4)): MAE's, wherever grid == fine. A coarse
+    patch that covers fine patches 2j and 2j+1 stands at 2j + 0.5, so that the same place has the same code at every scale."""
+    y, x = (((torch.arange(n, dtype=torch.float64) + 0.5) * m / n - 0.5) for n, m in zip(grid, fine))
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = [place.reshape(-1, 1) * omega for place in (x, y)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+def random_mask(noise, ratio):
+    """Uniform noise (B, N) -> ids_keep (B, K), ids_mask (B, M): the N - round(ratio*N) patches of least noise are kept.
+
+    The count is the same for every crop, so that all shapes are static; at least one patch is kept and one is hidden."""
+    N = noise.shape[1]
+    K = min(max(N - round(ratio * N), 1), N - 1)
+    ids = noise.argsort(dim=1)
+    return ids[:, :K], ids[:, K:]
+
+
+def block_noise(noise, grid, block):
+    """Makes `random_mask` hide whole blocks of `block` = (rows, columns) patches: one number a block, its corner drawn anew.
+
+    noise (B, N) -> (B, N). The block in which the ratio is reached is hidden in part, so that the count stays exact."""
+    (h, w), (a, b) = grid, block
+    y = (torch.arange(h, device=noise.device) + (noise[:, :1] * a).long()) // a             # (B, h) row of blocks
+    x = (torch.arange(w, device=noise.device) + (noise[:, 1:2] * b).long()) // b            # (B, w)
+    cell = (y[:, :, None] * (w // b + 1) + x[:, None, :]).flatten(1) % noise.shape[1]       # (B, N)
+    return noise.gather(1, cell) + 1e-4 * noise
+
+
+# ---- attention and block
+
+def attend(q, k, v, dropout=0.0, causal=False):
+    """softmax(q k' / sqrt(d)) v on (B, heads, T, d). GPUs, and CPUs that only read, take the fused kernel; a training CPU takes
+    the three lines written out, whose backward pass is faster there (measured: tests/bench.py)."""
+    if q.is_cuda or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                 # (B, heads, T, S)
+    if causal:
+        scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1)
+    return F.dropout(scores.softmax(-1), dropout) @ v                                        # (B, heads, T, d)
+
+
+class Attention(nn.Module):
+    """The encoder's self-attention, with timm's parameter names."""
+
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def split(self, x):
+        B, T, D = x.shape
+        return self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, d)
+
+    def forward(self, x):
+        out = attend(*self.split(x).unbind(0), self.dropout if self.training else 0.0)
+        return F.dropout(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, hidden, dropout=0.0, bias=True):
+        super().__init__()
+        self.dropout = dropout
+        self.fc1, self.fc2 = nn.Linear(width, hidden, bias=bias), nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x):
+        return self.fc2(F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block. `drop_path` skips a branch for whole crops in training (stochastic depth, 1603.09382)."""
+
+    def __init__(self, width, heads, dropout=0.0, drop_path=0.0):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn, self.mlp = Attention(width, heads, dropout), Mlp(width, 4 * width, dropout)
+
+    def skip(self, x):
+        if not self.training or self.drop_path == 0:
+            return x
+        keep = 1 - self.drop_path
+        return x * (torch.rand(len(x), 1, 1, device=x.device) < keep).to(x.dtype) / keep
+
+    def forward(self, x):
+        x = x + self.skip(self.attn(self.norm1(x)))
+        return x + self.skip(self.mlp(self.norm2(x)))
+
+
+# ---- encoder
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch, width):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, images):
+        # one matrix product with the convolution's own weights: faster than a strided convolution on every device
+        x = patchify(images, self.proj.kernel_size)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)                      # (B, N, D)
+
+
+class ViT(nn.Module):
+    """Encoder E. images (B, 3, H, W), normalised to [-1, 1] -> (B, 1+N, D): [cls], then the patches in row order;
+    with ids_keep (B, K) only those patches are seen: (B, 1+K, D). LayerNormed.
+
+    `size` is the fine scale (H, W); `scales` the coarse ones, coarse to fine. All share every weight but a learned offset each
+    (`scale_embed`; the fine scale has none). Names and shapes are MAE's and timm's, so their checkpoints load."""
+
+    def __init__(self, depth, width, heads, patch=(4, 4), size=(32, 128), scales=(), dropout=0.0, drop_path=0.0):
+        super().__init__()
+        self.size, self.patch, self.scales = tuple(size), tuple(patch), [tuple(s) for s in scales]
+        self.grid, self.width = self.grid_of(self.size), width
+        self.patch_embed = PatchEmbed(self.patch, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        fine = F.pad(sincos(width, self.grid, self.grid), (0, 0, 1, 0))[None]                # [cls] stands nowhere: zeros
+        self.pos_embed = nn.Parameter(fine, requires_grad=False)                             # stored, as in MAE
+        self.scale_embed = nn.Parameter(torch.zeros(len(self.scales), width)) if self.scales else None
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, rate) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        for i, s in enumerate(self.scales):
+            self.register_buffer(f"pos_{i}", sincos(width, self.grid_of(s), self.grid)[None], persistent=False)
+        init_weights(self)
+
+    def grid_of(self, size):
+        return size[0] // self.patch[0], size[1] // self.patch[1]
+
+    def embed(self, images):
+        """Patch tokens with their places (B, N, D), and [cls] (B, 1, D)."""
+        x, size = self.patch_embed(images), tuple(images.shape[-2:])
+        if size == self.size:
+            x = x + self.pos_embed[:, 1:]
+        elif size in self.scales:
+            i = self.scales.index(size)
+            x = x + getattr(self, f"pos_{i}") + self.scale_embed[i]
+        else:
+            x = x + sincos(self.width, self.grid_of(size), self.grid).to(x)
+        return x, (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype)
+
+    def forward(self, images, ids_keep=None):
+        x, cls = self.embed(images)
+        x = x if ids_keep is None else take(x, ids_keep)
+        x = torch.cat([cls, x], dim=1)                                                       # (B, 1+K, D)
+
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def attention(self, images):
+        """Softmax attention of the last block, (B, heads, 1+N, 1+N), float32."""
+        x, cls = self.embed(images)
+        x = torch.cat([cls, x], dim=1)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        q, k, _ = self.blocks[-1].attn.split(self.blocks[-1].norm1(x)).float().unbind(0)
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+
+
+def init_weights(module):
+    """MAE's: Xavier for matrices (the patch projection as one), zeros for biases, N(0, 0.02) for tokens."""
+    for name, p in module.named_parameters():
+        if p.requires_grad and name.rsplit(".", 1)[-1] in ("cls_token", "mask_token", "scale_embed"):
+            nn.init.normal_(p, std=0.02)
+        elif p.requires_grad and p.dim() > 1:
+            nn.init.xavier_uniform_(p.data.flatten(1))
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+
+
+# ---- decoder
+
+class CrossAttention(nn.Module):
+    """Queries from x, keys and values from y (y = x makes it self-attention). Keys can be kept and used again."""
+
+    def __init__(self, width, heads, dropout=0.0, bias=True):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q, self.kv, self.proj = (nn.Linear(width, n * width, bias=bias) for n in (1, 2, 1))
+
+    def keys(self, y):
+        B, S, D = y.shape
+        return self.kv(y).view(B, S, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (2, B, heads, S, d)
+
+    def queries(self, x):
+        B, T, D = x.shape
+        return self.q(x).view(B, T, self.heads, D // self.heads).transpose(1, 2)             # (B, heads, T, d)
+
+    def forward(self, x, keys, causal=False):
+        out = attend(self.queries(x), *keys.unbind(0), self.dropout if self.training else 0.0, causal)
+        return F.dropout(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+    def weights(self, x, keys):
+        return (self.queries(x) @ keys[0].transpose(-2, -1) * keys.shape[-1] ** -0.5).float().softmax(-1).mean(1)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention -> cross-attention -> FFN. Post-norm in pre-training, pre-norm in the recognizer: both LMIM's.
+
+    x (B, T, D) -> (B, T, D). `memory`: keys and values of what is attended to, from `cross_attn.keys`, or None (no memory).
+    `cache`: keys and values of the words so far (2, B, heads, t, d), which x continues. `last`: only the last so many rows of x
+    ask (they still see all), so that nothing is computed that no loss reads. Returns x and the keys to keep."""
+
+    def __init__(self, width, heads, ffn, dropout=0.0, pre_norm=False, bias=True, cross=True):
+        super().__init__()
+        self.pre_norm, self.dropout = pre_norm, dropout
+        self.self_attn = CrossAttention(width, heads, dropout, bias)
+        self.cross_attn = CrossAttention(width, heads, dropout, bias) if cross else None
+        self.mlp = Mlp(width, ffn, dropout, bias)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=1e-6) if n else None for n in (1, cross, 1))
+
+    def forward(self, x, memory=None, cache=None, causal=False, last=None):
+        def residual(x, norm, branch):
+            return x + branch(norm(x)) if self.pre_norm else norm(x + branch(x))
+
+        keys = self.self_attn.keys(self.norm1(x) if self.pre_norm else x)
+        keys = keys if cache is None else torch.cat([cache, keys], dim=3)
+        x = x if last is None else x[:, -last:]
+        x = residual(x, self.norm1, lambda x: self.self_attn(x, keys, causal))
+        if self.cross_attn is not None:
+            x = residual(x, self.norm2, lambda x: self.cross_attn(x, memory))
+        return residual(x, self.norm3, lambda x: F.dropout(self.mlp(x), self.dropout, self.training)), keys
+
+
+class Decoder(nn.Module):
+    """D of pre-training: predicts the target of hidden patches from visible tokens, places, and the tokens of a guidance view.
+
+    `grids` are the grids it can predict, the fine one last; places are in units of the fine grid, as in the encoder."""
+
+    def __init__(self, encoder_width, out, grids, layers, width, heads, ffn, dropout=0.1, seen=True, cross=True):
+        super().__init__()
+        self.embed = nn.Linear(encoder_width, width) if seen else None
+        self.embed_memory = nn.Linear(encoder_width, width) if cross else None
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.layers = nn.ModuleList(DecoderLayer(width, heads, ffn, dropout, cross=cross) for _ in range(layers))
+        self.norm, self.pred = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, out)
+        for i, grid in enumerate(grids):
+            self.register_buffer(f"pos_{i}", sincos(width, grid, grids[-1])[None], persistent=False)
+        init_weights(self)
+
+    def forward(self, memory, seen=None, ids_keep=None, ids_mask=None, grid=0):
+        """memory: list of (B, 1+N', D'), or []; seen (B, 1+K, D') with ids_keep and ids_mask -> (B, M, C), in ids_mask's order.
+        Without `seen` every patch of grid number `grid` is hidden: (B, N, C). No token is put back in its place, since places
+        are in the embedding: hidden ones stand last, and the head runs on nothing else."""
+        pos = getattr(self, f"pos_{grid}")                                                   # (1, N, D)
+        if seen is None:
+            x = (self.mask_token + pos).expand(len(memory[0]), -1, -1)                       # (B, N, D)
+            M = x.shape[1]
+        else:
+            pos, M = pos.expand(len(seen), -1, -1), ids_mask.shape[1]
+            seen = self.embed(seen) + F.pad(take(pos, ids_keep), (0, 0, 1, 0))               # (B, 1+K, D), [cls] has no place
+            x = torch.cat([seen, self.mask_token + take(pos, ids_mask)], dim=1)              # (B, 1+N, D)
+
+        memory = self.embed_memory(torch.cat(memory, dim=1)) if memory else None             # (B, sum(1+N'), D)
+        for layer in self.layers:
+            keys = None if memory is None else layer.cross_attn.keys(memory)
+            x, _ = layer(x, keys, last=M if layer is self.layers[-1] else None)
+        return self.pred(self.norm(x))                                                       # (B, M, C)
+
+
+# ---- methods: a fifth is a fifth row
+
+METHODS = {  # guidance: none | full (moved, bent, recoloured) | coarse (recoloured, at every scale); then the terms' weights
+    "mim":  dict(guidance="none",   mim=1.0, nsp=0.0, align=0.0, form="none"),
+    "nsp":  dict(guidance="coarse", mim=0.0, nsp=1.0, align=0.0, form="none"),
+    "lmim": dict(guidance="full",   mim=1.0, nsp=0.0, align=1.0, form="mse"),
+    "mnsp": dict(guidance="coarse", mim=1.0, nsp=1.0, align=0.1, form="infonce"),
+}
+
+
+def mse(pred, target):
+    return (pred.float() - target.float()).square().mean()
+
+
+def gathered(x):
+    """Rows of all ranks, in rank order, with gradients to each."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    from torch.distributed.nn.functional import all_gather
+    return torch.cat(all_gather(x.contiguous()))
+
+
+def align_mse(a, b):
+    """LMIM's: mean square difference, gradients through both sides. Alone it lets [cls] collapse: watch `spread`."""
+    return mse(a, b)
+
+
+def align_infonce(a, b, temperature=0.2):
+    """A crop's two [cls] tokens find each other among those of all crops of all ranks (InfoNCE, 1807.03748), both ways."""
+    a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
+    start = dist.get_rank() * len(a) if dist.is_available() and dist.is_initialized() else 0
+    truth = torch.arange(len(a), device=a.device) + start
+    return sum(F.cross_entropy(x @ gathered(y).T / temperature, truth) for x, y in ((a, b), (b, a))) / 2
+
+
+ALIGN = {"mse": align_mse, "infonce": align_infonce}
+
+
+def spread(cls):
+    """How far unit [cls] tokens (B, D) lie from their mean, 0 (all the same: collapsed) to 1."""
+    return (1 - F.normalize(cls.detach().float(), dim=-1).mean(0).square().sum()).clamp(min=0).sqrt()
+
+
+class Pretrainer(nn.Module):
+    """One model and one loss path for every row of METHODS."""
+
+    def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None, dropout=None):
+        super().__init__()
+        config = dict(MODELS[model])
+        decoder, _ = config.pop("decoder"), config.pop("reader")
+        self.method = METHODS[method] if isinstance(method, str) else method
+        self.scales = [tuple(s) for s in scales] if self.method["guidance"] == "coarse" else []
+        self.encoder = ViT(**config, scales=self.scales)
+        self.__dict__["teacher"] = teacher and teacher.requires_grad_(False).eval()  # no part of the model: not trained, not saved
+        out = teacher.width if teacher else 3 * math.prod(self.encoder.patch)
+        if dropout is not None:
+            decoder = dict(decoder, dropout=dropout)
+        self.grids = [self.encoder.grid_of(s) for s in [*self.scales[1:], self.encoder.size]]  # those that are predicted
+        self.decoder = Decoder(self.encoder.width, out, self.grids, seen=self.method["mim"] > 0,
+                               cross=self.method["guidance"] != "none", **decoder)
+
+    @torch.no_grad()
+    def target(self, image, grid):
+        """T: each patch's pixels normalised, or a frozen teacher's tokens LayerNormed without parameters -> (B, N, C)."""
+        h, w = self.encoder.grid
+        if self.teacher is None:
+            p, q = self.encoder.patch
+            x = patchify(image if grid == (h, w) else F.adaptive_avg_pool2d(image, (grid[0] * p, grid[1] * q)), (p, q))
+            return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+        x = self.teacher(image)[:, 1:].float()
+        if grid != (h, w):
+            x = F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, (h, w)), grid).flatten(2).transpose(1, 2)
+        return F.layer_norm(x, x.shape[-1:])
+
+    def forward(self, image, views, ids_keep, ids_mask):
+        """image (B, 3, H, W); views: guidance views coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms, pred)."""
+        weight, terms, pred = self.method, {}, None
+        memory = [self.encoder(view) for view in views]                      # (B, 1+N', D) each
+        cls = [tokens[:, 0] for tokens in memory]                            # (B, D) each
+
+        if weight["mim"]:                                                    # hidden patches from visible ones and memory
+            seen = self.encoder(image, ids_keep)                             # (B, 1+K, D)
+            cls.append(seen[:, 0])
+            pred = self.decoder(memory, seen, ids_keep, ids_mask, grid=len(self.grids) - 1)      # (B, M, C)
+            terms["mim"] = mse(pred, take(self.target(image, self.encoder.grid), ids_mask))
+
+        if weight["nsp"]:                                                    # every patch of a scale from all coarser scales
+            finer = [self.decoder(memory[:i + 1], grid=i) for i in range(len(self.grids))]       # (B, N, C) each
+            terms["nsp"] = sum(mse(p, self.target(image, g)) for p, g in zip(finer, self.grids)) / len(finer)
+            pred = finer[-1] if pred is None else pred
+
+        if weight["align"]:                                                  # [cls] of neighbouring scales agree (MLA)
+            pairs = list(zip(cls, cls[1:]))
+            terms["align"] = sum(ALIGN[weight["form"]](a, b) for a, b in pairs) / len(pairs)
+
+        terms = {name: weight[name] * term for name, term in terms.items()}
+        return sum(terms.values()), dict(terms, spread=spread(cls[-1])), pred
+
+
+# ---- checkpoints
+
+def read_checkpoint(path):
+    """A checkpoint's dict, from a file that is not trusted: tensors, plain types and MAE's `argparse.Namespace`, nothing that runs.
+    Raises UserError, one line, when the file is missing, foreign, torn or would run code."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror or e}; expected a checkpoint file (.pt, .pth)")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as e:
+        raise UserError(f"{path}: not a checkpoint that can be read safely ({type(e).__name__}); expected tensors and plain types "
+                        "saved by torch.save")
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}; expected a dict with 'model', or a state dict")
+    return state
+
+
+def load_state(module, state, path, hint=""):
+    """Strict load; a UserError says how many tensors match and names the first that do not."""
+    own = module.state_dict()
+    missing = [k for k in own if k not in state]
+    foreign = [k for k in state if k not in own]
+    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    if missing or foreign or shapes:
+        first = (f"missing {missing[0]}" if missing else f"not known here: {foreign[0]}" if foreign else
+                 f"{shapes[0]} is {tuple(state[shapes[0]].shape)} there and {tuple(own[shapes[0]].shape)} here")
+        raise UserError(f"{path}: {len(own) - len(missing) - len(shapes)} of {len(own)} tensors match; {first}{hint}")
+    module.load_state_dict(state)
+    return len(own)
+
+
+ENCODER_PREFIXES = ("", "module.", "model_maeenc.", "module.model_maeenc.", "encoder.", "backbone.")
+NOT_ENCODER = ("decoder", "mask_token", "model_maeenc_momentum", "head", "fc_norm", "linear_norm")
+
+
+def load_encoder(path, **options):
+    """ViT of a checkpoint: this project's (any method, or a recognizer), or MAE's, MAERec's, LMIM's, with or without {"model": ...}.
+    Width, depth and patch are read off the tensors, the stored `pos_embed` is kept as it is, heads are 64 wide where the file does
+    not say, coarse scales are left behind. `options` go to ViT (drop_path, dropout). `encoder.matched` says how many tensors came from the file."""
+    checkpoint = read_checkpoint(path)
+    state, args = checkpoint.get("model", checkpoint), checkpoint.get("args", {})
+    key = "blocks.0.attn.qkv.weight"
+    prefix = next((p for p in ENCODER_PREFIXES if isinstance(state, dict) and p + key in state), None)
+    if prefix is None:
+        raise UserError(f"{path}: no {key} in it; expected the encoder of a ViT with MAE's or timm's names")
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    state = {k: v for k, v in state.items() if not k.startswith(NOT_ENCODER)}
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        raise UserError(f"{path}: no patch_embed.proj.weight or pos_embed in it; expected a whole ViT encoder")
+    width, _, p, q = state["patch_embed.proj.weight"].shape
+    ours = MODELS.get(args.get("model")) if isinstance(args, dict) else None
+    state.pop("scale_embed", None)
+    encoder = ViT(depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")), width=width,
+                  heads=ours["heads"] if ours else max(width // 64, 1), patch=(p, q), **options)
+    encoder.matched = load_state(encoder, state, path, f"; expected 32x128 crops in patches of {p}x{q}")
+    return encoder
+
+
+# ---- recognizer
+
+class Recognizer(nn.Module):
+    """Encoder, Linear + LayerNorm, and a Transformer decoder that spells (LMIM's fine-tuning model). Classes: the charset, then
+    end, padding, unknown; one more embedding starts a word. `char_head` (only with `spell`) names the character under each patch:
+    an auxiliary loss on rendered words, whose character boxes are known; it is not used in reading."""
+
+    def __init__(self, encoder, charset, max_length=25, layers=6, width=512, heads=8, ffn=256, dropout=0.0, spell=False):
+        super().__init__()
+        self.encoder, self.charset, self.max_length = encoder, charset, max_length
+        V = len(charset) + 3
+        self.end, self.pad, self.unknown, self.start = V - 3, V - 2, V - 1, V
+        self.proj = nn.Sequential(nn.Linear(encoder.width, width), nn.LayerNorm(width))
+        self.embed = nn.Embedding(V + 1, width)
+        self.register_buffer("pos", sincos(2 * width, (1, max_length + 1), (1, max_length + 1))[None, :, :width], persistent=False)
+        self.layers = nn.ModuleList(DecoderLayer(width, heads, ffn, dropout, pre_norm=True, bias=False) for _ in range(layers))
+        self.norm, self.classifier = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, V)
+        self.char_head = nn.Linear(encoder.width, V) if spell else None
+        self.dropout = dropout
+        for part in (self.proj, self.layers, self.classifier):
+            init_weights(part)
+        nn.init.normal_(self.embed.weight, std=width ** -0.5)
+
+    def encode(self, images):
+        """(B, 3, H, W) -> patch tokens (B, N, D), and the keys and values of each layer's cross-attention."""
+        tokens = self.encoder(images)[:, 1:]
+        memory = self.proj(tokens)
+        return tokens, [layer.cross_attn.keys(memory) for layer in self.layers]
+
+    def step(self, ids, memory, caches=None):
+        """ids (B, T) continue what `caches` hold -> logits (B, T, V) and the new caches."""
+        past = 0 if caches is None else caches[0].shape[3]
+        x = self.embed(ids) + self.pos[:, past:past + ids.shape[1]]
+        x, kept = F.dropout(x, self.dropout, self.training), []
+        for i, layer in enumerate(self.layers):
+            x, keys = layer(x, memory[i], caches and caches[i], causal=caches is None)
+            kept.append(keys)
+        return self.classifier(self.norm(x)), kept
+
+    def forward(self, images, targets, chars=None):
+        """Teacher forcing. targets (B, T): a word's classes, end, then padding; chars (B, N): class under each patch, padding where
+        not known. Returns loss (cross-entropy, summed over a word, mean over words), terms, logits (B, T, V)."""
+        tokens, memory = self.encode(images)
+        ids = torch.cat([torch.full_like(targets[:, :1], self.start), targets[:, :-1]], dim=1)
+        logits, _ = self.step(ids, memory)                                   # (B, T, V)
+        loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=self.pad, reduction="none")
+        terms = {"read": loss.sum() / len(images)}                           # nats a word, as LMIM: no word weighs on another
+        if chars is not None:
+            loss = F.cross_entropy(self.char_head(tokens).float().transpose(1, 2), chars, ignore_index=self.pad, reduction="none")
+            terms["spell"] = (loss.sum(1) / (chars != self.pad).sum(1).clamp(min=1)).mean()
+        return sum(terms.values()), terms, logits
+
+    @torch.no_grad()
+    def decode(self, images, attention=False):
+        """Greedy reading. images (B, 3, H, W), normalised -> ids (B, T), probs (B, T) of the classes chosen; a word that has ended goes
+        on with `end` at probability 1; T is the longest of the batch. With `attention` also the last layer's cross-attention, mean
+        over heads, (B, T, N)."""
+        _, memory = self.encode(images)
+        ids = torch.full((len(images), 1), self.start, device=images.device)
+        ended, caches, out, looks = torch.zeros_like(ids[:, 0]).bool(), [m[:, :, :, :0] for m in memory], [], []
+        cross = self.layers[-1].cross_attn
+        hook = attention and cross.register_forward_pre_hook(lambda _, inputs: looks.append(cross.weights(*inputs)))
+        for _ in range(self.max_length + 1):
+            logits, caches = self.step(ids, memory, caches)
+            logits = logits[:, -1].float()
+            logits[:, self.pad:] = -math.inf                                 # padding and unknown are never read
+            p, ids = logits.softmax(-1).max(-1)
+            ids, p = torch.where(ended, self.end, ids), torch.where(ended, 1.0, p)
+            out.append((ids, p))
+            ended, ids = ended | (ids == self.end), ids[:, None]
+            if ended.all():
+                break
+        ids, probs = (torch.stack(x, dim=1) for x in zip(*out))
+        if not attention:
+            return ids, probs
+        hook.remove()
+        return ids, probs, torch.cat(looks, dim=1)
+
+    def strings(self, ids, probs):
+        """Texts and confidences: [(text, product of the probabilities of its characters, end included)]."""
+        words = ["".join(self.charset[i] if i < len(self.charset) else "" for i in row if i != self.end) for row in ids.tolist()]
+        return list(zip(words, probs.double().prod(dim=1).tolist()))
