@@ -1,41 +1,48 @@
-"""The words and everything done to them before a model sees one: charsets, drawing, reading, two looks at a word, batches.
+"""The words and all that is done before a model sees one: charsets, drawing, reading, two looks at a word, batches.
 
     python data.py show SRC --guidance --coarse 16x64     writes sheet.png: crops and the views that are made of them
-    python data.py check TRAIN --against TEST TEST        reads everything, counts, finds training crops that a test set holds
+    python data.py check TRAIN --against TEST TEST        counts everything, finds training crops that a test set holds
     python data.py pack SRC out_lmdb --without list.tsv   writes an LMDB in the field's layout
 
-SRC is one of: `synth`, `synth:N` or `synth:N:SEED` (rendered words); a folder holding `data.mdb`, or a tree of such folders; a
-labels file, .txt or .tsv (path<TAB>label), .jsonl ({"filename", "text"}) or MMOCR .json, its paths relative to it; a folder of
-images (unlabelled). A crop is a uint8 tensor (3, 32, 128). What cannot be read raises Damaged; it is never replaced.
+SRC is one of: `synth`, `synth:N` or `synth:N:SEED` (rendered words); a folder holding `data.mdb`, or a tree of such
+folders; a labels file, .txt or .tsv (path<TAB>label), .jsonl ({"filename", "text"}) or MMOCR .json, image paths being
+relative to it; a folder of images (unlabelled). What cannot be read raises Damaged and is counted, never replaced.
 """
 import argparse
+import collections
+import functools
 import hashlib
 import io
 import json
 import math
 import os
+import pathlib
+import random
+import re
 import shutil
 import signal
 import sys
 import unicodedata
 import warnings
-from collections import Counter
-from functools import partial
-from typing import NamedTuple
+from collections import Counter, namedtuple
+from functools import partial, partialmethod
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 H, W = 32, 128                      # every crop, in this order everywhere
 SYNTH_N = 1_000_000                 # words in `synth`: drawn on the fly, so the number only says when an epoch ends
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "MPO")    # never EPS and the like, which run other programs
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")      # not EPS and the like, which run other programs
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 Image.MAX_IMAGE_PIXELS = 2 ** 25    # 33 million pixels are no word; more is a decompression bomb
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+# image uint8 (3, 32, 128); mask uint8 (32, 128), rendered words only: k > 0 marks the pixels of the k-th character
+Crop = namedtuple("Crop", "image label mask")
 
 
 class UserError(Exception):
@@ -74,17 +81,37 @@ def size(text):
         raise UserError(f"{text}: expected height x width in pixels, such as 16x64") from None
 
 
-class Crop(NamedTuple):
-    image: torch.Tensor             # uint8 (3, 32, 128)
-    label: str | None
-    mask: torch.Tensor | None       # uint8 (32, 128), rendered words only: k > 0 marks the pixels of the k-th character
+class Source(Dataset):
+    """len(s); s[i] -> (uint8 (3, 32, 128), label or None). Subclasses set n and name, and have label(i), where(i), and
+    bytes(i), the stored file, or get(i)."""
+    rotate_tall = False
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.name} holds {len(self)} crops, not crop {i}")
+        return self.get(i)[:2]
+
+    def get(self, i):
+        label, data = self.label(i), self.bytes(i)
+        try:
+            return Crop(decode(data, self.rotate_tall), label, None)
+        except Damaged as error:
+            raise Damaged(f"{self.where(i)}: {error}") from None
+
+    def bytes(self, i):
+        file = io.BytesIO()
+        Image.fromarray(self.get(i).image.permute(1, 2, 0).numpy()).save(file, "PNG")
+        return file.getvalue()
 
 
 # ---- charset
 
-DIGITS, LOWER, UPPER = "0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-CHARSETS = {"36": DIGITS + LOWER, "62": DIGITS + LOWER + UPPER,
-            "94": DIGITS + LOWER + UPPER + "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"}
+CHARSETS = {"36": "0123456789abcdefghijklmnopqrstuvwxyz"}
+CHARSETS["62"] = CHARSETS["36"] + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+CHARSETS["94"] = CHARSETS["62"] + "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
 
 def charset(name):
@@ -103,19 +130,243 @@ def charset(name):
 
 
 def fit_label(label, chars, max_length):
-    """-> (the label as it is trained on: NFC, lower case where the charset has no upper; the characters that keep it out, 'long'
-    or 'empty', or '' when it fits)."""
-    label = unicodedata.normalize("NFC", label)
-    if chars == CHARSETS["36"]:
-        label = label.lower()
-    if not label:
-        return label, "empty"
-    return label, "".join(c for c in label if c not in chars) or ("long" if len(label) > max_length else "")
+    """-> (the label as it is trained on: NFC, lower case where the charset is 36; why it cannot be, or "")."""
+    text = unicodedata.normalize("NFC", label or "")
+    text = text.lower() if chars == CHARSETS["36"] else text
+    odd = any(c not in chars for c in text)
+    return text, "outside the charset" if odd else "too long" if len(text) > max_length else "empty" * (not text)
+
+
+def fit_labels(source, chars, max_length):
+    """-> (the crops whose label can be trained on, a line that says how many cannot, why, and which characters are to
+    blame). Entries whose label is damaged stay in, for the loader to name and count."""
+    keep, why, odd = [], Counter(), Counter()
+    for i in range(len(source)):
+        try:
+            text, reason = fit_label(source.label(i), chars, max_length)
+        except Damaged:
+            text, reason = "", ""
+        why[reason] += 1
+        odd.update(set(text).difference(chars))
+        keep += [i] * (not reason)
+    report = ", ".join([f"{source.name}: {len(keep):,} of {len(source):,} labels fit"]
+                       + [f"{n:,} {reason}" for reason, n in why.items() if reason])
+    report += f" ({', '.join(f'{c!r} {n:,}' for c, n in odd.most_common(8))})" if odd else ""
+    return Subset(source, np.array(keep, np.int64)), report
 
 
 # ---- drawing words
 
-# (the renderer: class Synth(Source), pasted in here)
+PRINTABLE = "".join(map(chr, range(33, 127)))
+LENGTHS = [n for n, share in enumerate((0, 1, 4, 16, 20, 15, 13, 11, 7, 5, 3, 2, 1, 1, 1)) for _ in range(share)]
+NUMBERS = """# ## ### #### ##### 19## 20## $# $## $#.## $##.## ##% #% #.## ##.# #,### #:## ##:## ##am #pm #/# ##/## #x##
+    ###-#### ###-###-#### (###) No.# #th +## ##-## ##+ ##m ##km A# B## #C ##A""".split()
+EXTRAS = r"""*! *. *, *? *: *; *'s '* "*" "* *" (*) [*] *& @* #* -* *- *... www.* *.com *!!""".split()
+SIGNS = "open sale exit stop street road park hotel bank cafe shop free city market school police taxi office".split()
+FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts", "/Library/Fonts",
+                "/System/Library/Fonts", "~/Library/Fonts", "$WINDIR/Fonts", "$LOCALAPPDATA/Microsoft/Windows/Fonts")
+NO_LETTERS = "(?i)symbol|emoji|ding|math|icon|braille|barcode|music|lastresort|blank|notdef|ornament"
+
+
+@functools.cache
+def vocabulary():
+    """{length: lower-case words, the common ones first}, about 8,000: words of signs, of the docstrings and comments of
+    this Python (another version may have others), and of the names of pictographs, such as "hamburger"."""
+    prose = [unicodedata.name(chr(code), "").lower() for code in range(0x1F300, 0x1FB00)]
+    for path in sorted(pathlib.Path(os.__file__).parent.glob("*.py")):
+        prose += map("".join, re.findall(r'"""(.*?)"""|# ([^\n]*)', path.read_text("utf-8", "ignore"), re.S))
+    found = re.findall(r"(?<=[ \n(])[A-Za-z]?[a-z]+(?=[ ,.;:)\n])", f" {' '.join(prose)} ")
+    count = collections.Counter(SIGNS * 200 + [word.lower() for word in found])
+    common = sorted(filter(re.compile("[aeiouy]").search, count), key=lambda word: (-count[word], word))
+    return {length: [word for word in common if len(word) == length] for length in set(LENGTHS)}
+
+
+def font_files(folder=None):
+    """None (Pillow's own font), then the TrueType and OpenType files of the system, then those under folder."""
+    files = [None]
+    for place in [os.path.expanduser(os.path.expandvars(place)) for place in FONT_FOLDERS] + [folder] * bool(folder):
+        found = sorted(pathlib.Path(place).rglob("*.[oOtT][tT][cCfF]"))
+        files += [str(path) for path in found if not re.search(NO_LETTERS, path.name)]
+    if folder and not found:
+        raise UserError(f"--fonts {folder}: no .ttf, .otf or .ttc file in it; give a folder that holds some")
+    return files
+
+
+@functools.lru_cache(4096)
+def face(path, size):
+    """(the font, its picture of a character that no font has), or None for a file that FreeType cannot use."""
+    try:
+        font = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+        return font, bytes(font.getmask("\U0010fffe"))
+    except (OSError, ValueError):
+        return None
+
+
+@functools.lru_cache(1 << 15)
+def glyph(path, size, stroke, char):
+    """(coverage, its pixels as mode "1", left, top from the baseline, advance), or None where the font lacks char."""
+    font, missing = face(path, size) or (None, None)
+    left, top, right, bottom = font.getbbox(char, anchor="ls", stroke_width=stroke) if font else (0, 0, 0, 0)
+    if right <= left or bottom <= top or bytes(font.getmask(char)) == missing:
+        return None
+    ink = Image.new("L", (right - left, bottom - top))
+    ImageDraw.Draw(ink).text((-left, -top), char, 255, font, "ls", stroke_width=stroke)
+    return ink, ink.convert("1", dither=Image.Dither.NONE), left, top, font.getlength(char)
+
+
+@functools.cache
+def textures():
+    """(192, 64, 192) in [0, 1] and (3, 64, 256) unit noise, float32; a crop cuts its own windows out of it. Noise of
+    few or many cells, smooth or square, upright or turned, soft or hard, is light, clouds, cloth, planks, frames."""
+    g, maps = np.random.Generator(np.random.PCG64(0)), []
+    for i in range(192):
+        cells = Image.fromarray(g.random((g.choice([2, 3, 6, 16, 96]), g.choice([2, 4, 8, 24, 96])), np.float32))
+        way = Image.Resampling.BICUBIC if i % 4 else Image.Resampling.NEAREST
+        m = cells.resize((256, 256), way).rotate(g.uniform(0, 360) * (i % 2), way).crop((32, 96, 224, 160))
+        m = np.tanh((np.asarray(m) - .5) * g.choice([1, 1, 3, 20]))
+        maps.append((m - m.min()) / np.ptp(m))
+    return np.stack(maps).astype(np.float32), g.standard_normal((3, 64, 256), np.float32)
+
+
+def bend(rng, w, h, a):
+    """A word a times as wide as high, the middle half of an image (h, w), leans, tapers, sags, turns and is cropped.
+    Returns the inverse, quads for Image.transform, and the crop's width / height. The unit is the word's height."""
+    a *= np.exp(rng.gauss(0, .15))
+    lean, taper = rng.gauss(rng.choice((0, 0, 0, 0, 0, .25)), .05), max(-.35, min(.35, rng.gauss(0, .1)))
+    turn = np.exp(1j * (rng.gauss(0, .03) if rng.random() < .8 else rng.uniform(-.26, .26) * min(1, 3 / a)))
+    sag = rng.uniform(-.2, .2) * min(a, 5) if a > 2 and rng.random() < .18 else 0
+    u, v, n = np.arange(-4, 5) / 4, np.array([[-.5], [.5]]), 8 if sag else 1
+    y = sag * (1 - u * u) + (1 + taper * u) * v  # the letters stand upright on a parabola
+    z = turn * (a / 2 * u + 4 * sag / a * u * v - lean * y + 1j * y)
+    left, right, top, bottom = (max(-.05, rng.gauss(.06, .08)) for _ in range(4))
+    left, top, right, bottom = z.real.min() - left, z.imag.min() - top, z.real.max() + right, z.imag.max() + bottom
+    z = (left + (right - left) / n * np.arange(n + 1) + 1j * np.array([[top], [bottom]])) / turn
+    u = 2 / a * (z.real + lean * z.imag)
+    v = (z.imag - sag * (1 - u * u)) / (1 + taper * u)
+    x, y = ((.5 + u / 2 - 4 * sag / a ** 2 * u * v) * w).T.tolist(), ((.5 + v / 2) * h).T.tolist()
+    quads = [(x[k][0], y[k][0], x[k][1], y[k][1], x[k + 1][1], y[k + 1][1], x[k + 1][0], y[k + 1][0]) for k in range(n)]
+    return [((W * k // n, 0, W * (k + 1) // n, H), quads[k]) for k in range(n)], (right - left) / (bottom - top)
+
+
+def paint(rng, cover):
+    """(3, 32, 128) float32, 0 to 255: a word of coverage (32, 128) in colours that differ, mostly enough to read."""
+    def colour(light):
+        spread = rng.choice((.03, .06, .12, .25, .5))  # mostly grey; green and pink are rare among signs
+        red, green, blue = rng.gauss(0, spread), rng.gauss(0, .3 * spread), rng.gauss(0, spread)
+        light -= .3 * red + .59 * green + .11 * blue
+        return np.array([[[255 * min(1, max(0, light + part))]] for part in (red, green, blue)], np.float32)
+    def texture():
+        y, x = rng.randrange(32), rng.randrange(64)
+        return textures()[0][rng.randrange(192), y:y + H, x:x + W]
+    def mix(under, over, share):
+        return under + (over - under) * share
+
+    gap = rng.uniform(.3, .9) if rng.random() < .85 else rng.uniform(.15, .3)
+    back, text = rng.sample((dark := rng.uniform(0, 1 - gap), dark + gap), 2)
+    image, ink, kind = colour(back), colour(text), rng.random()
+    if rng.random() < .7:
+        other = image * rng.uniform(.75, 1.2) if rng.random() < .6 else colour(mix(back, text, rng.uniform(-.6, .4)))
+        image = mix(image, other, texture())
+    if rng.random() < .3:
+        ink = mix(ink, colour(mix(text, back, rng.uniform(-.4, .3))), texture())
+    if kind < .25:  # hollow letters, an outline; a shadow, the side of a raised letter
+        steps = [(0, 1), (0, -1), (1, 0), (-1, 0)] if kind < .1 else [(rng.choice((-1, 1, 2)), rng.choice((-2, 1, 2)))]
+        under = functools.reduce(np.maximum, [np.roll(cover, step, (0, 1)) for step in steps], cover)
+        image = mix(image, colour(mix(back, text, rng.uniform(-1, .3))), under * rng.uniform(.5, 1))
+        cover = under - cover if kind < .02 else cover
+    light = mix(rng.uniform(.4, 1), rng.uniform(.9, 1.4), texture()) if rng.random() < .3 else 1
+    return mix(image, ink, cover) * light
+
+
+def worn(rng, image, a):
+    """(3, 32, 128) uint8: what a camera leaves of a crop a times as wide as high: noise, few pixels, JPEG, blur."""
+    y, x, noise = rng.randrange(32), rng.randrange(128), max(0, rng.gauss(0, 7))
+    image = (image + noise * textures()[1][:, y:y + H, x:x + W]).clip(0, 255).astype(np.uint8)
+    few, jpeg, blur = (rng.random() < share for share in (.35, .15, .12))
+    if few or jpeg or blur:
+        h = rng.randint(10, 24) if few else H
+        w = max(12, min(W, round(h * a))) if few else W
+        picture = Image.fromarray(image.transpose(1, 2, 0).copy()).resize((w, h), Image.Resampling.BILINEAR)
+        if jpeg:
+            picture.save(file := io.BytesIO(), "JPEG", quality=rng.randint(15, 60))
+            picture = Image.open(file)
+        if blur:
+            picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(.4, 1.4) * h / H))
+        image = np.asarray(picture.resize((W, H), Image.Resampling.BICUBIC)).transpose(2, 0, 1).copy()
+    return image
+
+
+class Synth(Dataset):
+    """n rendered words; crop i is a pure function of (seed, i), whatever the process, the worker or the order.
+    fonts: a folder of more fonts. charset: the letters to use; unless they are ASCII its words are random letters.
+    Pictures depend on the installed fonts, words on the Python version: another machine draws another set."""
+    name = "synth"
+
+    def __init__(self, n=SYNTH_N, seed=0, fonts=None, charset=None):
+        self.n, self.seed, self.fonts = n, seed, font_files(fonts)
+        self.charset = "".join((charset or PRINTABLE).split())
+        self.foreign = [char for char in self.charset if not char.isascii()]
+        if charset:
+            lack = {font: "".join(char for char in self.charset if not glyph(font, 40, 0, char)) for font in self.fonts}
+            self.fonts = [font for font in lack if not lack[font]]
+            if not self.fonts:
+                least = min(lack.values(), key=len)[:40]
+                raise UserError(f"charset: no font has all of it, the best lacks {least}; give one with --fonts FOLDER")
+
+    def __len__(self): return self.n
+    def __getitem__(self, i): return self.get(i)[:2]
+    def where(self, i): return f"synth:{self.n}:{self.seed} word {i}"
+    def label(self, i): return self.word(i)[0]
+
+    def word(self, i):
+        """(label, the generator that draws its picture). Of 20 words 14 are English and 2 are numbers; so that no model
+        can do with language alone, 3 are random letters and 1 random signs."""
+        if not 0 <= i < self.n:
+            raise IndexError(f"word {i} of {self.n}")
+        rng = random.Random(f"{self.seed} {i}")
+        kind, case, length = rng.random(), rng.random(), rng.choice(LENGTHS)
+        if kind < .85:
+            words = [] if self.foreign or kind > .7 else vocabulary()[length]
+            word = "".join(rng.choices(self.foreign or PRINTABLE[64:90], k=length))
+            word = words[int(len(words) * rng.random() ** 2)] if words else word
+            word = word.upper() if case < .4 else word.capitalize() if case < .68 else word
+            word = rng.choice(EXTRAS).replace("*", word) if rng.random() < .12 else word
+        elif kind < .95:
+            word = re.sub("#", lambda _: str(rng.randrange(10)), rng.choice(NUMBERS))
+        else:
+            word = rng.choices(self.charset, k=length)
+        word = [char if char in self.charset else char.swapcase() for char in word]
+        return "".join(char for char in word if char in self.charset)[:MAX_LENGTH] or rng.choice(self.charset), rng
+
+    def get(self, i):
+        label, rng = self.word(i)
+        size, stroke = 64 if len(label) < 5 else 40, rng.choice((0, 0, 0, 1, 1, 2))
+        fonts = rng.choices(self.fonts, k=8) + self.fonts  # those without the letters are passed over
+        glyphs = next(filter(all, ([glyph(font, size, stroke, char) for char in label] for font in fonts)))
+        gap, hop = size * max(-.04, rng.gauss(.02, .06)), size * .12 * (rng.random() < .06)
+        x, spots = 0, []
+        for ink, solid, left, top, advance in glyphs:
+            spots.append((round(x) + left, top + round(rng.uniform(-hop, hop)), ink, solid))
+            x += advance + gap
+        left, top = min(x for x, *_ in spots), min(y for _, y, *_ in spots)
+        right, bottom = max(x + ink.width for x, _, ink, _ in spots), max(y + ink.height for _, y, ink, _ in spots)
+        w, h = max(right - left, size // 2) + 2, max(bottom - top, size // 2) + 2  # a lone "." does not fill its crop
+        cover, index = Image.new("L", (w, 2 * h)), Image.new("L", (w, 2 * h))  # index: which character a pixel is of
+        for k, (x, y, ink, solid) in enumerate(spots, 1):
+            at = x + (w - right - left) // 2, y + (2 * h - bottom - top) // 2
+            cover.paste(255, at, ink)
+            index.paste(k, at, solid)
+        if rng.random() < .12:  # the lines above and below can be seen
+            line = cover.crop((0, h // 2, w, h // 2 + h))
+            cover.paste(line, (w // 3, h // 2 - round(1.1 * h)))
+            cover.paste(line, (-w // 3, h // 2 + round(1.1 * h)))
+        small = min(w, 160), min(2 * h, 80)  # the warp reads single pixels: what is larger is averaged first
+        cover, index = cover.resize(small, Image.Resampling.BILINEAR), index.resize(small, Image.Resampling.NEAREST)
+        quads, a = bend(rng, *small, w / h)
+        cover = np.asarray(cover.transform((W, H), Image.Transform.MESH, quads, Image.Resampling.BILINEAR))
+        index = np.asarray(index.transform((W, H), Image.Transform.MESH, quads, Image.Resampling.NEAREST))
+        image = worn(rng, paint(rng, cover * np.float32(1 / 255)), a)
+        return Crop(torch.from_numpy(image), label, torch.from_numpy(index * (cover > 96)))
 
 
 # ---- reading
@@ -123,48 +374,31 @@ def fit_label(label, chars, max_length):
 def decode(data, rotate_tall=False):
     """Encoded bytes or a path -> uint8 (3, 32, 128), resized bicubically with no regard for shape, as the field does.
 
-    Transparency is laid over white; 16 bits are scaled to 8; EXIF rotation is applied. rotate_tall turns crops more than 1.5
-    times as high as wide by 90 degrees counter-clockwise. Raises Damaged for whatever is not a whole image.
+    Transparency is laid over white, 16 bits are scaled to 8, EXIF rotation is applied. rotate_tall turns crops more
+    than 1.5 times as high as wide 90 degrees counter-clockwise. Raises Damaged for whatever is not a whole image.
     """
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, (bytes, memoryview)) else data, formats=FORMATS) as image:
-            turns = image.getexif().get(0x0112, 1) != 1 if image.format in ("JPEG", "MPO", "TIFF") else "exif" in image.info
-            if image.format == "JPEG":      # let the decoder halve what is far too large; a side that may be turned stays
-                image.draft(None, (2 * W, 2 * (H if image.width > image.height and not turns else W)))
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
+            if image.format == "JPEG" and "exif" not in image.info:     # let the decoder halve what is far too large
+                image.draft(None, (2 * W, 2 * (H if image.width > image.height else W)))
             image.load()
-            if turns:
+            if image.format == "TIFF" or "exif" in image.info:
                 image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":       # 16 or 32 bits of grey
+            if image.mode[0] in "IF":                                   # 16 or 32 bits of grey
                 grey = np.asarray(image, np.float32)
                 scale = 255 if image.mode == "F" and grey.max() <= 1 else 1 / 257 if grey.max() > 255 else 1
                 image = Image.fromarray((grey * scale).clip(0, 255).astype(np.uint8))
-            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             if rotate_tall and image.height > 1.5 * image.width:
                 image = image.transpose(Image.Transpose.ROTATE_90)
-            pixels = np.array(image.convert("RGB").resize((W, H), Image.Resampling.BICUBIC, reducing_gap=3))
+            pixels = np.asarray(image.convert("RGB").resize((W, H), Image.Resampling.BICUBIC, reducing_gap=3))
             return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-    except Exception as error:              # Pillow raises a dozen kinds; each means that there is no image here
-        size = f"{len(data)} bytes, " if isinstance(data, bytes) else ""
-        raise Damaged(f"{size}{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
-
-
-class Source(Dataset):
-    """len(s); s[i] -> (uint8 (3, 32, 128), label or None). Subclasses have bytes(i), label(i), where(i) and name."""
-    rotate_tall = False
-
-    def get(self, i):
-        label, data = self.label(i), self.bytes(i)
-        try:
-            return Crop(decode(data, self.rotate_tall), label, None)
-        except Damaged as error:
-            raise Damaged(f"{self.where(i)}: {error}") from None
-
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self.name} holds {len(self)} crops, not crop {i}")
-        return self.get(i)[:2]
+    except UnidentifiedImageError:
+        raise Damaged(f"not an image ({len(data)} bytes)" if isinstance(data, bytes) else "not an image") from None
+    except Exception as error:              # Pillow raises a dozen kinds; each means that there is no whole image here
+        raise Damaged(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
 
 
 OPENED = {}                                 # LMDB folder -> (process, environment)
@@ -172,23 +406,21 @@ OPENED = {}                                 # LMDB folder -> (process, environme
 
 def environment(folder):
     """The read-only LMDB of a folder, opened once in each process, so that workers may be forked or spawned."""
-    try:
-        import lmdb
-    except ImportError:
-        raise UserError(f"{folder} is an LMDB, and lmdb is not installed: pip install lmdb") from None
+    import lmdb
     folder = os.path.realpath(folder)
     process, env = OPENED.get(folder, (None, None))
     if process != os.getpid():
         if env:
             env.close()                     # inherited through fork; lmdb refuses a second one while this is open
         try:
-            env = lmdb.open(folder, readonly=True, lock=False, readahead=False, meminit=False, max_spare_txns=1)
+            env = lmdb.open(folder, readonly=True, lock=False, readahead=False, meminit=False)
         except lmdb.Error as error:
-            raise UserError(f"{folder}: not an LMDB that can be read ({error}); was it copied whole?") from None
+            raise UserError(f"{folder}: expected an LMDB, copied whole ({error})") from None
         OPENED[folder] = os.getpid(), env
-        pages, size = env.info()["last_pgno"] + 1, os.path.getsize(os.path.join(folder, "data.mdb"))
-        if pages * env.stat()["psize"] > size:   # reading past the end would kill the process
-            raise UserError(f"{folder}: data.mdb has {size:,} bytes of {pages * env.stat()['psize']:,}; copy it again")
+        need = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        have = os.path.getsize(os.path.join(folder, "data.mdb"))
+        if need > have:                     # reading past the end would kill the process
+            raise UserError(f"{folder}: data.mdb has {have:,} of its {need:,} bytes; copy it again")
     return env
 
 
@@ -198,18 +430,16 @@ class Lmdb(Source):
     def __init__(self, folder, name, rotate_tall=False):
         self.folder, self.name, self.rotate_tall = folder, name, rotate_tall
         with environment(folder).begin() as txn, txn.cursor() as cursor:
-            count, self.labelled = txn.get(b"num-samples"), cursor.set_range(b"label-") and cursor.key()[:6] == b"label-"
-            if count is None and (cursor.prev() if cursor.set_range(b"image-:") else cursor.last()):   # ':' follows '9'
-                count = cursor.key()[6:] if cursor.key()[:6] == b"image-" else None
-            if count is None or not count.isdigit() or not int(count) or not (
-                    cursor.set_range(b"image-") and cursor.key()[:6] == b"image-"):
-                keys = b", ".join(key for _, key in zip(range(3), cursor.iternext(values=False) if cursor.first() else ()))
-                raise UserError(f"{folder}: holds no word crops (first keys: {keys.decode(errors='replace') or 'none'}); expected "
-                                f"image-000000001, label-000000001, num-samples")
-            self.count = int(count)
-
-    def __len__(self):
-        return self.count
+            starts = lambda kind: cursor.set_range(kind) and cursor.key().startswith(kind)
+            self.labelled, count = starts(b"label-"), txn.get(b"num-samples")
+            if count is None and starts(b"image-"):                     # then the last image says it; ':' follows '9'
+                (cursor.prev if cursor.set_range(b"image-:") else cursor.last)()
+                count = cursor.key()[6:]
+            if not starts(b"image-") or not count.isdigit() or not int(count):
+                first = cursor.key().decode(errors="replace") if cursor.first() else "none"
+                raise UserError(f"{folder}: no word crops (num-samples {count}, first key {first}); expected the keys "
+                                "image-000000001, label-000000001 and so on, and num-samples")
+            self.n = int(count)
 
     def where(self, i):
         return f"{self.name} image-{i + 1:09d}"
@@ -221,8 +451,7 @@ class Lmdb(Source):
             raise Damaged(f"{self.where(i)}: key {kind.decode()}-{i + 1:09d} is missing")
         return value
 
-    def bytes(self, i):
-        return self.value(b"image", i)
+    bytes = partialmethod(value, b"image")
 
     def label(self, i):
         try:
@@ -236,17 +465,14 @@ def read_labels(path):
     number, kind = 0, os.path.splitext(path)[1].lower()
     try:
         with open(path, encoding="utf-8-sig") as file:
-            if kind == ".json":
-                for number, entry in enumerate(json.load(file)["data_list"], 1):
-                    (instance,) = entry["instances"]
-                    yield entry["img_path"], instance["text"]
-            for number, line in enumerate(file, 1):
-                line = line.rstrip("\n")
-                if kind == ".jsonl" and line.strip():
-                    row = json.loads(line)
-                    yield row["filename"], row["text"]
+            for number, line in enumerate(json.load(file)["data_list"] if kind == ".json" else file, 1):
+                if kind == ".json":
+                    (instance,) = line["instances"]
+                    yield line["img_path"], instance["text"]
+                elif kind == ".jsonl" and line.strip():
+                    yield (row := json.loads(line))["filename"], row["text"]
                 elif line.strip():
-                    name, label = line.split("\t", 1)
+                    name, label = line.rstrip("\n").split("\t", 1)
                     yield name, label
     except (ValueError, KeyError, TypeError) as error:
         want = {".json": 'MMOCR\'s {"data_list": [{"img_path": ..., "instances": [{"text": ...}]}]}',
@@ -255,26 +481,24 @@ def read_labels(path):
 
 
 class Files(Source):
-    """Images named by (path, label or None); kept as one block of bytes, which workers share without copying."""
+    """Images named by (path, label or None), kept as one block of bytes, which workers share without copying."""
 
     def __init__(self, entries, root, name, rotate_tall=False):
         self.root, self.name, self.rotate_tall = root, name, rotate_tall
-        rows = [(path if label is None else f"{path}\0{label}").encode("utf-8", "surrogatepass") for path, label in entries]
-        self.ends, self.rows = np.cumsum([0] + [len(row) for row in rows]), b"".join(rows)
-
-    def __len__(self):
-        return len(self.ends) - 1
+        rows = [path if label is None else f"{path}\0{label}" for path, label in entries]
+        rows = [row.encode("utf-8", "surrogatepass") for row in rows]
+        self.n, self.ends, self.rows = len(rows), np.cumsum([0] + [len(row) for row in rows]), b"".join(rows)
 
     def row(self, i):
         path, *label = self.rows[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass").split("\0", 1)
-        return path, label[0] if label else None
+        return os.path.join(self.root, path), label[0] if label else None
 
     def where(self, i):
-        return f"{self.name} {self.row(i)[0]}"
+        return f"{self.name} {os.path.relpath(self.row(i)[0], self.root or '.')}"
 
     def bytes(self, i):
         try:
-            with open(os.path.join(self.root, self.row(i)[0]), "rb") as file:
+            with open(self.row(i)[0], "rb") as file:
                 return file.read()
         except (OSError, ValueError) as error:
             raise Damaged(f"{self.where(i)}: {getattr(error, 'strerror', error)}") from None
@@ -284,84 +508,56 @@ class Files(Source):
 
 
 class Parts(Source):
-    """Several sources as one, in order; one that is listed twice counts twice."""
+    """Several sources as one, in order; of their crops only those at `indices`, an array, if it is given."""
 
-    def __init__(self, parts, name):
-        self.parts, self.name, self.ends = parts, name, np.cumsum([len(part) for part in parts])
+    def __init__(self, parts, name, indices=None):
+        self.parts, self.name, self.indices, self.ends = parts, name, indices, np.cumsum([len(part) for part in parts])
+        self.n = int(self.ends[-1]) if indices is None else len(indices)
 
-    def __len__(self):
-        return int(self.ends[-1])
+    def ask(self, what, i):
+        i = i if self.indices is None else int(self.indices[i])
+        k = int(np.searchsorted(self.ends, i, side="right"))
+        return getattr(self.parts[k], what)(i - int(self.ends[k - 1]) * (k > 0))
 
-    def at(self, i):
-        part = int(np.searchsorted(self.ends, i, side="right"))
-        return self.parts[part], i - int(self.ends[part - 1] if part else 0)
-
-    def get(self, i):
-        part, i = self.at(i)
-        return part.get(i)
-
-    def where(self, i):
-        part, i = self.at(i)
-        return part.where(i)
-
-    def bytes(self, i):
-        part, i = self.at(i)
-        return part.bytes(i)
-
-    def label(self, i):
-        part, i = self.at(i)
-        return part.label(i)
+    get, bytes, label, where = map(partial(partialmethod, ask), ("get", "bytes", "label", "where"))
 
 
 class Subset(Parts):
-    """The crops of a source at the given indices (a numpy array)."""
+    """The crops of a source at an array of indices."""
 
     def __init__(self, source, indices):
-        super().__init__([source], source.name)
-        self.indices = indices
-
-    def __len__(self):
-        return len(self.indices)
-
-    def at(self, i):
-        return self.parts[0], int(self.indices[i])
+        super().__init__([source], source.name, indices)
 
 
 def open_source(src, fonts=None, rotate_tall=False, chars=None):
-    """SRC (see the top of this file) -> Source. Raises UserError for what is missing, empty or foreign."""
+    """SRC (see the top of this file) -> Source; `fonts` (a folder) and `chars` are for rendered words. Raises UserError
+    for what is missing, empty or foreign."""
     src = str(src)
-    if src == "synth" or src.startswith("synth:"):
-        try:
-            n, seed = ([int(x) for x in src.split(":")[1:]] + [SYNTH_N, 0][src.count(":"):])
-            if n < 1:
-                raise ValueError
-        except ValueError:
-            raise UserError(f"{src}: expected synth, synth:N or synth:N:SEED, whole numbers, N at least 1") from None
-        from render import Synth
-        return Synth(n, seed, fonts, chars or CHARSETS["94"])
-    name = os.path.basename(os.path.abspath(src))
+    name, there = os.path.basename(os.path.abspath(src)), os.path.exists(src)
+    if src.split(":")[0] == "synth":
+        numbers = src.split(":")[1:]
+        if len(numbers) > 2 or not all(x.isdecimal() for x in numbers) or numbers and int(numbers[0]) == 0:
+            raise UserError(f"{src}: expected synth, synth:N or synth:N:SEED, whole numbers, N at least 1")
+        return Synth(*([int(x) for x in numbers] + [SYNTH_N, 0][len(numbers):]), fonts, chars)
     if os.path.isdir(src):
-        files = sorted(os.path.join(folder, file) for folder, _, names in os.walk(src, followlinks=True) for file in names)
-        found = [os.path.dirname(file) for file in files if os.path.basename(file) == "data.mdb"]
+        files = sorted(os.path.join(at, file) for at, _, names in os.walk(src, followlinks=True) for file in names)
+        found = [os.path.relpath(os.path.dirname(file), src) for file in files if os.path.basename(file) == "data.mdb"]
         if found:
-            parts = [Lmdb(folder, os.path.relpath(folder, os.path.dirname(os.path.abspath(src))), rotate_tall) for folder in found]
-            return Lmdb(src, name, rotate_tall) if found == [src] else Parts(parts, name)
+            parts = [Lmdb(os.path.join(src, at), os.path.normpath(os.path.join(name, at)), rotate_tall) for at in found]
+            return Parts(parts, name) if len(parts) > 1 else parts[0]
         images = [(os.path.relpath(file, src), None) for file in files if file.lower().endswith(SUFFIXES)]
         if not images:
-            kinds = ", ".join(f"{n} {kind or 'without suffix'}" for kind, n in
-                              Counter(os.path.splitext(file)[1] for file in files).most_common(4)) or "nothing"
-            raise UserError(f"{src}: holds {kinds}; expected data.mdb, folders with one, or images ({' '.join(SUFFIXES)})")
+            held = Counter(os.path.splitext(file)[1] or "without suffix" for file in files).most_common(4)
+            raise UserError(f"{src}: holds {', '.join(f'{n} {what}' for what, n in held) or 'nothing'}; expected "
+                            f"data.mdb, folders with one, or images ({' '.join(SUFFIXES)})")
         return Files(images, src, name, rotate_tall)
-    if not os.path.exists(src):
-        raise UserError(f"{src}: no such file or folder; expected synth, synth:N, an LMDB folder, a labels file or a folder of images")
-    if os.path.splitext(src)[1].lower() not in (".txt", ".tsv", ".jsonl", ".json"):
-        raise UserError(f"{src}: expected a labels file (.txt .tsv .jsonl .json) or a folder; for data.mdb or an image, type its folder")
+    if not there or os.path.splitext(src)[1].lower() not in (".txt", ".tsv", ".jsonl", ".json"):
+        raise UserError(f"{src}: {'a file of another kind' if there else 'no such file or folder'}; expected synth, "
+                        "synth:N, an LMDB folder, a labels file (.txt .tsv .jsonl .json) or a folder of images")
     source = Files(read_labels(src), os.path.dirname(src), name, rotate_tall)
-    if not len(source):
-        raise UserError(f"{src}: holds no line; expected path<TAB>label (.txt, .tsv), .jsonl or MMOCR .json")
-    if not any(os.path.exists(os.path.join(source.root, source.row(i)[0])) for i in range(min(100, len(source)))):
-        raise UserError(f"{src}: no image where it says, the first is {os.path.join(source.root, source.row(0)[0])}; paths are "
-                        f"relative to the labels file: move it to the folder they start from")
+    if not any(os.path.exists(source.row(i)[0]) for i in range(min(100, len(source)))):
+        raise UserError(f"{src}: {len(source)} entries" + (f", no {source.row(0)[0]}" if len(source) else "") +
+                        "; image paths are relative to the labels file: move it to the folder that they start from")
     return source
 
 
@@ -370,40 +566,26 @@ def open_sources(srcs, **options):
     return Parts([open_source(src, **options) for src in srcs], " ".join(map(str, srcs)))
 
 
-def fit_labels(source, chars, max_length):
-    """-> (the crops whose label can be trained on, one line that says how many could not and why)."""
-    keep, why, odd = [], Counter(), Counter()
-    for i in range(len(source)):
-        try:
-            label = source.label(i)
-        except Damaged:
-            keep.append(i)                  # the loader meets it again, names and counts it
-            continue
-        bad = fit_label(label, chars, max_length)[1] if label is not None else "no label"
-        why[bad if bad in ("", "empty", "long", "no label") else "characters"] += 1
-        if not bad:
-            keep.append(i)
-        elif bad not in ("empty", "long", "no label"):
-            odd.update(set(bad))
-    left_out = [f"{n:,} {reason}" for reason, n in why.items() if reason]
-    report = f"{source.name}: {len(keep):,} of {len(source):,} labels fit" + (f"; left out: {', '.join(left_out)}" if left_out else "")
-    report += f" (most often {' '.join(f'{c!r} {n:,}' for c, n in odd.most_common(8))})" if odd else ""
-    return Subset(source, np.array(keep, np.int64)), report
-
-
 # ---- two looks at a word
 
 GREY = torch.tensor([.299, .587, .114])
 FROM_YIQ = torch.tensor([[1, .956, .619], [1, -.272, -.647], [1, -1.106, 1.703]])
-QUARTER = FROM_YIQ @ torch.tensor([[0., 0, 0], [0, 0, -1], [0, 1, 0]]) @ torch.linalg.inv(FROM_YIQ)   # turns hues by 90 degrees
+QUARTER = FROM_YIQ @ torch.tensor([[0., 0, 0], [0, 0, -1], [0, 1, 0]]) @ FROM_YIQ.inverse()     # turns hues 90 degrees
+SQUARE = torch.tensor([[-1., -1], [1, -1], [1, 1], [-1, 1]])            # a picture's corners, top left and on clockwise
 
 
 def uniform(generator, n, *shape, rows=None, device="cpu"):
-    """Numbers in [0, 1), (n, *shape). rows=(start, total) draws for `total` crops and keeps rows start:start+n, so that a rank
-    or a micro-batch gets the very numbers that it would get in the one large batch; `start` may be the n rows themselves."""
+    """Numbers in [0, 1), (n, *shape). rows=(start, total) draws for `total` crops and keeps rows start:start+n, so that
+    a rank or a micro-batch gets the very numbers of the one large batch; `start` may be the n rows themselves."""
     start, total = rows or (0, n)
     kept = slice(start, start + n) if isinstance(start, int) else start
     return torch.rand(total, *shape, generator=generator, device=generator.device)[kept].to(device, non_blocking=True)
+
+
+def dice(numbers):
+    """Columns of uniform numbers (B, n) -> a function that moves the next of them between low and high."""
+    columns = iter(numbers.unbind(1))
+    return lambda low=0., high=1.: low + (high - low) * next(columns)
 
 
 def unit(images):
@@ -413,7 +595,7 @@ def unit(images):
 
 def normalize(images):
     """uint8 or float in [0, 1] -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images * 2 - 1
+    return unit(images) * 2 - 1
 
 
 def coarse_view(images, size):
@@ -421,140 +603,125 @@ def coarse_view(images, size):
     return F.interpolate(unit(images), size=size, mode="area")
 
 
-def matrix(xx, xy, x1, yx, yy, y1):
-    """Rows of (B,) numbers -> (B, 3, 3)."""
-    zero = torch.zeros_like(xx)
-    return torch.stack([xx, xy, x1, yx, yy, y1, zero, zero, zero + 1], 1).view(-1, 3, 3)
+def turned(angle, aspect, corners=SQUARE):
+    """The corners (B, 4, 2) through which a picture of that width / height is seen rotated by `angle` (B,) radians
+    counter-clockwise, on a canvas grown until all of it fits."""
+    c, s = torch.cos(angle)[:, None], torch.sin(angle)[:, None]
+    x, y = corners.to(angle.device).unbind(-1)
+    x, y = x * (c + s.abs() / aspect), y * (c + s.abs() * aspect)
+    return torch.stack([c * x - s * y / aspect, s * aspect * x + c * y], -1)
 
 
-def turned(angle, aspect):
-    """Where a picture is read that is rotated by `angle` (radians, counter-clockwise), its canvas grown until all of it fits."""
-    c, s = torch.cos(angle), torch.sin(angle)
-    wide, high = c + s.abs() / aspect, c + s.abs() * aspect
-    return matrix(c * wide, -s * high / aspect, 0 * c, s * wide * aspect, c * high, 0 * c)
-
-
-def tilted(inward):
-    """Homography (B, 3, 3) of the square [-1, 1]^2 to its corners, top left and on clockwise, each moved inward by its shares
-    (B, 8) of half a side (Heckbert, Fundamentals of Texture Mapping and Image Warping, 1989)."""
-    corners = inward.new_tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * (1 - inward.view(-1, 4, 2))
-    a, b, c, d = corners.unbind(1)
-    cross = lambda p, q: p[:, :1] * q[:, 1:] - p[:, 1:] * q[:, :1]
-    total, down, along = a - b + c - d, b - c, d - c
-    det = cross(down, along)
-    g, h = cross(total, along) / det, cross(down, total) / det
-    columns = torch.stack([b - a + g * b, d - a + h * d, a], 2)
-    square = torch.cat([columns, torch.stack([g, h, torch.ones_like(g)], 2)], 1)
-    return square @ square.new_tensor([[.5, 0, .5], [0, .5, .5], [0, 0, 1]])
-
-
-def warp(images, matrices, bend=None):
-    """Read every pixel where its matrix says, in coordinates of [-1, 1], plus the bend, (B, 2, 4, 4) spread over the picture."""
+def warp(images, corners, bend=None):
+    """The picture seen through four corners (B, 4, 2), its own being SQUARE: one homography for each crop (Heckbert,
+    Fundamentals of Texture Mapping, 1989), and the bend, moves (B, 2, 4, 4) spread over the picture; sampled once."""
     b, _, h, w = images.shape
-    y, x = (torch.arange(n, device=images.device) * 2 + 1 for n in (h, w))
-    points = torch.stack([(x / w - 1).expand(h, w), (y / h - 1)[:, None].expand(h, w), torch.ones(h, w, device=images.device)])
-    p = (matrices.reshape(-1, 3) @ points.flatten(1)).view(b, 3, h, w)
-    grid = p[:, :2].div_(p[:, 2:])
+    p, q, r, s = corners.unbind(1)                                      # each (B, 2)
+    cross = lambda left, right: left[:, :1] * right[:, 1:] - left[:, 1:] * right[:, :1]
+    total, down, along = p - q + r - s, q - r, s - r
+    gx, gy = cross(total, along) / cross(down, along), cross(down, total) / cross(down, along)
+    top = torch.stack([q - p + gx * q, s - p + gy * s, p], 2)
+    homography = torch.cat([top, torch.stack([gx, gy, torch.ones_like(gx)], 2)], 1)             # of the unit square
+    y, x = ((torch.arange(n, device=images.device) + .5) / n for n in (h, w))
+    points = torch.stack([x.expand(h, w), y[:, None].expand(h, w), torch.ones(h, w, device=images.device)]).flatten(1)
+    read = (homography.reshape(-1, 3) @ points).view(b, 3, h, w)
+    grid = read[:, :2].div_(read[:, 2:])
     if bend is not None:
         grid += F.interpolate(bend, size=(h, w), mode="bilinear", align_corners=True)
     return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
 
 
 def focus(images, sigma, sharpen):
-    """Gaussian blur of `sigma` pixels (B,), then an unsharp mask of that strength (B,): one 7 x 7 kernel for each crop."""
+    """Gaussian blur of `sigma` pixels (B,), then an unsharp mask of that strength (B,): one 7 x 7 kernel a crop."""
     b, c, h, w = images.shape
-    d = torch.arange(-3, 4, device=images.device) ** 2
-    gauss = lambda var: torch.softmax(-d / (2 * var[:, None] + 1e-4), 1)
-    blur, more = gauss(sigma ** 2), gauss(sigma ** 2 + 1)
-    kernel = (1 + sharpen)[:, None, None] * blur[:, :, None] * blur[:, None] - sharpen[:, None, None] * more[:, :, None] * more[:, None]
+    distance = torch.arange(-3, 4, device=images.device) ** 2
+    gauss = lambda variance: torch.softmax(-distance / (2 * variance[:, None] + 1e-4), 1)
+    square = lambda row: row[:, :, None] * row[:, None]
+    sharpen = sharpen[:, None, None]
+    kernel = (1 + sharpen) * square(gauss(sigma ** 2)) - sharpen * square(gauss(sigma ** 2 + 1))
     padded = F.pad(images, (3, 3, 3, 3), mode="replicate").view(1, b * c, h + 6, w + 6)
     return F.conv2d(padded, kernel.repeat_interleave(c, 0)[:, None], groups=b * c).view(b, c, h, w)
 
 
 def recolour(images, bright, contrast, fade, saturation, hue):
-    """Brightness, contrast about the crop's mean grey, contrast about mid-grey, saturation (factors, (B,)) and hue (turns): one
-    3 x 4 colour matrix for each crop. It keeps the grey, for each part does."""
+    """Brightness, contrast about the crop's mean grey, contrast about mid-grey, saturation (factors (B,)) and hue
+    (turns): one 3 x 4 colour matrix for each crop."""
     grey, quarter = GREY.to(images.device), QUARTER.to(images.device)
-    onto = grey.expand(3, 3)
-    col = lambda v: v[:, None, None]
-    cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
-    chroma = onto + col(saturation) * (col(cos) * (torch.eye(3, device=images.device) - onto) + col(sin) * quarter)
-    mean = images.mean((2, 3)) @ grey
-    offset = fade * (1 - contrast) * bright * mean + .5 * (1 - fade)
-    return torch.baddbmm(col(offset), col(fade * contrast * bright) * chroma, images.flatten(2)).view_as(images).clamp_(0, 1)
+    column = lambda numbers: numbers[:, None, None]
+    cos, sin = column(torch.cos(2 * math.pi * hue)), column(torch.sin(2 * math.pi * hue))
+    onto = grey.expand(3, 3)                                            # a colour's grey, which the next line keeps
+    colour = onto + column(saturation) * (cos * (torch.eye(3, device=images.device) - onto) + sin * quarter)
+    offset = fade * (1 - contrast) * bright * (images.mean((2, 3)) @ grey) + .5 * (1 - fade)
+    colour = column(fade * contrast * bright) * colour
+    return torch.baddbmm(column(offset), colour, images.flatten(2)).view_as(images).clamp_(0, 1)
+
+
+TAPE = torch.rand(2 ** 20, generator=torch.Generator().manual_seed(0)) - .5
 
 
 def noise(images, seed, sd):
-    """Add noise of standard deviation `sd` (B,). It is an integer hash of the crop's seed (B,) in [0, 1) and the pixel, hence the
-    same whatever batch or device the crop is in."""
-    h, w = images.shape[-2:]
-    bits = (torch.arange(h * w, device=images.device, dtype=torch.int32) + (seed * 2 ** 24).int()[:, None] * 40503) * 0x2c1b3c6d
-    bits = (bits ^ (bits >> 15)) * 0x297a2d39
-    bits = (bits ^ (bits >> 13)) * 0x1b56c4e9
-    value = torch.stack([bits >> 2, bits >> 12, bits >> 22], 1) & 1023
-    return images.addcmul_(value.view_as(images) / 1023 - .5, (sd * math.sqrt(12))[:, None, None, None]).clamp_(0, 1)
+    """Add noise of standard deviation `sd` (B,), in place. A crop's seed (B,) in [0, 1) says where on one long tape of
+    numbers its noise begins, so that it is the same whatever batch, rank or device the crop is in."""
+    windows = TAPE.to(images.device).unfold(0, images[0].numel(), 1)
+    value = windows[(seed * len(windows)).long()].view_as(images)
+    return images.addcmul_(value, (sd * 12 ** .5)[:, None, None, None]).clamp_(0, 1)
+
+
+def distort(images, numbers, on):
+    """Apply operations to (B, 3, H, W) in [0, 1]: `on` has the strength (B,) of each, where 0 changes nothing and 1 has
+    LMIM's ranges (CVPR 2025, medium); `numbers` (B, 66), uniform in [0, 1), say where in its range each one is."""
+    (b, _, h, w), column = images.shape, lambda x: x[:, None, None, None]
+    inward, bend, rest = numbers.split([8, 32, 26], 1)
+    between = dice(rest)
+
+    if "rotate" in on:                      # all of the geometry is four corners and a bend: the crop is sampled once
+        crop = lambda: torch.stack([on["horizontal"] * between(0, .02), on["vertical"] * between(0, .10)], 1)[:, None]
+        before, after = crop(), crop()
+        inward = (on["tilt"] * between(.02, .06))[:, None, None] * inward.view(b, 4, 2) * 4     # shares of half a side
+        bend = column(on["bend"] * between(.03, .05)) * (bend.view(b, 2, 4, 4) - .5) * 4 * 3 ** .5
+        angle = on["rotate"] * between(-1, 1) * math.radians(15)
+        corners = turned(angle, w / h, SQUARE.to(images.device) * (1 - inward))
+        images = warp(images, corners * (1 - before - after) + before - after, bend)
+    if "low" in on:                         # a picture of 10 x 42 pixels, enlarged
+        low = F.interpolate(coarse_view(images, (h // 3, w // 3)), size=(h, w), mode="bilinear")
+        images = images.lerp(low, column(on["low"]))
+    images = focus(images, on["blur"] * between(.5, 1.5), on["sharpen"] * between(.2, 1))
+    saturation = (1 - on["fade"] * between()) * (1 + on["jitter"] * between(-.2, .2)) * (1 - on["grey"])
+    images = recolour(images, 1 + on["jitter"] * between(-.4, .4), 1 + on["jitter"] * between(-.4, .4),
+                      1 - on["contrast"] * between(0, .5), saturation.clamp(min=0), on["jitter"] * between(-.1, .1))
+    if "solarize" in on:
+        images = torch.where(images > column(1 - on["solarize"] * between(.25, .75)), 1 - images, images)
+    if "invert" in on:
+        images = images.lerp(1 - images, column(on["invert"]))
+    return noise(images, between(), on["noise"] * between(.01, .05)) if "noise" in on else images
+
+
+LOOK = "contrast", "blur", "sharpen", "fade"
+MOVE = "rotate", "vertical", "horizontal", "tilt", "bend"
 
 
 def guidance_view(images, generator, rows=None, geometry=True, strength=1.0):
-    """The same word, looking different: (B, 3, H, W) uint8 or float in [0, 1] -> float in [0, 1], drawn anew for every crop.
+    """The same word, looking different: (B, 3, H, W) uint8 or float in [0, 1] -> float in [0, 1], new for every crop.
 
-    LMIM's list (CVPR 2025, medium strength): at least three of ten operations, then colour jitter with p = .8 and grey with
-    p = .2. geometry=False leaves every pixel where it is and the sign of every edge alone (no solarizing), or else what a
-    coarse view has to predict could not be known; it adds noise instead. `strength` scales every range: 0 changes nothing.
-    """
-    images = unit(images)
-    b, _, h, w = images.shape
-    keys, corners, bend, one = uniform(generator, b, 75, rows=rows, device=images.device).split([11, 8, 32, 24], 1)
-    chosen = keys[:, 1:].argsort(1).argsort(1) < 3 + (keys[:, :1] * 8).floor()      # 3 to 10 of the ten
-    fade, blur, rows_off, columns_off, sharpen, rotate, bent, tilt, solarize, greyed = (strength * chosen).unbind(1)
-    draw = iter(one.unbind(1))
-    between = lambda low, high: low + (high - low) * next(draw)
-
-    if geometry:                            # all of it is one matrix and one bend: the crop is sampled once
-        top, bottom = rows_off * between(0, .10), rows_off * between(0, .10)
-        left, right = columns_off * between(0, .02), columns_off * between(0, .02)
-        cropped = matrix(1 - left - right, 0 * top, left - right, 0 * top, 1 - top - bottom, top - bottom)
-        angle = rotate * between(-1, 1) * math.radians(15)
-        inward = (tilt * between(.02, .06))[:, None] * corners * 4                  # a half-normal's spread is about that
-        bend = (bent * between(.03, .05))[:, None] * (bend - .5) * 4 * math.sqrt(3)
-        images = warp(images, cropped @ turned(angle, w / h) @ tilted(inward), bend.view(b, 2, 4, 4))
-
-    images = focus(images, blur * between(.5, 1.5), sharpen * between(.2, 1))
-    jitter = strength * (next(draw) < .8)
-    saturation = (1 - greyed * next(draw)) * (1 + jitter * between(-.2, .2)) * (next(draw) >= .2 * strength)
-    images = recolour(images, 1 + jitter * between(-.4, .4), 1 + jitter * between(-.4, .4), 1 - fade * between(0, .5),
-                      saturation.clamp(min=0), jitter * between(-.1, .1))
-    threshold, seed, sd = 1 - solarize * between(.25, .75), next(draw), between(.01, .08) * (next(draw) < .5) * strength
-    if geometry:
-        return torch.where(images > threshold[:, None, None, None], 1 - images, images)
-    return noise(images, seed, sd)
+    LMIM's list: at least three of ten operations, then colour jitter with p = .8 and grey with p = .2. geometry=False
+    leaves every pixel in its place and every edge its sign (no solarizing), or else what a coarse view has to predict
+    could not be known; it adds noise instead. `strength` scales every range: 0 changes nothing."""
+    numbers = uniform(generator, len(images), 80, rows=rows, device=images.device)
+    order, rest = numbers[:, :10].argsort(1).argsort(1), numbers[:, 10:14].unbind(1)
+    chosen = strength * (order < 3 + (rest[0][:, None] * 8).floor())                # 3 to 10 of the ten
+    on = dict(zip(LOOK + MOVE + ("solarize",) if geometry else LOOK, chosen.unbind(1)))
+    on.update(jitter=strength * (rest[1] < .8), grey=1. * (rest[2] < .2 * strength))
+    return distort(unit(images), numbers[:, 14:], on if geometry else on | {"noise": strength * (rest[3] < .5)})
 
 
 def augment(images, generator, rows=None):
-    """Fine-tuning's augmentation, modelled on PARSeq's: (B, 3, H, W) uint8 or float in [0, 1] -> float in [0, 1], new for every
-    crop. Each part is applied to some of the crops: rotation, shear, stretch, shift, perspective; low resolution, blur,
-    sharpening, colour, inversion, noise. About one crop in eight stays as it is."""
-    images = unit(images)
-    b, _, h, w = images.shape
-    odds, corners, one = uniform(generator, b, 44, rows=rows, device=images.device).split([12, 8, 24], 1)
-    some = lambda k, p: (odds[:, k] < p) * (odds[:, 11] > .125)
-    draw = iter(one.unbind(1))
-    between = lambda low, high: low + (high - low) * next(draw)
-
-    moved = some(0, .5)
-    angle = moved * between(-1, 1) * math.radians(15)
-    shear = matrix(1 + moved * between(-.1, .15), some(1, .4) * between(-.15, .15), moved * between(-.04, .04), 0 * angle,
-                   1 + moved * between(-.1, .15), moved * between(-.1, .1))
-    images = warp(images, shear @ turned(angle, w / h) @ tilted((some(2, .3) * between(0, .1))[:, None] * corners * 4))
-
-    low = F.interpolate(coarse_view(images, (h // 3, w // 3)), size=(h, w), mode="bilinear")
-    images = images.lerp_(low, some(3, .15).float()[:, None, None, None])
-    images = focus(images, some(4, .25) * between(.3, 1.5), some(5, .15) * between(.2, 1))
-    tint = some(6, .6).float()
-    images = recolour(images, 1 + tint * between(-.4, .4), 1 + tint * between(-.4, .4), 1 - some(7, .2) * between(0, .6),
-                      (1 + tint * between(-.5, .5)) * ~some(8, .1), tint * between(-.1, .1))
-    inverted = some(9, .1).float()[:, None, None, None]
-    return noise(images * (1 - 2 * inverted) + inverted, next(draw), some(10, .25) * between(.01, .1))
+    """Fine-tuning's augmentation, of PARSeq's kinds: (B, 3, H, W) uint8 or float in [0, 1] -> float in [0, 1], new for
+    every crop. Each operation changes its share of the crops; one crop in eight stays as it is."""
+    chances = dict.fromkeys(MOVE, .4) | dict.fromkeys(LOOK, .2)
+    chances |= dict(bend=.2, jitter=.6, grey=.1, low=.15, invert=.1, noise=.25)
+    numbers = uniform(generator, len(images), 81, rows=rows, device=images.device)
+    on = {name: 1. * ((u < p) & (numbers[:, 14] > .125)) for (name, p), u in zip(chances.items(), numbers.unbind(1))}
+    return distort(unit(images), numbers[:, 15:], on)
 
 
 # ---- batches
@@ -565,9 +732,6 @@ class Readable(Dataset):
     def __init__(self, source):
         self.source = source
 
-    def __len__(self):
-        return len(self.source)
-
     def __getitem__(self, i):
         try:
             return self.source.get(i)
@@ -575,66 +739,63 @@ class Readable(Dataset):
             return str(error)
 
 
-class Order:
-    """The endless list of index lists of one process: position p of the stream is crop perm[epoch](p % n), epoch = p // n."""
-
-    def __init__(self, n, batch_size, seed, position, rank, world, shuffle):
-        self.n, self.size, self.seed, self.shuffle = n, batch_size, seed, shuffle
-        self.first, self.stride = position + rank * batch_size, world * batch_size
-
-    def __iter__(self):
-        p, known, order = self.first, None, None
-        while True:
-            batch = []
-            for q in range(p, p + self.size):
-                if self.shuffle and q // self.n != known:
-                    known = q // self.n
-                    order = torch.randperm(self.n, generator=torch.Generator().manual_seed(hash((self.seed, known))))
-                batch.append(int(order[q % self.n]) if self.shuffle else q % self.n)
-            yield batch
-            p += self.stride
-
-
 def collate(crops, masks=False):
-    """Crops or strings -> (images uint8 (b, 3, 32, 128), labels, masks uint8 (b, 32, 128) or None, damaged, taken)."""
+    """Crops or strings -> (images uint8 (b, 3, 32, 128), labels, masks uint8 (b, 32, 128) or None, damaged, taken). The
+    damaged leave a smaller batch, `taken` are the places of the others. A crop without a mask gets zeros."""
     taken = [j for j, crop in enumerate(crops) if not isinstance(crop, str)]
-    good = [crops[j] for j in taken]
-    stack = lambda tensors, *shape: torch.stack(tensors) if tensors else torch.empty(0, *shape, dtype=torch.uint8)
-    nothing = torch.zeros(H, W, dtype=torch.uint8)
-    hidden = stack([nothing if crop.mask is None else crop.mask for crop in good], H, W) if masks else None
-    return (stack([crop.image for crop in good], 3, H, W), [crop.label for crop in good], hidden,
-            [crop for crop in crops if isinstance(crop, str)], taken)
+    images, letters = (torch.zeros(len(taken), *shape, dtype=torch.uint8) for shape in ((3, H, W), (H, W)))
+    for k, j in enumerate(taken):
+        images[k] = crops[j].image
+        letters[k] = crops[j].mask if masks and crops[j].mask is not None else 0
+    damaged = [crop for crop in crops if isinstance(crop, str)]
+    return images, [crops[j].label for j in taken], letters if masks else None, damaged, taken
 
 
 def start_worker(_):
-    """Ctrl-C is the training script's to handle: it saves, and then the workers end with it."""
+    """Ctrl-C is the training script's to handle: it saves, and its workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def loader(source, batches, workers, masks=False):
-    return DataLoader(Readable(source), batch_sampler=batches, num_workers=workers, collate_fn=partial(collate, masks=masks),
-                      worker_init_fn=start_worker, pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
+    return DataLoader(Readable(source), batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
+                      collate_fn=partial(collate, masks=masks), pin_memory=torch.cuda.is_available(),
+                      prefetch_factor=4 if workers else None)
 
 
 class Batches:
     """An endless stream of micro-batches, (images, labels, masks, damaged, taken) as `collate` says.
 
-    Micro-batch m of a rank holds the positions position + (m * world + rank) * batch_size + [0, batch_size), so that 1 x 16, 2 x 8
-    and 1 x 4 accumulated four times see the same crops in a step, and a run that resumes at any position, with any number of
-    processes or workers, continues the very same order. Damaged crops leave a smaller batch; `taken` are the places of the others.
+    Position p of the stream is crop perm[epoch](p % n) with epoch = p // n, and micro-batch m of a rank holds positions
+    position + (m * world + rank) * batch_size + [0, batch_size). So 1 x 16, 2 x 8 and 1 x 4 accumulated four times see
+    the same crops in a step, and a run that resumes at any position, on any number of processes or workers, goes on
+    with the same order.
     """
 
     def __init__(self, source, batch_size, seed, position=0, rank=0, world=1, workers=0, shuffle=True, masks=False):
-        order = Order(len(source), batch_size, seed, position, rank, world, shuffle)
-        self.loader = loader(source, order, workers, masks)
+        self.n, self.batch_size, self.seed, self.shuffle = len(source), batch_size, seed, shuffle
+        self.first, self.stride = position + rank * batch_size, world * batch_size
+        self.loader = loader(source, self.indices(), workers, masks)
 
     def __iter__(self):
         return iter(self.loader)
 
+    def indices(self):
+        p, epoch, order = self.first, None, range(self.n)
+        while True:
+            batch = []
+            for q in range(p, p + self.batch_size):
+                if self.shuffle and q // self.n != epoch:
+                    epoch = q // self.n
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order = torch.randperm(self.n, generator=generator)
+                batch.append(int(order[q % self.n]))
+            yield batch
+            p += self.stride
+
 
 def read_all(source, batch_size, workers=0, rank=0, world=1):
-    """Every crop once over all ranks, in order: yields (indices, images, labels, damaged), the indices of those that could be read."""
+    """Every crop once over all ranks, in order: yields (indices of what could be read, images, labels, damaged)."""
     mine = range(rank, len(source), world)
     batches = [list(mine[k:k + batch_size]) for k in range(0, len(mine), batch_size)]
     for batch, (images, labels, _, damaged, taken) in zip(batches, loader(source, batches, workers)):
@@ -642,15 +803,165 @@ def read_all(source, batch_size, workers=0, rank=0, world=1):
 
 
 class DamageCount:
-    """Counts what could not be read; more than the share `limit` of at least 100 crops is a UserError that names the first ten."""
+    """Counts what cannot be read; more than the share `limit` of at least 100 crops is a UserError that names ten."""
 
     def __init__(self, limit=.01):
-        self.limit, self.read, self.bad, self.first = limit, 0, 0, []
+        self.limit, self.seen, self.bad, self.first = limit, 0, 0, []
 
-    def add(self, read, damaged):
-        """`read` crops were read and these, one string each, were not."""
-        self.read, self.bad = self.read + read, self.bad + len(damaged)
+    def add(self, seen, damaged):
+        """Of `seen` crops these, one string each, could not be read."""
+        self.seen, self.bad = self.seen + seen, self.bad + len(damaged)
         self.first += damaged[:10 - len(self.first)]
-        if self.read + self.bad >= 100 and self.bad > self.limit * (self.read + self.bad):
-            raise UserError(f"{self.bad} of {self.read + self.bad} crops are damaged, more than --max_damaged {self.limit}: "
+        if self.seen >= 100 and self.bad > self.limit * self.seen:
+            raise UserError(f"{self.bad} of {self.seen} crops are damaged, more than --max_damaged {self.limit}: "
                             + "; ".join(self.first))
+
+
+# ---- show, check and pack
+
+def fingerprint(images):
+    """Crops -> (n, 472) of length 1: differences of neighbours in the grey picture at 8 x 32. A product of two is over
+    .9 if one is the other coded anew (all of 500 at JPEG quality 75, 98 % at 30) or resized (97 %), not cropped anew.
+    Among 49 million pairs of training and test crops, no two with different labels came so near."""
+    small = F.adaptive_avg_pool2d(torch.einsum("bchw,c->bhw", unit(images), GREY), (8, 32))
+    edges = torch.cat([small.diff(dim=1).flatten(1), small.diff(dim=2).flatten(1)], 1)
+    return F.normalize(edges - edges.mean(1, keepdim=True))
+
+
+def inspect(source, workers):
+    """Yield (indices, images, labels, damaged, stored bytes) of the whole source."""
+    with tqdm(total=len(source), desc=source.name[:40], disable=None) as bar:
+        for indices, images, labels, damaged in read_all(source, 256, workers):
+            yield indices, images, labels, damaged, [source.bytes(i) for i in indices]
+            bar.update(len(indices) + len(damaged))
+
+
+def show(args):
+    source, generator = open_sources(args.src, fonts=args.fonts), torch.Generator().manual_seed(args.seed)
+    crops = [Readable(source)[i] for i in torch.randperm(len(source), generator=generator)[:args.n].tolist()]
+    grey = Crop(torch.full((3, H, W), 128, dtype=torch.uint8), None, None)
+    images = torch.stack([(grey if isinstance(crop, str) else crop).image for crop in crops])
+    views = [unit(images)] + [guidance_view(images, generator, geometry=g) for g in (True, False) if args.guidance]
+    views += [augment(images, generator) for _ in range(2) if args.augment]
+    views += [F.interpolate(coarse_view(images, size(args.coarse)), size=(H, W))] if args.coarse else []
+    across, wide, high = max(1, 4 // len(views)), len(views) * 2 * W + 8, 2 * H + 16
+    sheet = Image.new("RGB", (across * wide, -(-len(crops) // across) * high), "white")
+    for k, (crop, strip) in enumerate(zip(crops, torch.cat(views, 3))):
+        x, y = k % across * wide, k // across * high
+        strip = Image.fromarray((strip * 255).byte().permute(1, 2, 0).numpy())
+        sheet.paste(strip.resize((2 * strip.width, 2 * H), Image.Resampling.NEAREST), (x, y))
+        ImageDraw.Draw(sheet).text((x + 2, y + 2 * H + 1), crop if isinstance(crop, str) else crop.label or "", "black")
+    sheet.save(args.out)
+    print(f"{args.out}: {len(crops)} of the {len(source):,} crops of {source.name}")
+
+
+def check(args):
+    source, tests = open_sources(args.src), open_sources(args.against) if args.against else None
+    known, marks, places, digest = {}, [], [], lambda data: hashlib.blake2b(data, digest_size=16).digest()
+    for indices, images, _, _, files in inspect(tests, args.workers) if tests else ():
+        known.update(zip(map(digest, files), indices))
+        marks.append(fingerprint(images))
+        places += indices
+    marks = torch.cat(marks) if tests else None
+    seen, chars, sizes, lengths, bad, found = Counter(), Counter(), [], [], [], []
+    for indices, images, labels, damaged, files in inspect(source, args.workers):
+        seen.update(map(digest, files))
+        chars.update("".join(label or "" for label in labels))
+        sizes += [Image.open(io.BytesIO(data)).size for data in files]
+        lengths += [len(label) for label in labels if label is not None]
+        bad += damaged
+        if tests:
+            likeness, nearest = (fingerprint(images) @ marks.T).max(1)
+            for i, data, alike, k in zip(indices, files, likeness.tolist(), nearest.tolist()):
+                if digest(data) in known:
+                    found.append((i, "same bytes", known[digest(data)]))
+                elif alike > args.alike:
+                    found.append((i, f"alike {alike:.3f}", places[k]))
+    spread = lambda x: "from {:g} to {:g}, median {:g}".format(*np.quantile(x, (0, 1, .5))) if x else "none"
+    print(f"{source.name}: {len(source):,} entries = {len(sizes):,} read + {len(bad):,} damaged")
+    print(f"width {spread([w for w, _ in sizes])}; height {spread([h for _, h in sizes])}")
+    print(f"{len(lengths):,} labels, length {spread(lengths)}; {len(chars)} characters, the commonest "
+          + " ".join(f"{c!r} {n:,}" for c, n in chars.most_common(12)))
+    odd = [f"{c!r} {n:,}" for c, n in chars.most_common() if c not in CHARSETS["94"]]
+    print(f"{len(odd)} characters outside the 94: {' '.join(odd[:50])}")
+    print(f"entries that repeat the bytes of another: {seen.total() - len(seen):,}")
+    print("".join(f"damaged: {line}\n" for line in bad[:20]), end="")
+    lines = ["\t".join(map(str, (i, source.where(i), source.label(i), why, tests.where(k), tests.label(k))))
+             for i, why, k in found]
+    if tests:
+        print("\n".join([f"also in {tests.name}: {len(lines):,}" + ", the first 20:" * (len(lines) > 20)] + lines[:20]))
+    if args.write_list:
+        with open(args.write_list, "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+
+
+def pack(args):
+    import lmdb
+    source, part, skip = open_sources(args.src), args.out + ".part", {}
+    if os.path.exists(args.out):
+        raise UserError(f"{args.out}: exists already; type the name of a new folder")
+    try:
+        if args.without:
+            with open(args.without, encoding="utf-8") as file:
+                skip = {int(i): where for i, where in (line.split("\t")[:2] for line in file)}
+        if any(source.where(i) != where for i, where in skip.items()):
+            raise ValueError("it names other entries")
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"--without {args.without}: {error}; expected the list that check wrote of this SRC") from None
+    kept, room = [], 2 ** 24
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with lmdb.open(part, map_size=room) as env:
+            for indices, _, labels, damaged, files in inspect(source, args.workers):
+                print("".join(f"left out, damaged: {line}\n" for line in damaged), end="")
+                room += 2 * sum(len(data) + 8192 for data in files)     # whole pages, and those that a write sets free
+                env.set_mapsize(room)
+                with env.begin(write=True) as txn:
+                    for i, label, data in zip(indices, labels, files):
+                        if i not in skip:
+                            kept.append(i)
+                            txn.put(b"image-%09d" % len(kept), data)
+                            if label is not None:
+                                txn.put(b"label-%09d" % len(kept), label.encode())
+                    txn.put(b"num-samples", b"%d" % len(kept))
+    except (lmdb.Error, OSError) as error:
+        raise UserError(f"{args.out}: cannot be written ({error}); is there room?") from None
+    packed = Lmdb(part, args.out)
+    wrong = [k for k, i in enumerate(kept) if (packed.bytes(k), packed.label(k)) != (source.bytes(i), source.label(i))]
+    if wrong or len(packed) != len(kept):
+        raise UserError(f"{part}: {len(wrong)} entries are not what was written; is the disk sound?")
+    OPENED.pop(os.path.realpath(part))[1].close()
+    os.rename(part, args.out)
+    print(f"{args.out}: {len(kept):,} of {len(source):,} entries written and read back, {len(skip):,} left out by list")
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(required=True)
+    for command, does in ((show, "Draw crops and their views."), (check, "Read and count."), (pack, "Write an LMDB.")):
+        sub = commands.add_parser(command.__name__, help=does, description=does + " SRC:" + __doc__.split("SRC is")[1])
+        sub.set_defaults(command=command)
+        sub.add_argument("src", nargs="+", metavar="SRC", help="where the crops are, one or several")
+        if command is not show:
+            sub.add_argument("--workers", type=int, default=0, help="processes that read; about one a core is best")
+    add = commands.choices["show"].add_argument
+    add("--out", default="sheet.png", help="the picture to write")
+    add("--n", type=int, default=48, help="how many crops; views need room, so ask for fewer with them")
+    add("--seed", type=int, default=0, help="another one picks other crops and draws other views")
+    add("--fonts", help="a folder of more fonts for rendered words")
+    add("--guidance", action="store_true", help="beside each crop lmim's guidance view and that of nsp and mnsp")
+    add("--augment", action="store_true", help="beside each crop two of fine-tuning's augmentations of it")
+    add("--coarse", metavar="HxW", help="beside each crop its area average of that size, such as 16x64")
+    add = commands.choices["check"].add_argument
+    add("--against", nargs="+", metavar="TEST", help="test sets: find the crops that they hold too")
+    add("--alike", type=float, default=.9, help="likeness of near duplicates; lower finds more, and wrong ones")
+    add("--write_list", metavar="FILE", help="write what --against finds, for pack --without")
+    add = commands.choices["pack"].add_argument
+    add("out", metavar="OUT", help="a new folder for data.mdb")
+    add("--without", metavar="LIST", help="leave out the entries of this list, written by check --write_list")
+    args = parser.parse_args()
+    args.command(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -35,7 +35,7 @@ def encode(labels, model):
     T = min(-(-max(len(word) + 1 for word in labels) // 4) * 4, model.max_length + 1)
     ids = torch.full((len(labels), T), model.pad)
     for row, word in zip(ids, labels):
-        row[:len(word) + 1] = torch.tensor([model.charset.index(c) for c in word] + [model.end])
+        row[:len(word) + 1] = torch.tensor([model.index[c] for c in word] + [model.end])
     return ids
 
 
@@ -59,7 +59,7 @@ def build(args, chars):
     start = read_checkpoint(args.init) if args.init else {}
     config = {k: v for k, v in MODELS[args.model].items() if k not in ("reader", "decoder")}
     encoder = load_encoder(args.init, **options) if args.init else ViT(**config, **options)
-    model = Recognizer(encoder, chars, args.max_length, dropout=args.dropout, spell=args.spell > 0, **MODELS[args.model]["reader"])
+    model = Recognizer(encoder, chars, args.max_length, dropout=args.dropout, spell=args.spell, **MODELS[args.model]["reader"])
     said = f"--init {args.init}: all {encoder.matched} tensors of the encoder loaded" if args.init else "from scratch: no --init"
     if "charset" in start:
         own, old = model.state_dict(), start["model"]
@@ -95,15 +95,16 @@ def layer_groups(model, weight_decay, layer_decay):
 @torch.inference_mode()
 def validate(training, source, protocol):
     """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first few (label, reading)."""
-    reader = evaluate.Reader(training.raw.eval(), training.device, str(training.dtype)[6:])
-    pairs = {}
+    model, pairs = training.raw.eval(), {}
     for ids, images, labels, _ in read_all(source, training.args.batch_size, training.args.workers, training.rank, training.world):
-        pairs.update(zip(ids, zip(labels, [text for text, _ in reader.read(images)])))
+        with training.autocast():
+            words = model.strings(*model.decode(normalize(images.to(training.device))))
+        pairs.update((i, (label, text)) for i, label, (text, _) in zip(ids, labels, words))
     if training.world > 1:
         parts = [None] * training.world
         dist.all_gather_object(parts, pairs, group=training.hosts)
         pairs = {i: pair for part in parts for i, pair in part.items()}
-    training.raw.train()
+    model.train()
     pairs = [pairs[i] for i in sorted(pairs)]
     return evaluate.score(pairs, protocol), pairs[:4]
 
@@ -127,7 +128,10 @@ def main():
         "known: supervision beyond the labels, which gets small models off the ground")
     add("--out_dir", default=os.path.join("out", "finetune"), help="where to write")
     argv = sys.argv[1:]
-    named, _ = first_flags(argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--init")
+    first.add_argument("--model")
+    named, _ = first.parse_known_args(argv)
     if named.init and not named.model:                       # the size is in our own checkpoints; a foreign one needs --model
         stored = read_checkpoint(named.init).get("args", {})
         argv += ["--model", stored["model"]] if isinstance(stored, dict) and stored.get("model") in MODELS else []
@@ -148,8 +152,8 @@ def main():
     val = open_sources(args.val, **options) if args.val else None
     model, said = build(args, chars)
     training.say(said)
+    training.more = dict(charset=chars, best=-1.0)
     training.prepare(model, source, layer_groups(model, args.weight_decay, args.layer_decay), masks=args.spell > 0)
-    best = training.best
 
     for step in training.steps():
         for images, labels, masks, (rows, total) in training.micro_batches():
@@ -157,24 +161,25 @@ def main():
             # rendered words come varied already, and their masks would have to move along: only real crops are augmented
             real = torch.arange(len(images)) if masks is None else (masks.flatten(1).amax(1) == 0).nonzero()[:, 0]
             images = unit(images)
-            images[real] = augment(images[real], training.generator(), (rows[real], total))
+            if len(real):
+                images[real] = augment(images[real], training.generator(), (rows[real], total))
             named = None if masks is None else under_patches(masks.to(training.device), targets, model)
             with training.autocast():
-                _, terms, logits = training.model(normalize(images), targets, named)
-            terms["spell"] = args.spell * terms.get("spell", 0)
+                loss, terms, logits = training.model(normalize(images), targets, named)
             right = ((logits.argmax(-1) == targets) | (targets == model.pad)).all(1).float().mean()
-            training.backward(sum(terms.values()), dict(terms, accuracy=right))
+            training.backward(loss, dict(terms, accuracy=right))
+        training.update()
 
         if val is not None and ((step + 1) % args.sample_every == 0 or step + 1 == training.total):
             with training.untimed():
                 result, few = validate(training, val, protocol)
             readings = "  ".join(f"{label}>{text}" for label, text in few)
             training.say(f"step {step + 1}  val {result['accuracy']:.1f} {protocol}  1-NED {result['ned']:.1f}  {readings}")
-            training.after = dict(step=step + 1, val_accuracy=result["accuracy"], val_ned=result["ned"])
-            if result["accuracy"] > best:
-                best = training.best = result["accuracy"]
-                training.keep_best = True
-    training.say(f"checkpoint {os.path.join(args.out_dir, 'best.pt' if val is not None else 'last.pt')}  best val {best:.1f}")
+            training.write(dict(step=step + 1, val_accuracy=result["accuracy"], val_ned=result["ned"]))
+            if result["accuracy"] > training.more["best"]:
+                training.more["best"] = result["accuracy"]
+                training.save("best.pt")
+    training.say(f"checkpoint {os.path.join(args.out_dir, 'best.pt' if val is not None else 'last.pt')}  best val {training.more['best']:.1f}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from data import UserError
 
 MODELS = {  # encoder; patch in pixels (h, w); `decoder` of pre-training; `reader` that spells words after fine-tuning
-    "vit_nano": dict(depth=4, width=128, heads=4, patch=(4, 8), decoder=dict(layers=2, width=128, heads=4, ffn=256),
+    "vit_nano": dict(depth=6, width=128, heads=4, patch=(8, 8), decoder=dict(layers=2, width=128, heads=4, ffn=256, dropout=0.0),
                      reader=dict(layers=2, width=128, heads=4, ffn=256)),
     "vit_tiny": dict(depth=12, width=192, heads=3, patch=(4, 4), decoder=dict(layers=2, width=256, heads=8, ffn=1024),
                      reader=dict(layers=3, width=256, heads=8, ffn=256)),
@@ -48,6 +48,18 @@ def unpatchify(x, grid, patch):
     """The inverse of `patchify`: (B, N, 3*p*q) -> (B, 3, H, W)."""
     (h, w), (p, q) = grid, patch
     return x.reshape(-1, h, w, 3, p, q).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, h * p, w * q)
+
+
+def patch_norm(x):
+    """Pixels (B, N, 3*p*q) less each channel's mean in the patch, over the patch's standard deviation -> normalised, mean, std.
+
+    MAE takes one mean of all channels; on words that makes the target the colour of a flat ground, which a recoloured view cannot
+    know, and drowns the strokes. Below a contrast of 4 grey levels (variance 1e-3 on [-1, 1]) a patch is noise and is not blown up."""
+    channels = x.unflatten(-1, (3, -1))
+    mean = channels.mean(-1, keepdim=True)
+    centred = (channels - mean).flatten(-2)
+    std = (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    return centred / std, mean.expand_as(channels).flatten(-2), std
 
 
 def sincos(width, grid, fine):
@@ -329,12 +341,19 @@ def mse(pred, target):
     return (pred.float() - target.float()).square().mean()
 
 
-def gathered(x):
-    """Rows of all ranks, in rank order, with gradients to each."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return x
-    from torch.distributed.nn.functional import all_gather
-    return torch.cat(all_gather(x.contiguous()))
+class Gather(torch.autograd.Function):
+    """Rows of all ranks, in rank order; each rank's rows get the gradients of every rank's loss."""
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dist.all_reduce(grad := grad.contiguous())
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def align_mse(a, b):
@@ -345,9 +364,10 @@ def align_mse(a, b):
 def align_infonce(a, b, temperature=0.2):
     """A crop's two [cls] tokens find each other among those of all crops of all ranks (InfoNCE, 1807.03748), both ways."""
     a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
-    start = dist.get_rank() * len(a) if dist.is_available() and dist.is_initialized() else 0
-    truth = torch.arange(len(a), device=a.device) + start
-    return sum(F.cross_entropy(x @ gathered(y).T / temperature, truth) for x, y in ((a, b), (b, a))) / 2
+    ranks = dist.is_available() and dist.is_initialized()
+    everyone = Gather.apply if ranks else lambda x: x
+    truth = torch.arange(len(a), device=a.device) + (dist.get_rank() * len(a) if ranks else 0)
+    return sum(F.cross_entropy(x @ everyone(y).T / temperature, truth) for x, y in ((a, b), (b, a))) / 2
 
 
 ALIGN = {"mse": align_mse, "infonce": align_infonce}
@@ -378,12 +398,12 @@ class Pretrainer(nn.Module):
 
     @torch.no_grad()
     def target(self, image, grid):
-        """T: each patch's pixels normalised, or a frozen teacher's tokens LayerNormed without parameters -> (B, N, C)."""
+        """T: each patch's pixels normalised (`patch_norm`), or a frozen teacher's tokens LayerNormed without parameters -> (B, N, C)."""
         h, w = self.encoder.grid
         if self.teacher is None:
             p, q = self.encoder.patch
             x = patchify(image if grid == (h, w) else F.adaptive_avg_pool2d(image, (grid[0] * p, grid[1] * q)), (p, q))
-            return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+            return patch_norm(x)[0]
         x = self.teacher(image)[:, 1:].float()
         if grid != (h, w):
             x = F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, (h, w)), grid).flatten(2).transpose(1, 2)
@@ -392,6 +412,7 @@ class Pretrainer(nn.Module):
     def forward(self, image, views, ids_keep, ids_mask):
         """image (B, 3, H, W); views: guidance views coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms, pred)."""
         weight, terms, pred = self.method, {}, None
+        target = [self.target(image, grid) for grid in self.grids]           # (B, N, C) each, the fine scale last
         memory = [self.encoder(view) for view in views]                      # (B, 1+N', D) each
         cls = [tokens[:, 0] for tokens in memory]                            # (B, D) each
 
@@ -399,11 +420,11 @@ class Pretrainer(nn.Module):
             seen = self.encoder(image, ids_keep)                             # (B, 1+K, D)
             cls.append(seen[:, 0])
             pred = self.decoder(memory, seen, ids_keep, ids_mask, grid=len(self.grids) - 1)      # (B, M, C)
-            terms["mim"] = mse(pred, take(self.target(image, self.encoder.grid), ids_mask))
+            terms["mim"] = mse(pred, take(target[-1], ids_mask))
 
         if weight["nsp"]:                                                    # every patch of a scale from all coarser scales
             finer = [self.decoder(memory[:i + 1], grid=i) for i in range(len(self.grids))]       # (B, N, C) each
-            terms["nsp"] = sum(mse(p, self.target(image, g)) for p, g in zip(finer, self.grids)) / len(finer)
+            terms["nsp"] = sum(map(mse, finer, target)) / len(finer)
             pred = finer[-1] if pred is None else pred
 
         if weight["align"]:                                                  # [cls] of neighbouring scales agree (MLA)
@@ -477,12 +498,13 @@ def load_encoder(path, **options):
 
 class Recognizer(nn.Module):
     """Encoder, Linear + LayerNorm, and a Transformer decoder that spells (LMIM's fine-tuning model). Classes: the charset, then
-    end, padding, unknown; one more embedding starts a word. `char_head` (only with `spell`) names the character under each patch:
+    end, padding, unknown; one more embedding starts a word. `char_head` (only with a weight `spell`) names the character under each patch:
     an auxiliary loss on rendered words, whose character boxes are known; it is not used in reading."""
 
-    def __init__(self, encoder, charset, max_length=25, layers=6, width=512, heads=8, ffn=256, dropout=0.0, spell=False):
+    def __init__(self, encoder, charset, max_length=25, layers=6, width=512, heads=8, ffn=256, dropout=0.0, spell=0.0):
         super().__init__()
-        self.encoder, self.charset, self.max_length = encoder, charset, max_length
+        self.encoder, self.charset, self.max_length, self.spell = encoder, charset, max_length, spell
+        self.index = {c: i for i, c in enumerate(charset)}
         V = len(charset) + 3
         self.end, self.pad, self.unknown, self.start = V - 3, V - 2, V - 1, V
         self.proj = nn.Sequential(nn.Linear(encoder.width, width), nn.LayerNorm(width))
@@ -522,7 +544,7 @@ class Recognizer(nn.Module):
         terms = {"read": loss.sum() / len(images)}                           # nats a word, as LMIM: no word weighs on another
         if chars is not None:
             loss = F.cross_entropy(self.char_head(tokens).float().transpose(1, 2), chars, ignore_index=self.pad, reduction="none")
-            terms["spell"] = (loss.sum(1) / (chars != self.pad).sum(1).clamp(min=1)).mean()
+            terms["spell"] = self.spell * (loss.sum(1) / (chars != self.pad).sum(1).clamp(min=1)).mean()
         return sum(terms.values()), terms, logits
 
     @torch.no_grad()
@@ -555,3 +577,16 @@ class Recognizer(nn.Module):
         """Texts and confidences: [(text, product of the probabilities of its characters, end included)]."""
         words = ["".join(self.charset[i] if i < len(self.charset) else "" for i in row if i != self.end) for row in ids.tolist()]
         return list(zip(words, probs.double().prod(dim=1).tolist()))
+
+
+def load_recognizer(path, device="cpu"):
+    """Checkpoint of finetune.py -> Recognizer, ready to read; size, charset and length are in it. UserError when it is not one."""
+    checkpoint = read_checkpoint(path)
+    args = checkpoint.get("args")
+    if "charset" not in checkpoint or not isinstance(args, dict) or args.get("model") not in MODELS:
+        raise UserError(f"{path}: not a recognizer; expected a checkpoint of finetune.py")
+    config = dict(MODELS[args["model"]])
+    _, reader = config.pop("decoder"), config.pop("reader")
+    model = Recognizer(ViT(**config), checkpoint["charset"], args["max_length"], spell=args["spell"], **reader)
+    load_state(model, checkpoint["model"], path)
+    return model.to(device).eval()

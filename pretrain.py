@@ -25,8 +25,8 @@ import torch.distributed as dist
 from PIL import Image
 
 from data import Batches, DamageCount, Parser, UserError, coarse_view, guidance_view, normalize, open_sources, run, size, uniform
-from model import (METHODS, MODELS, ALIGN, Pretrainer, block_noise, load_encoder, load_state, patchify, random_mask,
-                   read_checkpoint, unpatchify)
+from model import (METHODS, MODELS, ALIGN, Pretrainer, block_noise, load_encoder, load_state, patch_norm, patchify,
+                   random_mask, read_checkpoint, take, unpatchify)
 
 RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's (10 epochs on 8 GPUs of 64 crops)
     "vit_nano": dict(batch_size=128, max_steps=1500, blr=2e-3, warmup_epochs=0.5, sample_every=500, clip_grad=1.0),
@@ -98,10 +98,11 @@ def parse(parser, recipes, argv=None):
 class Run:
     """What every training loop needs, so that the loop itself reads as the method does.
 
-        for step in run.steps():                                   sets the learning rate; logs, saves and stops after the body
+        for step in run.steps():                                   sets the learning rate; saves, or leaves, after the body
             for images, ..., rows in run.micro_batches():          `accum_iter` of them
                 with run.autocast(): loss, terms = run.model(...)
                 run.backward(loss, terms)
+            run.update()                                           clips, steps, logs
     """
 
     MUST_MATCH = ("model", "data", "fonts", "rotate_tall", "seed", "dtype", "method", "scales", "teacher", "mask", "mask_ratio",
@@ -127,7 +128,7 @@ class Run:
         self.dtype = self.pick_dtype()
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0 ** 12) if self.dtype == torch.float16 else None
         self.crops = args.batch_size * args.accum_iter * self.world                          # a step, all ranks
-        self.step = self.position = 0
+        self.step, self.position, self.more = 0, 0, {}                                        # more: what else a checkpoint holds
         self.out = args.out_dir
         torch.manual_seed(args.seed)
         for s in (signal.SIGTERM, signal.SIGINT):
@@ -199,6 +200,7 @@ class Run:
             load_state(self.raw, self.loaded["model"], self.loaded["path"])
             self.optimizer.load_state_dict(self.loaded["optimizer"])
             self.step, self.position = self.loaded["step"], self.loaded["data"]["position"]
+            self.more.update((k, self.loaded[k]) for k in self.more)
             if self.scaler and self.loaded["scaler"]:
                 self.scaler.load_state_dict(self.loaded["scaler"])
             self.say(f"resuming {self.loaded['path']} at step {self.step}")
@@ -217,14 +219,14 @@ class Run:
     def betas(self):
         return (0.9, 0.95) if hasattr(self.args, "method") else (0.9, 0.999)                  # MAE's, and fine-tuning's
 
-    def save(self, name="last.pt", **more):
+    def save(self, name="last.pt"):
         """Rank 0 writes to a temporary file, flushes, renames; the old last.pt becomes prev.pt. A full disk is said, not fatal."""
         if self.rank:
             return True
         path = os.path.join(self.out, name)
         state = dict(model=self.raw.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step, args=vars(self.args),
                      rng=dict(seed=self.args.seed, step=self.step), data=dict(position=self.position, crops=self.crops),
-                     scaler=self.scaler and self.scaler.state_dict(), **more)
+                     scaler=self.scaler and self.scaler.state_dict(), **self.more)
         try:
             with open(path + ".tmp", "wb") as f:
                 torch.save(state, f)
@@ -265,12 +267,6 @@ class Run:
 
             yield self.step
 
-            self.update()
-            self.step += 1
-            self.position += self.crops
-            self.since += 1
-            if self.step % self.args.log_every == 0 or self.step == self.total:
-                self.log(lr)
             if self.step % self.args.save_every == 0 and self.step < self.total and self.bad[0] == 0:
                 self.save()
         saved = self.save()
@@ -315,7 +311,11 @@ class Run:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.bad = torch.stack([(self.bad[0] + 1) * bad, self.bad[1] + bad])
-        if self.device.type == "cpu" or self.step % self.args.log_every == 0:
+        self.step, self.position, self.since = self.step + 1, self.position + self.crops, self.since + 1
+        due = self.step % self.args.log_every == 0 or self.step == self.total
+        if due:
+            self.log()
+        if due or self.device.type == "cpu":
             if self.bad[0] >= self.args.max_bad_steps:
                 raise UserError(f"step {self.step}: {int(self.bad[0])} steps in a row had a non-finite gradient; lower --lr or --blr, or "
                                 f"set --clip_grad 1; {os.path.join(self.out, 'last.pt')} is from before them, if it was written")
@@ -342,7 +342,8 @@ class Run:
                 f.writelines(kept if self.step else [])
             os.replace(path + ".tmp", path)
 
-    def log(self, lr):
+    def log(self):
+        lr = self.optimizer.param_groups[-1]["lr"] / self.optimizer.param_groups[-1].get("lr_scale", 1.0)
         names = sorted(self.sums)
         means = torch.stack([self.sums[n] for n in names])
         if self.world > 1:
@@ -424,12 +425,12 @@ def draw_samples(run, images, path):
     columns = [image / 2 + 0.5, fill(torch.zeros_like(pixels)[:, :ids_mask.shape[1]], pixels)]
     columns += [torch.nn.functional.interpolate(views[0], images.shape[-2:]) / 2 + 0.5] if views else []
     if model.teacher is None:
-        mean, std = pixels.mean(-1, keepdim=True), (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
-        back = lambda x: x * std.gather(1, ids_mask[..., None]) + mean.gather(1, ids_mask[..., None])
-        columns += [fill(pred / 3, torch.zeros_like(pixels)), fill(target.gather(1, ids_mask[..., None].expand_as(pred)) / 3,
-                    torch.zeros_like(pixels)), fill(back(pred), pixels)]
+        _, mean, std = patch_norm(pixels)
+        grey = torch.zeros_like(pixels)
+        columns += [fill(pred / 3, grey), fill(take(target, ids_mask) / 3, grey),
+                    fill(pred * take(std, ids_mask) + take(mean, ids_mask), pixels)]
     else:
-        like = torch.cosine_similarity(pred, target.gather(1, ids_mask[..., None].expand_as(pred)), dim=-1)[..., None]
+        like = torch.cosine_similarity(pred, take(target, ids_mask), dim=-1)[..., None]
         columns += [fill(2 * like.expand(-1, -1, pixels.shape[-1]) - 1, torch.ones_like(pixels))]
     model.train()
     rows = torch.stack([c.clamp(0, 1).cpu() for c in [*columns, image / 2 + 0.5]], dim=1)     # (B, columns, 3, H, W)
@@ -477,13 +478,15 @@ def main():
             with run.autocast():
                 loss, terms, _ = run.model(normalize(images), views, ids_keep, ids_mask)
             run.backward(loss, terms)
+        run.update()
 
         if (step + 1) % args.sample_every == 0 or step + 1 == run.total:
             with run.untimed():
                 sheet = os.path.join(args.out_dir, "samples", f"step_{step + 1:06d}.png")
                 if run.rank == 0:
                     draw_samples(run, few, sheet)
-    run.say(f"checkpoint {os.path.join(args.out_dir, 'last.pt')}\npicture    {sheet}")
+                run.say(f"picture    {sheet}")
+    run.say(f"checkpoint {os.path.join(args.out_dir, 'last.pt')}")
 
 
 if __name__ == "__main__":

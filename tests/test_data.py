@@ -1,0 +1,657 @@
+"""Tests of data.py. Each docstring names the mistake that the test would catch. The crops are made here, not downloaded.
+
+    pytest tests/test_data.py              STR_DATA=folder/of/lmdbs pytest tests/test_data.py     also reads real crops
+"""
+import io
+import itertools
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+import zlib
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data
+from data import Damaged, UserError
+
+
+def picture(i, width=90, height=30):
+    """A word-like picture that no other i has."""
+    rng = random.Random(i)
+    image = Image.new("RGB", (width, height), tuple(rng.randrange(256) for _ in range(3)))
+    draw = ImageDraw.Draw(image)
+    for _ in range(6):
+        x, y = rng.randrange(width), rng.randrange(height)
+        fill = tuple(rng.randrange(256) for _ in range(3))
+        draw.rectangle((x, y, x + rng.randrange(4, 30), y + rng.randrange(4, 15)), fill)
+    return image
+
+
+def encode(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_lmdb(folder, entries, count=True):
+    """entries: [(bytes or None, label bytes or None)]; None leaves the key out."""
+    os.makedirs(folder)
+    with lmdb.open(str(folder), map_size=2 ** 26) as env, env.begin(write=True) as txn:
+        for i, (image, label) in enumerate(entries, 1):
+            for kind, value in ((b"image", image), (b"label", label)):
+                if value is not None:
+                    txn.put(b"%s-%09d" % (kind, i), value)
+        if count:
+            txn.put(b"num-samples", b"%d" % len(entries))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """An LMDB of 50 crops, the label of number i being f"w{i}"."""
+    return write_lmdb(tmp_path_factory.mktemp("data") / "words", [(encode(picture(i)), b"w%d" % i) for i in range(50)])
+
+
+def labels_of(batches, n):
+    return [label for batch in itertools.islice(batches, n) for label in batch[1]]
+
+
+# ---- layouts
+
+def test_lmdb(words):
+    """Off-by-one: the first and the last crop are image-000000001 and image-{n}; iteration ends by itself."""
+    source = data.open_source(words)
+    assert len(source) == 50 and source.name == "words" and source.where(49) == "words image-000000050"
+    assert [label for _, label in source] == [f"w{i}" for i in range(50)] == [source.label(i) for i in range(50)]
+    assert source[49][0].dtype == torch.uint8 and source[49][0].shape == (3, 32, 128)
+    assert torch.equal(source[49][0], data.decode(encode(picture(49))))
+    for wrong in (-1, 50):
+        with pytest.raises(IndexError):
+            source[wrong]
+
+
+def test_lmdb_without_num_samples(tmp_path):
+    """Counting the keys would lose the last crop when one in the middle is missing."""
+    entries = [(encode(picture(i)), b"x") for i in range(12)]
+    entries[4] = (None, b"x")
+    source = data.open_source(write_lmdb(tmp_path / "a", entries, count=False))
+    one = write_lmdb(tmp_path / "b", [(encode(picture(0)), None)], count=False)
+    assert len(source) == 12 and len(data.open_source(one)) == 1
+    with pytest.raises(Damaged, match="image-000000005 is missing"):
+        source[4]
+
+
+def test_lmdb_labels(tmp_path):
+    """A set without any label is unlabelled, but a single missing or undecodable label is damage, not an empty word."""
+    image = encode(picture(0))
+    assert data.open_source(write_lmdb(tmp_path / "none", [(image, None)] * 3))[2][1] is None
+    some = [(image, "é".encode()), (image, None), (image, b"\xff\xfe")]
+    source = data.open_source(write_lmdb(tmp_path / "some", some))
+    assert source[0][1] == "é"
+    for i, why in ((1, "label-000000002 is missing"), (2, "not UTF-8")):
+        with pytest.raises(Damaged, match=why):
+            source[i]
+
+
+def test_tree_and_several(tmp_path, words):
+    """Folders in the order of the file system would give another data set on another machine."""
+    for name in "b", "a/y", "a/x":
+        write_lmdb(tmp_path / "tree" / name, [(encode(picture(0)), f"{name}{i}".encode()) for i in range(2)])
+    tree = data.open_source(str(tmp_path / "tree"))
+    assert [tree.label(i) for i in range(len(tree))] == ["a/x0", "a/x1", "a/y0", "a/y1", "b0", "b1"]
+    assert [part.name for part in tree.parts] == ["tree/a/x", "tree/a/y", "tree/b"]
+    assert tree.where(5) == "tree/b image-000000002"
+    both = data.open_sources([words, str(tmp_path / "tree"), words])
+    assert len(both) == 106 and both[105][1] == "w49" and both.label(52) == "a/y0" and both.parts[1].name == "tree"
+
+
+ROWS = [("a.png", "one"), ("sub dir/ü b.jpg", "two words"), ("a.png", "\tthree"), ("sub dir/ü b.jpg", "")]
+LAYOUTS = {
+    "l.txt": "\ufeff" + "".join(f"{path}\t{label}\r\n" for path, label in ROWS[:2])
+             + "\r\na.png\t\tthree\nsub dir/ü b.jpg\t",
+    "l.tsv": "".join(f"{path}\t{label}\n" for path, label in ROWS),
+    "l.jsonl": "\n\n".join(json.dumps({"filename": path, "text": label, "more": 1}) for path, label in ROWS),
+    "l.json": json.dumps({"metainfo": {}, "data_list": [{"img_path": path, "instances": [{"text": label}]}
+                                                        for path, label in ROWS]}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_labels_files(tmp_path, monkeypatch, name):
+    """A byte order mark, a Windows line end, a space or a tab becomes part of a path or label; paths from here."""
+    os.makedirs(tmp_path / "sub dir")
+    picture(0).save(tmp_path / "a.png")
+    picture(1).save(tmp_path / "sub dir" / "ü b.jpg")
+    (tmp_path / name).write_bytes(LAYOUTS[name].encode())
+    source = data.open_source(str(tmp_path / name))
+    assert [label for _, label in source] == [label for _, label in ROWS]
+    assert torch.equal(source[2][0], data.decode(encode(picture(0)))) and source.where(1) == f"{name} sub dir/ü b.jpg"
+    monkeypatch.chdir(tmp_path)
+    assert len(data.open_source(name)[3]) == 2
+    os.remove(tmp_path / "a.png")
+    with pytest.raises(Damaged, match="a.png: No such file"):
+        source[0]
+
+
+def test_folder(tmp_path):
+    """Crops in another order on another machine; other files taken for images; labels where there are none."""
+    for name in "b.PNG", "deep/er/a.jpg", "deep/10.png", "a.bmp":
+        os.makedirs((tmp_path / name).parent, exist_ok=True)
+        picture(0).save(tmp_path / name)
+    (tmp_path / "readme.md").write_text("x")
+    source = data.open_source(str(tmp_path))
+    names = [os.path.relpath(source.row(i)[0], tmp_path) for i in range(4)]
+    assert names == ["a.bmp", "b.PNG", "deep/10.png", "deep/er/a.jpg"]
+    assert len(source) == 4 and source[3][1] is None
+
+
+def test_synth():
+    """synth:N:SEED read in the wrong order; one seed's words for every seed."""
+    source = data.open_source("synth:7:3")
+    assert len(source) == 7 and len(data.open_source("synth")) == data.SYNTH_N
+    assert [source.label(i) for i in range(7)] == [crop[1] for crop in source]
+    assert [source.label(i) for i in range(7)] != [data.open_source("synth:7:4").label(i) for i in range(7)]
+
+
+def test_foreign_sources(tmp_path, words):
+    """A stack trace, or silence, where one line should say what came, what was expected and what to type."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.csv").write_text("a")
+    with lmdb.open(str(tmp_path / "foreign")) as env, env.begin(write=True) as txn:
+        txn.put(b"key", b"value")
+    write_lmdb(tmp_path / "zero", [])
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "data.mdb").write_bytes(b"x" * 9000)
+    (tmp_path / "short").mkdir()
+    whole = open(os.path.join(words, "data.mdb"), "rb").read()
+    half = whole[:len(whole) // 2 // 4096 * 4096]
+    (tmp_path / "short" / "data.mdb").write_bytes(half)                     # reading it would be SIGBUS
+    for name, text in {"a.txt": "path label\n", "b.jsonl": "{}", "c.jsonl": "[1", "d.json": "{}", "e.txt": "",
+                       "f.tsv": "no.png\tx",
+                       "g.json": '{"data_list": [{"img_path": "a", "instances": []}]}', "h.csv": "a,b"}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "i.txt").write_bytes(b"a\t\xff\n")
+    bad = ["synth:x", "synth:0", "synth:1:2:3", "synth:-1", "nowhere"]
+    bad += [str(path) for path in sorted(tmp_path.iterdir())]
+    for src in bad:
+        with pytest.raises(UserError) as error:
+            data.open_source(src)
+        message = str(error.value)
+        assert message.startswith(src) and "\n" not in message
+        assert "expected" in message or "copy" in message or "relative" in message
+    assert len(bad) == 20
+
+
+def test_opening_a_large_lmdb_is_cheap(tmp_path):
+    """Reading all keys or labels into lists: half a gigabyte and half a minute for Union14M."""
+    n = 100_000
+    with lmdb.open(str(tmp_path / "big"), map_size=2 ** 28, sync=False) as env, env.begin(write=True) as txn:
+        for kind in (b"image", b"label"):
+            txn.cursor().putmulti(((b"%s-%09d" % (kind, i), b"label") for i in range(1, n + 1)), append=True)
+    tracemalloc.start()
+    start = time.perf_counter()
+    source = data.open_source(str(tmp_path / "big"))
+    took, held = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(source) == n and source.label(n - 1) == "label" and held < 2 ** 20 and took < 1
+
+
+# ---- images
+
+def corner(image):
+    return data.decode(encode(*image) if isinstance(image, tuple) else image)[:, 0, 0].tolist()
+
+
+def test_modes():
+    """16 bits cut to white, transparency read as what lies hidden below it, CMYK inverted."""
+    red, size = Image.new("RGB", (40, 20), (200, 40, 80)), (40, 20)
+    grey = round(.299 * 200 + .587 * 40 + .114 * 80)
+    palette = Image.new("P", size, 1)
+    palette.putpalette([0, 0, 0, 200, 40, 80])
+    wide = Image.fromarray(np.full((20, 40), 100 * 257, np.uint16))
+    real = Image.fromarray(np.full((20, 40), .5, np.float32))
+    cases = [(red, "PNG"), (palette, "PNG"), (palette, "GIF"), (red.convert("L"), "PNG"),
+             (Image.new("1", size, 1), "PNG"),
+             (wide, "PNG"), (real, "TIFF"), (Image.new("RGBA", size, (9, 9, 9, 0)), "PNG"),
+             (Image.new("LA", size, (9, 0)), "PNG"),
+             (Image.new("RGBA", size, (200, 40, 80, 255)), "PNG"), (Image.new("RGBA", size, (0, 0, 0, 128)), "PNG"),
+             (red.convert("CMYK"), "TIFF"), (red, "BMP"), (red, "WEBP")]
+    wanted = [(200, 40, 80)] * 3 + [(grey,) * 3, (255,) * 3, (100,) * 3, (127,) * 3, (255,) * 3, (255,) * 3,
+                                    (200, 40, 80),
+                                    (127,) * 3, (200, 40, 80), (200, 40, 80), (200, 40, 80)]
+    for case, want in zip(cases, wanted):
+        assert np.abs(np.subtract(corner(case), want)).max() <= 5, (case, corner(case))
+    file = encode(palette, "PNG", transparency=1)
+    assert corner(file) == [255, 255, 255]
+    assert np.abs(np.subtract(corner((red.convert("CMYK"), "JPEG")), (200, 40, 80))).max() <= 8
+
+
+def test_turned_images():
+    """A photo that lies on its side; rotate_tall turning the other way, or turning what is not tall."""
+    upright = Image.new("RGB", (120, 40), "blue")
+    upright.paste("yellow", (0, 0, 60, 40))                                 # left half yellow
+    plain = data.decode(encode(upright))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                        # shown by turning clockwise
+    for kind in "JPEG", "PNG", "WEBP", "TIFF":
+        lying = encode(upright.transpose(Image.Transpose.ROTATE_90), kind, exif=exif, quality=95)
+        assert (data.decode(lying).float() - plain.float()).abs().mean() < 6, kind
+    tall = encode(upright.transpose(Image.Transpose.ROTATE_270))            # reads from top to bottom
+    assert torch.equal(data.decode(tall, rotate_tall=True), plain) and not torch.equal(data.decode(tall), plain)
+    square = encode(picture(0, 40, 60))
+    assert torch.equal(data.decode(square, rotate_tall=True), data.decode(square))
+
+
+@pytest.mark.parametrize("size", [(1600, 400), (400, 1600), (3000, 3000), (5, 4), (1, 1)])
+def test_sizes(size):
+    """Reading a large JPEG at a fraction of its size must keep what the crop needs, whichever side is long."""
+    image = picture(3).resize(size).filter(ImageFilter.GaussianBlur(2))
+    for tall in False, True:
+        turn = tall and size[1] > 1.5 * size[0]
+        plain = image.transpose(Image.Transpose.ROTATE_90) if turn else image
+        plain = plain.resize((128, 32), Image.Resampling.BICUBIC)
+        got = data.decode(encode(image, "JPEG", quality=95), tall)
+        assert (got.float() - torch.tensor(np.array(plain)).permute(2, 0, 1)).abs().mean() < 4
+
+
+# ---- damage
+
+def bomb():
+    """A PNG of 65,000 x 65,000 pixels in a few bytes."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 65000, 65000, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(bytes(10 ** 6))) + chunk(b"IEND", b""))
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """30 entries, of which numbers 3, 6, ... 24 are damaged, each in its own way."""
+    entries = [(encode(picture(i)), b"w%d" % i) for i in range(30)]
+    jpeg, png = encode(picture(0), "JPEG"), encode(picture(0))
+    ways = [(jpeg[:len(jpeg) // 2], b"x"), (png[:len(png) // 2], b"x"), (b"", b"x"), (b"no image", b"x"),
+            (bomb(), b"x"),
+            (None, b"x"), (png, None), (png, b"\xff")]
+    for k, way in enumerate(ways):
+        entries[3 * k + 3] = way
+    return write_lmdb(tmp_path / "damaged", entries), [3 * k + 3 for k in range(len(ways))]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_is_counted(damaged, workers):
+    """A damaged crop becomes its neighbour, or kills the loader, or vanishes: what is read and reported must add up."""
+    path, bad = damaged
+    source = data.open_source(path)
+    got = list(data.read_all(source, 7, workers))
+    read, named = [i for step in got for i in step[0]], [line for step in got for line in step[3]]
+    assert read == [i for i in range(30) if i not in bad] and len(read) == len(source) - len(named)
+    assert [label for step in got for label in step[2]] == [f"w{i}" for i in read]
+    for i, line in zip(bad, named):
+        assert f"image-{i + 1:09d}" in line and "\n" not in line
+    for words, line in zip(("runcated", "", "0 bytes", "not an image", "Bomb", "missing", "missing", "UTF-8"), named):
+        assert words in line
+    images = torch.cat([step[1] for step in got])
+    assert all(torch.equal(image, data.decode(encode(picture(i)))) for i, image in zip(read, images))
+
+
+def test_whole_batch_damaged(tmp_path):
+    """torch.stack of nothing raises."""
+    source = data.open_source(write_lmdb(tmp_path / "d", [(b"", b"x")] * 4))
+    images, labels, masks, named, taken = next(iter(data.Batches(source, 4, 0, masks=True)))
+    assert images.shape == (0, 3, 32, 128) and masks.shape == (0, 32, 128) and labels == taken == [] and len(named) == 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fuzz():
+    """Pillow raises a dozen kinds of errors on broken files (struct, zlib, Value, Syntax, Overflow): all Damaged."""
+    rng = random.Random(0)
+    seeds = [encode(picture(k), kind, **options) for k in range(3) for kind, options in
+             (("JPEG", {}), ("PNG", {}), ("JPEG", {"progressive": True}), ("PNG", {"optimize": True}))]
+    seeds += [encode(picture(0).quantize(8)), encode(picture(0).convert("RGBA")), encode(picture(0), "GIF"),
+              encode(picture(0), "BMP"), encode(picture(0), "TIFF"), encode(picture(0), "WEBP")]
+    fine = broken = 0
+    for _ in range(2000):
+        file = bytearray(rng.choice(seeds))
+        for _ in range(rng.randrange(1, 8)):
+            way, at = rng.random(), rng.randrange(max(1, min(len(file), rng.choice((40, 10 ** 6)))))
+            if way < .6 and file:
+                file[at] = rng.randrange(256)
+            elif way < .7:
+                del file[at:]
+            elif way < .85:
+                del file[at:at + rng.randrange(50)]
+            else:
+                file[at:at] = rng.randbytes(rng.randrange(50))
+        try:
+            assert data.decode(bytes(file)).shape == (3, 32, 128)
+            fine += 1
+        except Damaged as error:
+            assert "\n" not in str(error)
+            broken += 1
+    assert fine + broken == 2000 and min(fine, broken) > 200
+
+
+def test_damage_count():
+    """One damaged crop in the first batch stops a run; or a limit is never judged; or it blames nobody."""
+    count = data.DamageCount(.01)
+    count.add(50, ["a"])
+    count.add(50, [])
+    with pytest.raises(UserError, match="2 of 110 crops are damaged, more than --max_damaged 0.01: a; b"):
+        count.add(10, ["b"])
+
+
+# ---- labels
+
+def test_fit_label():
+    """36 characters lose every word in capitals; a decomposed é is outside a charset with é; length off by one."""
+    fit = data.fit_label
+    assert fit("Wörld", data.CHARSETS["36"], 25) == ("wörld", "outside the charset")
+    assert fit("WORLD", data.CHARSETS["36"], 25) == ("world", "")
+    assert fit("WORLD", data.CHARSETS["62"], 5) == ("WORLD", "")
+    assert fit("WORLD", data.CHARSETS["94"], 4)[1] == "too long"
+    assert fit("", data.CHARSETS["94"], 4)[1] == fit(None, "a", 4)[1] == "empty"
+    assert fit("e\u0301", "é", 1) == ("é", "") and fit("a b", data.CHARSETS["94"], 9)[1] == "outside the charset"
+    assert fit("long", "x", 9)[1] == "outside the charset"
+
+
+def test_fit_labels(tmp_path):
+    """A label that cannot be trained on is replaced or dropped in silence, or a later crop gets its image."""
+    image, texts = encode(picture(0)), ["good", "naïve", "x" * 30, "", "fine", "ï", None]
+    path = write_lmdb(tmp_path / "l", [(image, None if text is None else text.encode()) for text in texts])
+    source, report = data.fit_labels(data.open_source(path), data.CHARSETS["94"], 25)
+    assert report == "l: 3 of 7 labels fit, 2 outside the charset, 1 too long, 1 empty ('ï' 2)"
+    assert [source.label(0), source[1][1], len(source)] == ["good", "fine", 3]
+    assert source.where(1) == "l image-000000005"
+    with pytest.raises(Damaged):
+        source.label(2)
+
+
+def test_charset(tmp_path):
+    """Characters in another order; a byte order mark or a line end as a class; one character with two classes."""
+    assert [len(data.charset(name)) for name in ("36", "62", "94")] == [36, 62, 94]
+    assert data.charset("94")[35:38] == "zAB"
+    assert sorted(data.charset("94")) == [chr(c) for c in range(33, 127)]
+    (tmp_path / "c.txt").write_bytes("\ufeffабв\r\nце\u0301漢 \n".encode())
+    assert data.charset(str(tmp_path / "c.txt")) == "абвце\u0301漢 ".replace("е\u0301", "е\u0301")
+    (tmp_path / "e.txt").write_text("ae\u0301b", encoding="utf-8")
+    assert data.charset(str(tmp_path / "e.txt")) == "aéb"
+    for name, content in (("twice", "abcda".encode()), ("none", b"\n"), ("latin", b"\xe9"), (None, b"")):
+        if name:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="--charset"):
+            data.charset(str(tmp_path / str(name)))
+
+
+# ---- batches
+
+@pytest.mark.filterwarnings("ignore:This DataLoader")
+def test_workers_and_resume(words):
+    """An order that depends on the workers, or starts anew on resuming; an LMDB opened here before the loader forks."""
+    source = data.open_source(words)
+    assert source[0][1] == "w0"
+    plain = labels_of(data.Batches(source, 8, seed=1), 20)
+    for workers in 2, 4:
+        assert labels_of(data.Batches(source, 8, seed=1, workers=workers), 20) == plain
+    assert labels_of(data.Batches(source, 8, seed=1, position=72, workers=3), 11) == plain[72:]
+    assert labels_of(data.Batches(source, 8, seed=2), 20) != plain
+    first = next(iter(data.Batches(source, 8, seed=1, workers=2)))[0]
+    assert torch.equal(first, torch.stack([source[int(label[1:])][0] for label in plain[:8]]))
+
+
+def test_epochs(words):
+    """Crops seen twice and others never; the same order in every epoch."""
+    labels = labels_of(data.Batches(data.open_source(words), 8, seed=0), 25)
+    epochs = [labels[k:k + 50] for k in range(0, 200, 50)]
+    assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 50 for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    in_order = labels_of(data.Batches(data.open_source(words), 8, seed=0, shuffle=False), 10)
+    assert in_order == [f"w{i % 50}" for i in range(80)]
+
+
+def test_ranks_and_accumulation(words):
+    """Two processes see the same crops; a step of 2 x 8 or of 4 accumulated 4's is another step than one of 16."""
+    source = data.open_source(words)
+    steps = [set(batch[1]) for batch in itertools.islice(data.Batches(source, 16, 3, position=16), 8)]
+    ranks = [iter(data.Batches(source, 8, 3, position=16, rank=rank, world=2)) for rank in range(2)]
+    small = iter(data.Batches(source, 4, 3, position=16))
+    for step in steps:
+        assert set(sum((next(rank)[1] for rank in ranks), [])) == step
+        assert set(sum((next(small)[1] for _ in range(4)), [])) == step
+
+
+def test_spawn(words):
+    """A source that holds an open LMDB cannot be pickled, so no loader on macOS or Windows."""
+    source = data.open_source(words)
+    assert source[1][1] == "w1" and pickle.loads(pickle.dumps(source))[2][1] == "w2"
+    batches = data.Batches(source, 8, seed=1, workers=1)
+    batches.loader.multiprocessing_context = "spawn"
+    assert labels_of(batches, 2) == labels_of(data.Batches(source, 8, seed=1), 2)
+
+
+def test_masks():
+    """A loss on characters that looks at another crop's letters."""
+    source = data.open_source("synth:9")
+    images, labels, masks, _, taken = next(iter(data.Batches(source, 9, 0, masks=True, shuffle=False)))
+    assert masks.shape == (9, 32, 128) and masks.dtype == torch.uint8 and taken == list(range(9))
+    for i in range(9):
+        assert torch.equal(masks[i], source.get(i).mask) and masks[i].max() <= len(labels[i])
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_read_all_once(words, world):
+    """Ranks that pad their shares evaluate some crops twice."""
+    source = data.open_source(words)
+    seen = [i for rank in range(world) for step in data.read_all(source, 8, 0, rank, world) for i in step[0]]
+    assert sorted(seen) == list(range(50))
+
+
+# ---- two looks at a word
+
+def crops(n=24):
+    """Smooth pictures, uint8."""
+    return torch.stack([data.decode(encode(picture(i).filter(ImageFilter.GaussianBlur(1)))) for i in range(n)])
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+VIEWS = {"lmim": data.guidance_view, "augment": data.augment,
+         "nsp": lambda *args: data.guidance_view(*args, geometry=False)}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views(name):
+    """Parameters drawn once for all crops; a view that cannot be repeated, or depends on the batch or rank it is in."""
+    view, images = VIEWS[name], crops(1).expand(24, -1, -1, -1)
+    whole = view(images, generator())
+    assert whole.shape == images.shape and whole.dtype == torch.float32 and whole.min() >= 0 and whole.max() <= 1
+    assert torch.equal(whole, view(images, generator())) and not torch.equal(whole, view(images, generator(1)))
+    assert torch.allclose(whole, view(images.float() / 255, generator()))
+    apart = (whole[:, None] - whole[None]).abs().mean((2, 3, 4)) + torch.eye(24)
+    assert (apart > 1e-4).float().mean() > (.9 if name == "augment" else .999)     # augment leaves some as they are
+    part = view(images[8:13], generator(), (8, 24))
+    assert torch.allclose(part, whole[8:13], atol=1e-4)
+    picked = torch.tensor([3, 17, 4])
+    assert torch.allclose(view(images[picked], generator(), (picked, 24)), whole[picked], atol=1e-4)
+    state = generator()
+    first, second = view(images, state), view(images, state)
+    assert torch.equal(first, whole) and not torch.equal(first, second)
+
+
+def test_strength():
+    """Strength 0 still changes something, or strength does not order the ablation's weak, medium and strong."""
+    images = crops(64)
+    for geometry in True, False:
+        views = [data.guidance_view(images, generator(), geometry=geometry, strength=s) for s in (0, .5, 1, 1.5)]
+        changes = [(view - images / 255).abs().mean() for view in views]
+        assert changes[0] < 1e-6 < changes[1] < changes[2] < changes[3]
+
+
+def test_look_keeps_the_place():
+    """nsp's coarse view has each thing where the target has it, as dark or light, or what it predicts is unknowable."""
+    images = torch.full((200, 3, 32, 128), 60, dtype=torch.uint8)
+    spots = [(random.Random(i).randrange(4, 28), random.Random(-i).randrange(4, 124)) for i in range(200)]
+    for i, (y, x) in enumerate(spots):
+        images[i, :, y - 1:y + 2, x - 1:x + 2] = 250
+    still, moved = (data.guidance_view(images, generator(), geometry=g).mean(1) for g in (False, True))
+    still = torch.nn.functional.avg_pool2d(still, 3, 1, 1).flatten(1).argmax(1)
+    where = torch.stack([still // 128, still % 128], 1) - torch.tensor(spots)
+    assert where.abs().max() <= 2 and where.float().mean().abs() < .1
+    assert (moved.flatten(1).argmax(1) != still).float().mean() > .5
+    flat = lambda x: torch.nn.functional.normalize((x - x.mean((1, 2), keepdim=True)).flatten(1), dim=1)
+    crop, grey = crops(100), torch.tensor([.299, .587, .114]).view(3, 1, 1)
+    view = data.guidance_view(crop, generator(), geometry=False)
+    assert ((flat((view * grey).sum(1)) * flat((crop / 255 * grey).sum(1))).sum(1) > .5).float().mean() > .97
+
+
+@pytest.mark.parametrize("degrees", [15, -10, 4])
+def test_rotation_is_pillows(degrees):
+    """Turned the other way, by an angle stretched by the crop's shape, or with its ends cut off."""
+    image = picture(5, 128, 32).filter(ImageFilter.GaussianBlur(2))
+    ours = data.warp(data.unit(torch.tensor(np.array(image)).permute(2, 0, 1)[None]),
+                     data.turned(torch.tensor([degrees]).deg2rad(), 4.0))[0]
+    turn = lambda picture: np.array(picture.rotate(degrees, Image.Resampling.BILINEAR, expand=True).resize(
+        (128, 32), Image.Resampling.BILINEAR)) / 255
+    inside = turn(Image.new("L", (128, 32), 255)) > .99
+    error = np.abs(ours.permute(1, 2, 0).numpy() - turn(image)).mean(2)
+    assert inside.mean() > .4 and error[inside].mean() < .02, error[inside].mean()
+
+
+def test_warp_is_pillows_perspective():
+    """A homography of the wrong corners, or an affine map in its place."""
+    image = picture(6, 128, 32).filter(ImageFilter.GaussianBlur(2))
+    corners = torch.tensor([[-.9, -.5], [1., -.9], [.8, .7], [-1, 1]])
+    ours = data.warp(data.unit(torch.tensor(np.array(image)).permute(2, 0, 1)[None]), corners[None])[0]
+    square, rows = [(0, 0), (128, 0), (128, 32), (0, 32)], []
+    for (x, y), (u, v) in zip(square, ((corners + 1) / 2 * torch.tensor([128., 32])).tolist()):
+        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y, u], [0, 0, 0, x, y, 1, -v * x, -v * y, v]]
+    rows = np.array(rows)
+    solved = np.linalg.solve(rows[:, :8], rows[:, 8])
+    theirs = image.transform((128, 32), Image.Transform.PERSPECTIVE, solved, Image.Resampling.BILINEAR)
+    assert np.abs(ours.permute(1, 2, 0).numpy() - np.array(theirs) / 255)[2:-2, 2:-2].mean() < .01
+
+
+def test_blur_colour_and_noise():
+    """A blur that darkens the rim; colours whose grey changes with the hue; noise of another size than asked."""
+    images = torch.rand(4, 3, 32, 128, generator=generator())
+    b = lambda *values: torch.tensor(values, dtype=torch.float32)
+    assert torch.allclose(data.focus(torch.full((2, 3, 32, 128), .7), b(1.5, .5), b(0, 1)), torch.tensor(.7), atol=1e-5)
+    blurred = data.focus(images[:1], b(1.2), b(0))[0].permute(1, 2, 0).numpy()
+    theirs = np.stack([np.array(Image.fromarray(c.numpy()).convert("L")) for c in (images[0] * 255)])     # 8-bit planes
+    theirs = np.stack([np.array(Image.fromarray(c).filter(ImageFilter.GaussianBlur(1.2))) for c in theirs], 2) / 255
+    assert np.abs(blurred - theirs)[4:-4, 4:-4].mean() < .02
+    grey = lambda x: (x * data.GREY.view(3, 1, 1)).sum(1)
+    middle = images * .2 + .4
+    turned = data.recolour(middle, b(1, 1, 1, 1), b(1, 1, 1, 1), b(1, 1, 1, 1), b(1, 1, 0, .5), b(.1, -.3, 0, 0))
+    assert torch.allclose(grey(turned), grey(middle), atol=1e-4) and not torch.allclose(turned[0], middle[0])
+    assert (turned[2].std(0) < 1e-4).all()
+    noisy = data.noise(torch.full((4, 3, 32, 128), .5), torch.rand(4, generator=generator()), b(.1, .05, .02, 0)) - .5
+    assert torch.allclose(noisy.std((1, 2, 3)), b(.1, .05, .02, 0), atol=.003) and noisy.mean().abs() < .002
+
+
+def test_coarse_and_normalize():
+    """Single pixels in place of averages; height and width exchanged; uint8 and float scaled differently."""
+    images = crops(4)
+    coarse = data.coarse_view(images, (16, 64))
+    assert coarse.shape == (4, 3, 16, 64)
+    assert torch.allclose(coarse[1, 2, 3, 5], images[1, 2, 6:8, 10:12].float().mean() / 255)
+    assert torch.allclose(data.normalize(images), data.normalize(images.float() / 255), atol=1e-6)
+    assert data.normalize(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+
+
+# ---- the command line
+
+def command(*arguments):
+    script = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data.py")
+    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+
+
+def call(monkeypatch, capsys, *arguments):
+    """data.py's main() in this process: what it prints."""
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    data.main()
+    return capsys.readouterr().out
+
+
+def test_one_line_and_status_2(tmp_path):
+    """A stack trace for a typing error."""
+    result = command("check", tmp_path / "nowhere")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "no such file" in result.stderr
+
+
+def test_pack(tmp_path, words, damaged, monkeypatch, capsys):
+    """Images coded anew, labels shifted by damage, a data set overwritten, half of one under the final name."""
+    said = call(monkeypatch, capsys, "pack", words, damaged[0], tmp_path / "out")
+    source, packed = data.open_sources([words, damaged[0]]), data.open_source(str(tmp_path / "out"))
+    kept = [i for i in range(80) if i - 50 not in damaged[1]]
+    assert "72 of 80" in said and said.count("left out, damaged") == 8 and len(packed) == 72
+    assert [(packed.bytes(k), packed.label(k)) for k in range(72)] == [(source.bytes(i), source.label(i)) for i in kept]
+    with pytest.raises(UserError, match="exists already"):
+        call(monkeypatch, capsys, "pack", words, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["damaged", "out"]
+
+
+def test_pack_synth(tmp_path, monkeypatch, capsys):
+    """Rendered words that change on being stored."""
+    call(monkeypatch, capsys, "pack", "synth:5:2", tmp_path / "out")
+    for ours, theirs in zip(data.open_source(str(tmp_path / "out")), data.open_source("synth:5:2")):
+        assert torch.equal(ours[0], theirs[0]) and ours[1] == theirs[1]
+
+
+def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
+    """Training crops that are also test crops, as they are or coded anew and resized, go unseen; others do not."""
+    again = encode(picture(9).resize((80, 26)), "JPEG", quality=60)
+    test = [(encode(picture(7)), b"w7"), (again, b"w9"), (encode(picture(90)), b"x")]
+    test = write_lmdb(tmp_path / "test", test)
+    said = call(monkeypatch, capsys, "check", words, "--against", test, "--write_list", tmp_path / "list.tsv")
+    assert "50 entries = 50 read + 0 damaged" in said and "also in" in said
+    rows = [line.split("\t") for line in (tmp_path / "list.tsv").read_text().splitlines()]
+    assert [row[:2] + row[4:] for row in rows] == [["7", "words image-000000008", "test image-000000001", "w7"],
+                                                   ["9", "words image-000000010", "test image-000000002", "w9"]]
+    assert rows[0][3] == "same bytes" and rows[1][3].startswith("alike")
+    call(monkeypatch, capsys, "pack", words, tmp_path / "clean", "--without", tmp_path / "list.tsv")
+    clean = data.open_source(str(tmp_path / "clean"))
+    assert [label for _, label in clean] == [f"w{i}" for i in range(50) if i not in (7, 9)]
+    with pytest.raises(UserError, match="--without"):
+        call(monkeypatch, capsys, "pack", test, tmp_path / "other", "--without", tmp_path / "list.tsv")
+
+
+def test_check_counts(tmp_path, damaged, monkeypatch, capsys):
+    """Reports that do not add up; characters outside the charset, damage and repeats left unsaid."""
+    twice = write_lmdb(tmp_path / "twice", [(encode(picture(1)), "ñ".encode()), (encode(picture(1)), b"b c")])
+    said = call(monkeypatch, capsys, "check", damaged[0], twice)
+    assert "32 entries = 24 read + 8 damaged" in said and said.count("damaged: damaged image-") == 8
+    assert "2 characters outside the 94: 'ñ' 1 ' ' 1" in said, said
+    assert "repeat the bytes of another: 2" in said
+    assert "width from 90 to 90, median 90; height from 30 to 30" in said
+    assert "24 labels, length from 1 to 3, median 3" in said
+
+
+def test_show(tmp_path, damaged, monkeypatch, capsys):
+    """The sheet dies on a damaged crop, or on an unlabelled one."""
+    for options, width in (([], 4 * 264), (["--guidance", "--augment", "--coarse", "16x64"], 6 * 256 + 8)):
+        said = call(monkeypatch, capsys, "show", damaged[0], "--n", 30, "--out", tmp_path / "sheet.png", *options)
+        assert "30 of the 30 crops" in said and Image.open(tmp_path / "sheet.png").width == width
+    with pytest.raises(UserError, match="16x64"):
+        call(monkeypatch, capsys, "show", damaged[0], "--coarse", "wide")
+
+
+@pytest.mark.skipif("STR_DATA" not in os.environ, reason="STR_DATA names no folder of LMDBs")
+def test_real_crops():
+    """What holds for made pictures fails on the field's own files."""
+    source = data.open_source(os.environ["STR_DATA"])
+    got = list(data.read_all(source, 256, 2))
+    assert sum(len(step[0]) for step in got) == len(source) and not any(step[3] for step in got)
