@@ -157,7 +157,7 @@ def fit_labels(source, chars, max_length):
 
 # ---- drawing words
 
-PRINTABLE = "".join(map(chr, range(33, 127)))
+PRINTABLE, MAX_LENGTH = "".join(map(chr, range(33, 127))), 25
 LENGTHS = [n for n, share in enumerate((0, 1, 4, 16, 20, 15, 13, 11, 7, 5, 3, 2, 1, 1, 1)) for _ in range(share)]
 NUMBERS = """# ## ### #### ##### 19## 20## $# $## $#.## $##.## ##% #% #.## ##.# #,### #:## ##:## ##am #pm #/# ##/## #x##
     ###-#### ###-###-#### (###) No.# #th +## ##-## ##+ ##m ##km A# B## #C ##A""".split()

@@ -413,7 +413,7 @@ def main():
         for src in args.data:
             source = data.open_source(src, fonts=args.fonts, rotate_tall=args.rotate_tall, chars=reader.model.charset)
             sources[src.rstrip("/") if source.name in sources else source.name] = source
-        if len(sources) < len(args.data):
+        if min(len(sources), len({*args.data})) < len(args.data):
             raise UserError(f"--data {' '.join(args.data)}: one set twice; each is one row of the table")
         if world > 1:
             dist.init_process_group("gloo")                                      # only readings travel, from CPU to CPU

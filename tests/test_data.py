@@ -1,4 +1,4 @@
-"""Tests of data.py. Each docstring names the mistake that the test would catch. The crops are made here, not downloaded.
+"""Tests of data.py. Each docstring names the mistake that the test would catch. The crops are made here, not fetched.
 
     pytest tests/test_data.py              STR_DATA=folder/of/lmdbs pytest tests/test_data.py     also reads real crops
 """
@@ -519,14 +519,16 @@ def test_look_keeps_the_place():
 @pytest.mark.parametrize("degrees", [15, -10, 4])
 def test_rotation_is_pillows(degrees):
     """Turned the other way, by an angle stretched by the crop's shape, or with its ends cut off."""
-    image = picture(5, 128, 32).filter(ImageFilter.GaussianBlur(2))
+    y, x = np.mgrid[:32, :128]
+    squares = np.uint8(255 * (x // 11 % 2 ^ y // 11 % 2))[..., None].repeat(3, 2)
+    image = Image.fromarray(squares).filter(ImageFilter.GaussianBlur(2))
     ours = data.warp(data.unit(torch.tensor(np.array(image)).permute(2, 0, 1)[None]),
                      data.turned(torch.tensor([degrees]).deg2rad(), 4.0))[0]
     turn = lambda picture: np.array(picture.rotate(degrees, Image.Resampling.BILINEAR, expand=True).resize(
         (128, 32), Image.Resampling.BILINEAR)) / 255
     inside = turn(Image.new("L", (128, 32), 255)) > .99
     error = np.abs(ours.permute(1, 2, 0).numpy() - turn(image)).mean(2)
-    assert inside.mean() > .4 and error[inside].mean() < .02, error[inside].mean()
+    assert inside.mean() > .4 and error[inside].mean() < .025, error[inside].mean()
 
 
 def test_warp_is_pillows_perspective():
@@ -548,10 +550,12 @@ def test_blur_colour_and_noise():
     images = torch.rand(4, 3, 32, 128, generator=generator())
     b = lambda *values: torch.tensor(values, dtype=torch.float32)
     assert torch.allclose(data.focus(torch.full((2, 3, 32, 128), .7), b(1.5, .5), b(0, 1)), torch.tensor(.7), atol=1e-5)
-    blurred = data.focus(images[:1], b(1.2), b(0))[0].permute(1, 2, 0).numpy()
-    theirs = np.stack([np.array(Image.fromarray(c.numpy()).convert("L")) for c in (images[0] * 255)])     # 8-bit planes
-    theirs = np.stack([np.array(Image.fromarray(c).filter(ImageFilter.GaussianBlur(1.2))) for c in theirs], 2) / 255
-    assert np.abs(blurred - theirs)[4:-4, 4:-4].mean() < .02
+    point = torch.zeros(3, 3, 32, 128)
+    point[:, :, 16, 64] = 1
+    blurred = data.focus(point, b(.8, 1, 1.2), b(0, 0, 0)).sum(1) / 3
+    assert torch.allclose((blurred.sum(1) * (torch.arange(128) - 64) ** 2).sum(1), b(.8, 1, 1.2) ** 2, rtol=.1)
+    assert torch.allclose((blurred.sum(2) * (torch.arange(32) - 16) ** 2).sum(1), b(.8, 1, 1.2) ** 2, rtol=.1)
+    assert data.focus(point, b(0, 0, 0), b(0, .5, 1))[:, 0, 16, 64].diff().min() > .1
     grey = lambda x: (x * data.GREY.view(3, 1, 1)).sum(1)
     middle = images * .2 + .4
     turned = data.recolour(middle, b(1, 1, 1, 1), b(1, 1, 1, 1), b(1, 1, 1, 1), b(1, 1, 0, .5), b(.1, -.3, 0, 0))

@@ -132,9 +132,12 @@ def bench(tmp_path_factory):
     config.pop("decoder")
     reader = config.pop("reader")
     net = model.Recognizer(model.ViT(**config), data.CHARSETS["94"], 25, **reader)
-    with torch.no_grad():                   # louder, so that crops are read differently and no two classes are about as likely
+    with torch.no_grad():                   # louder, so that words differ, end at many lengths, and no two classes are near a tie
+        for layer in net.layers:
+            layer.cross_attn.proj.weight.mul_(8)
+        net.embed.weight.mul_(40)
         net.classifier.weight.mul_(20)
-        net.classifier.bias[net.end] += 8
+        net.classifier.bias[net.end] += 15
     torch.save({"model": net.state_dict(), "args": {"model": "vit_nano", "max_length": 25, "spell": False},
                 "charset": net.charset, "step": 0}, root / "tiny.pt")
     (root / "set").mkdir()
@@ -388,9 +391,9 @@ def test_attention_on_text(bench, tmp_path, monkeypatch):
         for who in ("cls", "patches", "decoder"):
             assert got[who] == pytest.approx({"share": share, "entropy": entropy}, abs=1e-5), who
     sheet = np.array(Image.open(tmp_path / "look.png")).astype(int)
-    red = (sheet[..., 0] - sheet[..., 1] > 100)[:90, 268 + 6:268 + 262]          # the [cls] cell of the first crop
-    y, x = red.nonzero()
-    assert 4 + 8 <= y.min() and y.max() < 4 + 16 and x.max() < 16                # one patch of 4 x 8 pixels, magnified twice
+    red = (sheet[..., 0] - sheet[..., 1] > 100)[4:68, 268 + 6:268 + 262]         # the [cls] cell of the first crop, twice its size
+    (p, q), (y, x) = net.encoder.patch, red.nonzero()
+    assert (y.min(), y.max(), x.min(), x.max()) == (2 * p, 4 * p - 1, 0, 2 * q - 1)
     assert evaluate.look(reader, data.Files([(str(bench / "set" / "0.png"), "a")], "", "x"), str(tmp_path / "x.png")) is None
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import render
-from render import PRINTABLE, Synth, UserError
+import data as render
+from data import PRINTABLE, Synth, UserError
 
 GREEK = "αβγδεζηθικλμνξοπρστυφχψωΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩ"
 
