@@ -9,8 +9,6 @@ folders; a labels file, .txt or .tsv (path<TAB>label), .jsonl ({"filename", "tex
 relative to it; a folder of images (unlabelled). What cannot be read raises Damaged and is counted, never replaced.
 """
 import argparse
-import collections
-import functools
 import hashlib
 import io
 import json
@@ -25,7 +23,7 @@ import sys
 import unicodedata
 import warnings
 from collections import Counter, namedtuple
-from functools import partial, partialmethod
+from functools import cache, lru_cache, partial, partialmethod, reduce
 
 import numpy as np
 import torch
@@ -74,11 +72,9 @@ class Parser(argparse.ArgumentParser):
 
 def size(text):
     """"16x64" -> (16, 64), height first."""
-    try:
-        h, w = map(int, text.lower().split("x"))
-        return h, w
-    except ValueError:
-        raise UserError(f"{text}: expected height x width in pixels, such as 16x64") from None
+    if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", text):
+        raise UserError(f"{text}: expected height x width in pixels, such as 16x64")
+    return tuple(map(int, text.split("x")))
 
 
 class Source(Dataset):
@@ -168,7 +164,7 @@ FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.lo
 NO_LETTERS = "(?i)symbol|emoji|ding|math|icon|braille|barcode|music|lastresort|blank|notdef|ornament"
 
 
-@functools.cache
+@cache
 def vocabulary():
     """{length: lower-case words, the common ones first}, about 8,000: words of signs, of the docstrings and comments of
     this Python (another version may have others), and of the names of pictographs, such as "hamburger"."""
@@ -176,7 +172,7 @@ def vocabulary():
     for path in sorted(pathlib.Path(os.__file__).parent.glob("*.py")):
         prose += map("".join, re.findall(r'"""(.*?)"""|# ([^\n]*)', path.read_text("utf-8", "ignore"), re.S))
     found = re.findall(r"(?<=[ \n(])[A-Za-z]?[a-z]+(?=[ ,.;:)\n])", f" {' '.join(prose)} ")
-    count = collections.Counter(SIGNS * 200 + [word.lower() for word in found])
+    count = Counter(SIGNS * 200 + [word.lower() for word in found])
     common = sorted(filter(re.compile("[aeiouy]").search, count), key=lambda word: (-count[word], word))
     return {length: [word for word in common if len(word) == length] for length in set(LENGTHS)}
 
@@ -192,7 +188,7 @@ def font_files(folder=None):
     return files
 
 
-@functools.lru_cache(4096)
+@lru_cache(4096)
 def face(path, size):
     """(the font, its picture of a character that no font has), or None for a file that FreeType cannot use."""
     try:
@@ -202,7 +198,7 @@ def face(path, size):
         return None
 
 
-@functools.lru_cache(1 << 15)
+@lru_cache(1 << 15)
 def glyph(path, size, stroke, char):
     """(coverage, its pixels as mode "1", left, top from the baseline, advance), or None where the font lacks char."""
     font, missing = face(path, size) or (None, None)
@@ -214,7 +210,7 @@ def glyph(path, size, stroke, char):
     return ink, ink.convert("1", dither=Image.Dither.NONE), left, top, font.getlength(char)
 
 
-@functools.cache
+@cache
 def textures():
     """(192, 64, 192) in [0, 1] and (3, 64, 256) unit noise, float32; a crop cuts its own windows out of it. Noise of
     few or many cells, smooth or square, upright or turned, soft or hard, is light, clouds, cloth, planks, frames."""
@@ -271,7 +267,7 @@ def paint(rng, cover):
         ink = mix(ink, colour(mix(text, back, rng.uniform(-.4, .3))), texture())
     if kind < .25:  # hollow letters, an outline; a shadow, the side of a raised letter
         steps = [(0, 1), (0, -1), (1, 0), (-1, 0)] if kind < .1 else [(rng.choice((-1, 1, 2)), rng.choice((-2, 1, 2)))]
-        under = functools.reduce(np.maximum, [np.roll(cover, step, (0, 1)) for step in steps], cover)
+        under = reduce(np.maximum, [np.roll(cover, step, (0, 1)) for step in steps], cover)
         image = mix(image, colour(mix(back, text, rng.uniform(-1, .3))), under * rng.uniform(.5, 1))
         cover = under - cover if kind < .02 else cover
     light = mix(rng.uniform(.4, 1), rng.uniform(.9, 1.4), texture()) if rng.random() < .3 else 1
@@ -296,7 +292,7 @@ def worn(rng, image, a):
     return image
 
 
-class Synth(Dataset):
+class Synth(Source):
     """n rendered words; crop i is a pure function of (seed, i), whatever the process, the worker or the order.
     fonts: a folder of more fonts. charset: the letters to use; unless they are ASCII its words are random letters.
     Pictures depend on the installed fonts, words on the Python version: another machine draws another set."""
@@ -313,8 +309,6 @@ class Synth(Dataset):
                 least = min(lack.values(), key=len)[:40]
                 raise UserError(f"charset: no font has all of it, the best lacks {least}; give one with --fonts FOLDER")
 
-    def __len__(self): return self.n
-    def __getitem__(self, i): return self.get(i)[:2]
     def where(self, i): return f"synth:{self.n}:{self.seed} word {i}"
     def label(self, i): return self.word(i)[0]
 
@@ -752,8 +746,9 @@ def collate(crops, masks=False):
 
 
 def start_worker(_):
-    """Ctrl-C is the training script's to handle: it saves, and its workers end with it."""
+    """Signals to the whole group are the training script's to handle: it saves, and its workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -823,8 +818,8 @@ def fingerprint(images):
     """Crops -> (n, 472) of length 1: differences of neighbours in the grey picture at 8 x 32. A product of two is over
     .9 if one is the other coded anew (all of 500 at JPEG quality 75, 98 % at 30) or resized (97 %), not cropped anew.
     Among 49 million pairs of training and test crops, no two with different labels came so near."""
-    small = F.adaptive_avg_pool2d(torch.einsum("bchw,c->bhw", unit(images), GREY), (8, 32))
-    edges = torch.cat([small.diff(dim=1).flatten(1), small.diff(dim=2).flatten(1)], 1)
+    small = coarse_view(torch.einsum("bchw,c->bhw", unit(images), GREY)[:, None], (8, 32))
+    edges = torch.cat([small.diff(dim=2).flatten(1), small.diff(dim=3).flatten(1)], 1)
     return F.normalize(edges - edges.mean(1, keepdim=True))
 
 
@@ -862,7 +857,7 @@ def check(args):
         known.update(zip(map(digest, files), indices))
         marks.append(fingerprint(images))
         places += indices
-    marks = torch.cat(marks) if tests else None
+    marks = torch.cat(marks) if places else torch.zeros(1, 472)
     seen, chars, sizes, lengths, bad, found = Counter(), Counter(), [], [], [], []
     for indices, images, labels, damaged, files in inspect(source, args.workers):
         seen.update(map(digest, files))
@@ -897,19 +892,16 @@ def check(args):
 
 def pack(args):
     import lmdb
-    source, part, skip = open_sources(args.src), args.out + ".part", {}
+    source, part, kept, room = open_sources(args.src), args.out + ".part", [], 2 ** 24
     if os.path.exists(args.out):
         raise UserError(f"{args.out}: exists already; type the name of a new folder")
     try:
-        if args.without:
-            with open(args.without, encoding="utf-8") as file:
-                skip = {int(i): where for i, where in (line.split("\t")[:2] for line in file)}
-        if any(source.where(i) != where for i, where in skip.items()):
+        skip = dict(line.split("\t")[:2] for line in open(args.without, encoding="utf-8")) if args.without else {}
+        if any(source.where(int(i)) != where for i, where in skip.items()):
             raise ValueError("it names other entries")
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"--without {args.without}: {error}; expected the list that check wrote of this SRC") from None
-    kept, room = [], 2 ** 24
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)         # of a pack that was stopped
     try:
         with lmdb.open(part, map_size=room) as env:
             for indices, _, labels, damaged, files in inspect(source, args.workers):
@@ -918,7 +910,7 @@ def pack(args):
                 env.set_mapsize(room)
                 with env.begin(write=True) as txn:
                     for i, label, data in zip(indices, labels, files):
-                        if i not in skip:
+                        if str(i) not in skip:
                             kept.append(i)
                             txn.put(b"image-%09d" % len(kept), data)
                             if label is not None:

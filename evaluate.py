@@ -33,9 +33,8 @@ PROTOCOLS = {
     "exact": "nothing folded but composed and decomposed Unicode (NFC); spaces count",
     "ci": "as exact, in lower case; spaces count",
     "waics": "only ASCII letters and digits count, in lower case; spaces and symbols do not",
-    "parseq36": "PARSeq's: no spaces, NFKD to ASCII; labels over 25 characters dropped; a-z 0-9 kept; empty ones dropped",
-    "zh": "FudanVI's: lower case, no spaces, full width to half; traditional is not made simplified: that needs a table"}
-ALNUM = frozenset(data.CHARSETS["62"])
+    "parseq36": "PARSeq's: no spaces, NFKD to ASCII, labels over 25 letters dropped, a-z 0-9 kept, empty ones dropped",
+    "zh": "FudanVI's: lower case, no spaces, full width to half; traditional is not made simplified, lacking a table"}
 HALF = {0x3000: " ", **{c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}}
 
 
@@ -47,11 +46,12 @@ def ascii_of(text):
 def normalize(text, protocol):
     """The form in which a label and a reading are compared.
 
-    exact, ci: NFC, as in training. waics: LMIM's, which drops what is not ASCII before it lowers case, so a Kelvin sign is
-    no k; mmocr's lowers first, keeps CJK, and ^ by a slip in its pattern. zh: to the letter, so of spaces only the ASCII
-    one goes, an ideographic one becomes a space that counts, and labels and readings must be in one script."""
+    exact, ci: NFC, as in training. waics: LMIM's, which drops what is not ASCII before it lowers case: a Kelvin sign is
+    no k. mmocr's lowers first, keeps CJK, and ^ by a slip in its pattern. zh: to the letter, so of spaces only ASCII's
+    goes, an ideographic one becomes a space that counts, and labels and readings must be in one script."""
     if protocol in ("waics", "parseq36"):
-        return "".join(c for c in (text if protocol == "waics" else ascii_of(text)) if c in ALNUM).lower()
+        text = ascii_of(text) if protocol == "parseq36" else text
+        return "".join(c for c in text if c in data.CHARSETS["62"]).lower()
     if protocol == "zh":
         return text.lower().replace(" ", "").translate(HALF)
     text = unicodedata.normalize("NFC", text)
@@ -69,15 +69,15 @@ def distance(a, b):
 
 
 def score(pairs, protocol):
-    """(label, reading) pairs -> {"n", "evaluated", "dropped": {reason: count}, "accuracy", "ned"}. In percent: words equal
-    when normalized, and PARSeq's 1 - NED, the mean of 1 - distance / longer length; None where no word is left. A reading
-    of None is a damaged crop: counted and dropped. Only parseq36 drops labels; one that waics folds to nothing stays, as
+    """(label, reading) pairs -> {"n", "evaluated", "dropped": {reason: count}, "accuracy", "ned"}. In percent: equal
+    when normalized, and PARSeq's 1 - NED, the mean of 1 - distance / longer length; None if no word is left. A reading of
+    None is a damaged crop, counted and dropped. Only parseq36 drops labels; one that waics folds to nothing stays, as
     in LMIM's code, and is right when the reading folds to nothing too."""
     n, dropped, right, near = 0, Counter(), 0, 0.0
     for n, (label, reading) in enumerate(pairs, 1):
-        a, b, drops = normalize(label, protocol), normalize(reading or "", protocol), protocol == "parseq36"
-        if reading is None or drops and (len(ascii_of(label)) > 25 or not a):
-            long = drops and len(ascii_of(label)) > 25
+        a, b = normalize(label, protocol), normalize(reading or "", protocol)
+        long = protocol == "parseq36" and len(ascii_of(label)) > 25
+        if reading is None or long or protocol == "parseq36" and not a:
             dropped["damaged" if reading is None else "longer than 25" if long else "no letter or digit"] += 1
             continue
         right += a == b
@@ -105,7 +105,7 @@ def read_predictions(path):
 BENCHMARKS = [  # sets and their full size, for IC13-857 is not IC13-1015; figures in that order, then their average
     (dict(iiit5k=3000, ic13=1015, svt=647, ic15=2077, svtp=645, cute=288), {
         "LMIM": "98.5 98.0 97.7 88.7 94.0 98.6 95.9", "MNSP": "- - - - - - 96.7"}),
-    (dict(curve=2426, multioriented=1369, artistic=900, contextless=779, salient=1585, multiwords=829, general=400000), {
+    (dict(curve=2426, multiori=1369, artistic=900, contextless=779, salient=1585, multiword=829, general=400000), {
         "MIM": "84.8 79.3 71.1 81.5 81.0 82.5 82.0 80.3", "SeqCLR": "83.7 79.9 73.7 79.7 81.0 84.0 82.7 80.7",
         "MAERec-S": "81.4 71.4 72.0 82.0 78.5 82.4 82.5 78.6", "LMIM-10ep": "87.5 84.5 79.8 84.3 86.6 86.1 84.4 84.7",
         "LMIM-20ep": "90.3 86.6 80.7 85.5 88.2 87.9 85.1 86.3", "MNSP": "- - - - - - - 86.2",
@@ -118,17 +118,16 @@ def loose(name):
 
 
 def summary(sets, protocol):
-    """{set: score} -> what --json holds: `average` is the mean over sets, `weighted` that over their evaluated words. Sets
-    without a word stay out, and so does Union14M's Incomplete, which is reported as a drop."""
+    """{set: score} -> what --json holds: `average` over sets, `weighted` over their evaluated words. Sets without one
+    stay out, and so does Union14M's Incomplete, which is reported as a drop."""
     many = [one for name, one in sets.items() if one["evaluated"] and "incomplete" not in loose(name)]
-    total = sum(one["evaluated"] for one in many)
-    return {"protocol": protocol, "sets": sets,
-            "average": sum(one["accuracy"] for one in many) / len(many) if many else None,
-            "weighted": sum(one["accuracy"] * one["evaluated"] for one in many) / total if many else None}
+    mean = lambda weights: sum(w * one["accuracy"] for w, one in zip(weights, many)) / sum(weights) if many else None
+    return {"protocol": protocol, "sets": sets, "average": mean([1] * len(many)),
+            "weighted": mean([one["evaluated"] for one in many])}
 
 
 def published(sets):
-    """{method: {set or 'average': figure}} for sets of a benchmark's name and size; averages beside its very sets only."""
+    """{method: {set or 'average': figure}} for sets of a benchmark's name and size; averages for its very sets only."""
     columns, names = {}, [name for name in sets if "incomplete" not in loose(name)]
     for sizes, methods in BENCHMARKS:
         place = {name: k for k, (known, n) in enumerate(sizes.items()) for name in names
@@ -148,14 +147,13 @@ def print_table(result):
     line("set", "n", "evaluated", "accuracy", "1-NED", "seconds", *columns)
     for name, one in sets.items():
         notes = [f"   {n:,} dropped: {why}" for why, n in one["dropped"].items()]
-        notes += ["   not in the averages"] if "incomplete" in loose(name) else []
-        line(name, *(one[key] for key in ("n", "evaluated")), *(number(one[key]) for key in ("accuracy", "ned", "seconds")),
-             *beside(name), *notes)
+        notes += ["   not averaged"] * ("incomplete" in loose(name))
+        numbers = [number(one[key]) for key in ("accuracy", "ned", "seconds")]
+        line(name, one["n"], one["evaluated"], *numbers, *beside(name), *notes)
     line("average", "", "", number(result["average"]), "", "", *beside("average"))
     line("weighted", "", "", number(result["weighted"]))
-    if columns:
-        print(f"{', '.join(columns)}: as published, protocol waics, original labels" + (
-              "" if result["protocol"] == "waics" else f"; not comparable with {result['protocol']}"))
+    other = "" if result["protocol"] == "waics" else f"; not comparable with {result['protocol']}"
+    print(f"{', '.join(columns)}: as published, protocol waics, original labels{other}\n" if columns else "", end="")
     for kind in ("heights", "rotations"):
         for value, other in result.get(kind, {}).items():
             print(f"\n{kind[:-1]} {value}, and the change")
@@ -167,17 +165,17 @@ def print_table(result):
 # ---- reading
 
 class Reader:
-    """read: uint8 or float in [0, 1], (B, 3, 32, 128) -> [(text, confidence)]. In float32 a reading does not depend on what
-    it is batched with; half precision gives no such promise. A checkpoint that is missing or foreign is a UserError."""
+    """read: uint8 or float in [0, 1], (B, 3, 32, 128) -> [(text, confidence)]. In float32 a reading does not depend on
+    its batch; half precision gives no such promise. A checkpoint that is missing or foreign is a UserError."""
 
     def __init__(self, path, device="cpu", dtype="float32"):
         self.model, self.device, self.dtype = model.load_recognizer(path, device), device, getattr(torch, dtype)
 
     @torch.inference_mode()
     def read(self, images, batch_size=128):
-        words, half = [], self.dtype != torch.float32
-        for batch in images.split(batch_size):
-            with torch.autocast(torch.device(self.device).type, self.dtype, enabled=half):
+        words = []
+        with torch.autocast(torch.device(self.device).type, self.dtype, enabled=self.dtype != torch.float32):
+            for batch in images.split(batch_size):
                 words += self.model.strings(*self.model.decode(data.normalize(batch.to(self.device))))
         return words
 
@@ -187,8 +185,8 @@ load_recognizer = Reader
 
 def changed(images, kind, value):
     """heights: crops at `value` pixels, their shape kept, enlarged again as crops of that height would be, bicubically.
-    rotations: turned by `value` degrees counter-clockwise on a canvas that grows to hold them, edges continued, squeezed to
-    32 x 128; 4 x 4 points a pixel, so that 0 changes nothing and 30 does not alias. Else as they are."""
+    rotations: turned by `value` degrees counter-clockwise on a canvas that grows, edges continued, and squeezed again;
+    4 x 4 points a pixel, so that 0 changes nothing and 30 does not alias. Else as they are."""
     images = data.unit(images)
     if kind == "heights":
         images = F.interpolate(images, size=(value, value * W // H), mode="bilinear", antialias=True)
@@ -200,15 +198,16 @@ def changed(images, kind, value):
 
 
 def read_source(reader, source, args, views=(("sets", 0),), rank=0, world=1):
-    """Every crop once over all ranks -> rows (label, a reading for each view) in order, with None for what is damaged; why that
-    is; seconds of each view. Words wait for the longest of their batch: how long one is shows only once it is read."""
+    """Every crop once over all ranks -> rows (label, a reading for each view), with None for the damaged; why they are;
+    seconds of each view. Words wait for the longest of their batch: how long one is shows only once it is read."""
     rows, broken, seconds, clock = {}, [], [0.0] * len(views), time.perf_counter()
     steps = data.read_all(source, args.batch_size, args.workers, rank, world)
     for ids, images, labels, damaged in tqdm(steps, source.name, disable=rank or None):
         for i, label in zip(ids, labels):
-            if args.data and (label is None or args.predictions and set("\t\n") & set(label)):
-                raise UserError(f"{source.where(i)}: " + (f"{label!r} holds a tab or line end: no --predictions" if label
-                                else "no label; --data scores readings, --images only reads"))
+            if args.data and label is None:
+                raise UserError(f"{source.where(i)}: no label; --data scores readings, --images only reads")
+            if args.predictions and set("\t\n") & set(label):
+                raise UserError(f"{source.where(i)}: {label!r} holds a tab or line end: no --predictions of it")
         images, readings = images.to(reader.device), []
         for k, view in enumerate(views):
             readings.append(reader.read(changed(images, *view), args.batch_size) if ids else [])
@@ -218,9 +217,9 @@ def read_source(reader, source, args, views=(("sets", 0),), rank=0, world=1):
     parts = [(rows, broken, seconds)] * world
     if world > 1:
         dist.all_gather_object(parts, (rows, broken, seconds))
-    rows, lost = {i: row for part in parts for i, row in part[0].items()}, ("", *[(None, 0.0)] * len(views))
-    seconds = [max(part[2][k] for part in parts) for k in range(len(views))]
-    return [rows.get(i, lost) for i in range(len(source))], sum((part[1] for part in parts), []), seconds
+    rows, broken, seconds = zip(*parts)
+    rows, lost = {i: row for part in rows for i, row in part.items()}, ("", *[(None, 0.0)] * len(views))
+    return [rows.get(i, lost) for i in range(len(source))], sum(broken, []), [max(each) for each in zip(*seconds)]
 
 
 # ---- pictures
@@ -229,18 +228,19 @@ RED, BLACK, GREY = (210, 30, 30), (0, 0, 0), (120, 120, 120)
 
 
 def draw_sheet(rows, path):
-    """rows of cells (picture uint8 (3, 32, 128) or None, [(text, colour), ...]): text stands below a picture, or alone."""
+    """rows of cells (picture uint8 (3, 32, 128) or None, [(text, colour), ...]): text is below a picture, or alone."""
     w, h = 2 * W + 12, 2 * H + 26
     sheet = Image.new("RGB", (w * max(map(len, rows)), h * len(rows)), "white")
-    for x, y, (picture, pieces) in ((x * w + 6, y * h, cell) for y, row in enumerate(rows) for x, cell in enumerate(row)):
+    cells = ((x * w + 6, y * h, *cell) for y, row in enumerate(rows) for x, cell in enumerate(row))
+    for x, y, picture, pieces in cells:
         base, size, line = *((46, 24) if picture is None else (84, 14)), "".join(text for text, _ in pieces)
         if picture is not None:
             picture = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
             sheet.paste(picture.resize((2 * W, 2 * H), Image.NEAREST), (x, y + 4))
         able = (file for file in data.font_files() if all(data.glyph(file, size, 0, c) for c in line if c != " "))
-        file = next(able, None)                                      # no font has every letter: Pillow's own, with boxes
-        fits = min(1, (w - 12) / max(1, data.face(file, size)[0].getlength(line)))
-        font = data.face(file, max(7, int(size * fits)))[0]
+        file = next(able, None)                              # where no font has every letter: Pillow's own, with boxes
+        room = (w - 12) / max(1, data.face(file, size)[0].getlength(line))
+        font = data.face(file, max(7, int(size * min(1, room))))[0]
         for text, colour in pieces:
             ImageDraw.Draw(sheet).text((x, y + base), text, colour, font, "ls")
             x += font.getlength(text)
@@ -257,12 +257,12 @@ def marked(truth, reading, protocol):
 
 @torch.inference_mode()
 def look(reader, source, path):
-    """Draws where the network looks on the first 16 crops: [cls] in the encoder's last block, each letter in the decoder's
-    last cross-attention, means over heads, without what falls on [cls]; red on one scale for the sheet.
+    """Draws where the network looks on the first 16 crops: [cls] in the encoder's last block, each letter in the
+    decoder's last cross-attention, means over heads, without what falls on [cls]; red on one scale for the sheet.
 
-    On rendered words, whose text pixels are known, returns over the first 256 the share of attention on text (even within
-    a patch) and its entropy / log N (1: all over), for [cls], the mean patch and the mean letter; `text_area` is the share
-    that blind attention has. Else None."""
+    On rendered words, whose text pixels are known, returns over the first 256 the share of attention on text (even
+    within a patch) and its entropy / log N (1: all over), for [cls], the mean patch and the mean letter; `text_area` is
+    the share that blind attention has. Else None."""
     net, (h, w), sums, area = reader.model, reader.model.encoder.grid, {}, []
     for start in range(0, min(256, len(source)), 16):
         crops = [data.Readable(source)[i] for i in range(start, min(start + 16, len(source)))]
@@ -282,8 +282,8 @@ def look(reader, source, path):
                 heat = F.interpolate((weights / full).clamp(max=1).view(-1, 1, h, w), size=(H, W))
                 grey = 127 + crop.image.float().mean(0).expand(len(heat), 3, H, W) / 2
                 heat = grey.lerp(torch.tensor(RED).view(3, 1, 1).float(), heat).byte()
-                cells = [(crop.image, [(crop.label or "", BLACK)])]
-                cells += [(picture, [(name, GREY)]) for picture, name in zip(heat, ["[cls]", *word])]
+                cells = [(picture, [(name, GREY)]) for picture, name in zip(heat, ["[cls]", *word])]
+                cells = [(crop.image, [(crop.label or "", BLACK)]), *cells]
                 rows += [cells[k:k + 6] for k in range(0, len(cells), 6)]
             draw_sheet(rows, path)
             path = print(f"{path}: full red is {full * h * w:.1f} times an even spread")     # None: drawn once
@@ -291,53 +291,54 @@ def look(reader, source, path):
             return None
 
         text = torch.stack([crop.mask for crop in crops]).to(reader.device) > 0
-        text = F.avg_pool2d(text[:, None].float(), net.encoder.patch).flatten(1)             # (B, N) share of text in a patch
+        text = F.avg_pool2d(text[:, None].float(), net.encoder.patch).flatten(1)   # (B, N) text's part of a patch
         area += text.mean(1).tolist()
         for name, seen in {"cls": own[:, :1], "patches": own[:, 1:], "decoder": letters}.items():
             asked = ids != net.end if name == "decoder" else torch.ones_like(seen[..., 0], dtype=torch.bool)
-            each = torch.stack([(seen * text[:, None]).sum(-1), -torch.xlogy(seen, seen).sum(-1) / math.log(h * w), asked])
-            sums[name] = sums.get(name, 0) + each[:, asked].sum(1)                           # share, entropy, queries
+            entropy = -torch.xlogy(seen, seen).sum(-1) / math.log(h * w)
+            each = torch.stack([(seen * text[:, None]).sum(-1), entropy, asked])             # (3, B, queries)
+            sums[name] = sums.get(name, 0) + each[:, asked].sum(1)
     if not area:
         return None
     means = {name: dict(share=(a / n).item(), entropy=(b / n).item()) for name, (a, b, n) in sums.items() if n}
-    print(f"attention on {len(area)} rendered words of {source.name}; text is {sum(area) / len(area):.3f} of the area", *(
-          f"{who:8} {one['share']:.3f} on text, entropy {one['entropy']:.3f}" for who, one in means.items()), sep="\n  ")
+    print(f"attention on {len(area)} rendered words of {source.name}; text is {sum(area) / len(area):.3f} of the area")
+    for who, one in means.items():
+        print(f"  {who:8} {one['share']:.3f} on text, entropy {one['entropy']:.3f}")
     return {"n": len(area), "text_area": sum(area) / len(area), **means}
 
 
 # ---- main
 
 def parse():
-    parser = data.Parser(description="Reads words with a fine-tuned recognizer and scores them under the field's protocols.")
+    parser = data.Parser(description=__doc__.split("\n\n")[0])
     add, what = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", nargs="+", metavar="SRC", help="labelled sets, a row of the table each: an LMDB folder or a "
-                      "tree of them, a labels file, synth:N for rendered words in the checkpoint's charset")
+    what.add_argument("--data", nargs="+", metavar="SRC", help="labelled sets, a row each: an LMDB folder or a tree of "
+                      "them, a labels file, synth:N for rendered words in the checkpoint's charset")
     what.add_argument("--images", nargs="+", metavar="FILE", help="image files to read: prints path, text, confidence")
     what.add_argument("--score", metavar="FILE", help="lines of label<TAB>prediction, from any system; needs no --ckpt")
     add("--ckpt", metavar="FILE", help="best.pt or last.pt of finetune.py; it holds charset and sizes")
-    add("--protocol", choices=PROTOCOLS, default="waics", help="how labels and readings are compared; papers print waics")
+    add("--protocol", choices=PROTOCOLS, default="waics", help="how labels and readings are compared; papers use waics")
     add("--json", metavar="FILE", help="write the results here")
     add("--predictions", metavar="FILE", help="write label, reading, confidence, place here; --score reads it back")
-    add("--heights", nargs="+", type=int, default=[], help="also read crops reduced to these heights; 8 tells models apart")
-    add("--rotations", nargs="+", type=float, default=[], help="also read crops turned by these degrees, counter-clockwise")
-    add("--attention", metavar="DIR", help="draw where the network looks; take synth:256 for the share that falls on text")
+    add("--heights", nargs="+", type=int, default=[], help="read crops reduced to these heights too; 8 is hard")
+    add("--rotations", nargs="+", type=float, default=[], help="read crops turned by these degrees too, leftwards")
+    add("--attention", metavar="DIR", help="draw where the network looks; take synth:256 for the share on text")
     add("--errors", metavar="FILE", help="draw the 48 most confident errors here")
     add("--batch_size", type=int, default=128, help="crops read at once by each process; lower it if memory runs out")
-    add("--workers", type=int, default=min(4, os.cpu_count()), help="processes that decode images for each rank; 0 if few")
+    add("--workers", type=int, default=min(4, os.cpu_count()), help="processes that decode images for a rank; 0 if few")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-        help="half precision is faster, but a reading may then change with its batch")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="half is faster, less exact")
     add("--fonts", help="a folder of .ttf or .otf files for synth, besides those of the system")
     add("--rotate_tall", action="store_true", help="turn crops much taller than wide; for data with vertical words")
     args = parser.parse_args()
-    given = [flag for flag in ("predictions", "heights", "rotations", "attention", "errors", "json") if getattr(args, flag)]
-    given = given if args.images else given and args.score and [flag for flag in given if flag != "json"]
+    given = [flag for flag in ("predictions", "heights", "rotations", "attention", "errors") if getattr(args, flag)]
+    given += ["json"] if args.json and args.images else []
     for wrong, message in (
-            (not args.score and not args.ckpt, "--ckpt is missing; type a checkpoint of finetune.py, out/finetune/best.pt"),
-            (given, f"--{given and given[0]} needs --data"),
+            (not args.score and not args.ckpt, "--ckpt is missing; type finetune.py's, such as out/finetune/best.pt"),
+            (given and not args.data, f"--{' --'.join(given)} needs --data"),
             (args.batch_size < 1 or args.workers < 0, "--batch_size, --workers: expected at least 1, at least 0"),
-            ([v for v in args.heights if not 1 <= v <= H], f"--heights {args.heights}: expected 1 to {H} pixels"),
-            ([v for v in args.rotations if not abs(v) < 90], f"--rotations {args.rotations}: expected -90 to 90 degrees")):
+            (any(not 1 <= v <= H for v in args.heights), f"--heights {args.heights}: expected 1 to {H} pixels"),
+            (any(abs(v) >= 90 for v in args.rotations), f"--rotations {args.rotations}: expected -90 to 90 degrees")):
         if wrong:
             parser.error(message)
     return args
@@ -404,8 +405,8 @@ def main():
     if args.images:
         source = data.Files([(path, None) for path in args.images], "", "--images", args.rotate_tall)
         rows, broken, _ = read_source(reader, source, args)
-        read = [f"{path}\t{text}\t{sure:.6g}" for path, (_, (text, sure)) in zip(args.images, rows) if text is not None]
-        print(*read, sep="\n", end="\n" * bool(read))
+        for path, (_, (text, sure)) in zip(args.images, rows):
+            print(f"{path}\t{text}\t{sure:.6g}\n" if text is not None else "", end="")
         if broken:
             raise UserError(f"{len(broken)} of {len(args.images)} could not be read: " + "; ".join(broken))
         return
@@ -422,6 +423,8 @@ def main():
                   f"{sum(p.numel() for p in reader.model.parameters()) / 1e6:.2f} M parameters, "
                   f"{len(reader.model.charset)} characters, {sum(map(len, sources.values())):,} crops")
         result = evaluate(reader, sources, args, rank, world)
+        if world > 1:
+            dist.destroy_process_group()            # or its threads may abort a process that ends
     if result:
         print_table(result)
     if result and args.json:

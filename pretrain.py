@@ -434,6 +434,8 @@ def draw_samples(run, images, path):
         columns += [fill(2 * like.expand(-1, -1, pixels.shape[-1]) - 1, torch.ones_like(pixels))]
     model.train()
     rows = torch.stack([c.clamp(0, 1).cpu() for c in [*columns, image / 2 + 0.5]], dim=1)     # (B, columns, 3, H, W)
+    if run.rank:
+        return
     B, columns, _, H, W = rows.shape
     sheet = torch.nn.functional.pad(rows, (2, 2, 2, 2), value=1).permute(0, 3, 1, 4, 2).reshape(B * (H + 4), columns * (W + 4), 3)
     sheet = Image.fromarray((sheet * 255).byte().numpy())

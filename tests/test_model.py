@@ -1,17 +1,14 @@
 """The networks against plain code: an independent ViT and decoder, a boolean mask, hand-made cases, and what must not leak."""
 import argparse
 import math
-import os
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-import model  # noqa: E402
-from data import UserError  # noqa: E402
-from model import METHODS, MODELS, Decoder, Pretrainer, Recognizer, ViT, random_mask, take  # noqa: E402
+import model
+from data import UserError
+from model import METHODS, MODELS, Decoder, Pretrainer, Recognizer, ViT, random_mask, take
 
 CHARS = "0123456789abcdefghijklmnopqrstuvwxyz"
 

@@ -46,7 +46,7 @@ def test_other_processes_draw_the_same():
     code = "import test_render as t; print(*t.digest(t.Synth(90, 5), range(60, 72)))"
     for hashes in ("1", "2"):
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                             cwd=os.path.dirname(__file__), env={**os.environ, "PYTHONHASHSEED": hashes})
+                             cwd=os.path.dirname(__file__), env={**os.environ, "PYTHONHASHSEED": hashes, "PYTHONPATH": ".."})
         assert out.stdout.split() == digest(Synth(90, 5), range(60, 72))
 
 

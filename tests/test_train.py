@@ -10,10 +10,9 @@ import pytest
 import torch
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
-sys.path.insert(0, ROOT)
-import finetune  # noqa: E402
-import pretrain  # noqa: E402
-from data import UserError  # noqa: E402
+import finetune
+import pretrain
+from data import UserError
 
 TINY = ["--model", "vit_nano", "--data", "synth:64", "--max_steps", "6", "--batch_size", "16", "--dtype", "float32", "--workers", "0",
         "--device", "cpu", "--log_every", "1", "--save_every", "2", "--sample_every", "1000"]
