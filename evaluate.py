@@ -70,8 +70,8 @@ def distance(a, b):
 
 def score(pairs, protocol):
     """(label, reading) pairs -> {"n", "evaluated", "dropped": {reason: count}, "accuracy", "ned"}. In percent: equal
-    when normalized, and PARSeq's 1 - NED, the mean of 1 - distance / longer length; None if no word is left. A reading of
-    None is a damaged crop, counted and dropped. Only parseq36 drops labels; one that waics folds to nothing stays, as
+    when normalized, and PARSeq's 1 - NED, the mean of 1 - distance / longer length; None if no word is left. A reading
+    of None is a damaged crop, counted and dropped. Only parseq36 drops labels; one that waics folds to nothing stays, as
     in LMIM's code, and is right when the reading folds to nothing too."""
     n, dropped, right, near = 0, Counter(), 0, 0.0
     for n, (label, reading) in enumerate(pairs, 1):
