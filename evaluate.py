@@ -423,8 +423,6 @@ def main():
                   f"{sum(p.numel() for p in reader.model.parameters()) / 1e6:.2f} M parameters, "
                   f"{len(reader.model.charset)} characters, {sum(map(len, sources.values())):,} crops")
         result = evaluate(reader, sources, args, rank, world)
-        if world > 1:
-            dist.destroy_process_group()            # or its threads may abort a process that ends
     if result:
         print_table(result)
     if result and args.json:

@@ -29,7 +29,7 @@ from model import (METHODS, MODELS, ALIGN, Pretrainer, block_noise, load_encoder
                    random_mask, read_checkpoint, take, unpatchify)
 
 RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's (10 epochs on 8 GPUs of 64 crops)
-    "vit_nano": dict(batch_size=128, max_steps=1000, blr=2e-3, warmup_epochs=0.5, sample_every=500, clip_grad=1.0),
+    "vit_nano": dict(batch_size=64, max_steps=2000, blr=4e-3, warmup_epochs=0.5, sample_every=1000, clip_grad=1.0),
     "vit_tiny": dict(blr=5e-4),
     "vit_small": {},
     "vit_base": {},
