@@ -9,6 +9,7 @@ folders; a labels file, .txt or .tsv (path<TAB>label), .jsonl ({"filename", "tex
 relative to it; a folder of images (unlabelled). What cannot be read raises Damaged and is counted, never replaced.
 """
 import argparse
+import atexit
 import hashlib
 import io
 import json
@@ -775,7 +776,10 @@ class Batches:
         self.loader = loader(source, self.indices(), workers, masks)
 
     def __iter__(self):
-        return iter(self.loader)
+        stream = iter(self.loader)
+        if self.loader.num_workers:         # workers ignore signals: told to end, or multiprocessing waits for them for ever
+            atexit.register(stream._shutdown_workers)
+        return stream
 
     def indices(self):
         p, epoch, order = self.first, None, range(self.n)

@@ -23,8 +23,8 @@ RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's: lr 
     "vit_nano": dict(batch_size=64, max_steps=12000, blr=4e-3, warmup_epochs=0.3, clip_grad=20.0, layer_decay=1.0, drop_path=0.0,
                      dropout=0.0, spell=10.0, save_every=1000),
     "vit_tiny": dict(blr=4e-4),
-    "vit_small": {},
-    "vit_base": {},
+    "vit_small": dict(blr=1e-4),
+    "vit_base": dict(blr=1e-4),
 }
 
 
@@ -60,6 +60,10 @@ def build(args, chars):
     config = {k: v for k, v in MODELS[args.model].items() if k not in ("reader", "decoder")}
     encoder = load_encoder(args.init, **options) if args.init else ViT(**config, **options)
     model = Recognizer(encoder, chars, args.max_length, dropout=args.dropout, spell=args.spell, **MODELS[args.model]["reader"])
+    want, have = tuple(config.values()), (len(encoder.blocks), encoder.width, encoder.blocks[0].attn.heads, encoder.patch)
+    if want != have:
+        raise UserError(f"--init {args.init}: depth, width, heads and patch are {have}, those of --model {args.model} {want}; "
+                        "name the --model it was made with")
     said = f"--init {args.init}: all {encoder.matched} tensors of the encoder loaded" if args.init else "from scratch: no --init"
     if "charset" in start:
         own, old = model.state_dict(), start["model"]
@@ -95,17 +99,22 @@ def layer_groups(model, weight_decay, layer_decay):
 @torch.inference_mode()
 def validate(training, source, protocol):
     """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first few (label, reading)."""
-    model, pairs = training.raw.eval(), {}
-    for ids, images, labels, _ in read_all(source, training.args.batch_size, training.args.workers, training.rank, training.world):
+    model, pairs, lost = training.raw.eval(), {}, 0
+    for ids, images, labels, damaged in read_all(source, training.args.batch_size, training.args.workers, training.rank, training.world):
         with training.autocast():
             words = model.strings(*model.decode(normalize(images.to(training.device))))
         pairs.update((i, (label, text)) for i, label, (text, _) in zip(ids, labels, words))
+        lost += len(damaged)
     if training.world > 1:
         parts = [None] * training.world
         dist.all_gather_object(parts, pairs, group=training.hosts)
         pairs = {i: pair for part in parts for i, pair in part.items()}
     model.train()
     pairs = [pairs[i] for i in sorted(pairs)]
+    if lost:
+        print(f"--val: {lost} crops are damaged and were not read")
+    if not pairs:
+        raise UserError(f"--val {' '.join(training.args.val)}: no crop of it can be read; see python data.py check")
     return evaluate.score(pairs, protocol), pairs[:4]
 
 
@@ -120,8 +129,8 @@ def main():
     add("--charset", default="94", help="36 (case folded), 62, 94, or a UTF-8 file of the characters of your script")
     add("--max_length", type=int, default=25, help="longest word, in characters; 40 for lines of Chinese")
     add("--layer_decay", type=float, default=0.75, help="each encoder layer learns at this share of the rate of the one above it")
-    add("--drop_path", type=between(-1, 1), default=0.1, help="share of encoder branches skipped; 0 for short runs")
-    add("--dropout", type=between(-1, 1), default=0.1, help="in attention, FFN and embeddings; 0 for short runs")
+    add("--drop_path", type=between(0, 1, True), default=0.1, help="share of encoder branches skipped; 0 for short runs")
+    add("--dropout", type=between(0, 1, True), default=0.1, help="in attention, FFN and embeddings; 0 for short runs")
     add("--label_fraction", type=float, default=1.0, help="train on this share of the labels, drawn once by --seed")
     add("--freeze_encoder", action="store_true", help="train the decoder only, to measure what the encoder holds")
     add("--spell", type=float, default=0.0, help="weight of naming the character under each patch of rendered words, whose boxes are "
@@ -150,6 +159,9 @@ def main():
     if not len(source):
         raise UserError(f"--data {' '.join(args.data)}: no crop has a label that fits --charset {args.charset}")
     val = open_sources(args.val, **options) if args.val else None
+    for part in val.parts if val is not None else []:
+        if part.label(0) is None:
+            raise UserError(f"--val {part.name}: has no labels; expected labelled crops")
     model, said = build(args, chars)
     training.say(said)
     training.more = dict(charset=chars, best=-1.0)
@@ -179,7 +191,8 @@ def main():
             if result["accuracy"] > training.more["best"]:
                 training.more["best"] = result["accuracy"]
                 training.save("best.pt")
-    training.say(f"checkpoint {os.path.join(args.out_dir, 'best.pt' if val is not None else 'last.pt')}  best val {training.more['best']:.1f}")
+    best = training.more["best"]
+    training.say(f"checkpoint {os.path.join(args.out_dir, 'last.pt' if best < 0 else f'best.pt  best val {best:.1f}')}")
 
 
 if __name__ == "__main__":

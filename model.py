@@ -99,7 +99,7 @@ def block_noise(noise, grid, block):
 
 def attend(q, k, v, dropout=0.0, causal=False):
     """softmax(q k' / sqrt(d)) v on (B, heads, T, d). GPUs, and CPUs that only read, take the fused kernel; a training CPU takes
-    the three lines written out, whose backward pass is faster there (measured: tests/bench.py)."""
+    the three lines written out, whose backward pass is faster there."""
     if q.is_cuda or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                 # (B, heads, T, S)
@@ -356,18 +356,23 @@ class Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def align_mse(a, b):
+def align_mse(a, b, crops=None):
     """LMIM's: mean square difference, gradients through both sides. Alone it lets [cls] collapse: watch `spread`."""
     return mse(a, b)
 
 
-def align_infonce(a, b, temperature=0.2):
-    """A crop's two [cls] tokens find each other among those of all crops of all ranks (InfoNCE, 1807.03748), both ways."""
-    a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
-    ranks = dist.is_available() and dist.is_initialized()
-    everyone = Gather.apply if ranks else lambda x: x
-    truth = torch.arange(len(a), device=a.device) + (dist.get_rank() * len(a) if ranks else 0)
-    return sum(F.cross_entropy(x @ everyone(y).T / temperature, truth) for x, y in ((a, b), (b, a))) / 2
+def align_infonce(a, b, crops=None, temperature=0.2):
+    """A crop's two [cls] tokens (B, D) find each other among those of all crops of all ranks (InfoNCE, 1807.03748), both
+    ways. A rank with a damaged crop has fewer than `crops` rows: the rest are nobody's. Pictures are one rank's own."""
+    ranks = torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
+        most = crops if ranks and crops else len(a)
+        everyone = lambda x: Gather.apply(F.pad(x, (0, 0, 0, most - len(x)))) if ranks else x
+        truth = torch.arange(len(a), device=a.device) + (dist.get_rank() * most if ranks else 0)
+        nobody = everyone(torch.ones_like(a[:, :1]))[:, 0] == 0
+        logits = [(x @ everyone(y).T / temperature).masked_fill(nobody, -math.inf) for x, y in ((a, b), (b, a))]
+        return sum(F.cross_entropy(x, truth) for x in logits) / 2
 
 
 ALIGN = {"mse": align_mse, "infonce": align_infonce}
@@ -383,6 +388,7 @@ class Pretrainer(nn.Module):
 
     def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None, dropout=None):
         super().__init__()
+        self.crops = None                                                    # of every rank, for InfoNCE over ranks
         config = dict(MODELS[model])
         decoder, _ = config.pop("decoder"), config.pop("reader")
         self.method = METHODS[method] if isinstance(method, str) else method
@@ -405,8 +411,8 @@ class Pretrainer(nn.Module):
             x = patchify(image if grid == (h, w) else F.adaptive_avg_pool2d(image, (grid[0] * p, grid[1] * q)), (p, q))
             return patch_norm(x)[0]
         x = self.teacher(image)[:, 1:].float()
-        if grid != (h, w):
-            x = F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, (h, w)), grid).flatten(2).transpose(1, 2)
+        if grid != self.teacher.grid:                                        # another scale, or a teacher of another patch
+            x = F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, self.teacher.grid), grid).flatten(2).transpose(1, 2)
         return F.layer_norm(x, x.shape[-1:])
 
     def forward(self, image, views, ids_keep, ids_mask):
@@ -429,7 +435,7 @@ class Pretrainer(nn.Module):
 
         if weight["align"]:                                                  # [cls] of neighbouring scales agree (MLA)
             pairs = list(zip(cls, cls[1:]))
-            terms["align"] = sum(ALIGN[weight["form"]](a, b) for a, b in pairs) / len(pairs)
+            terms["align"] = sum(ALIGN[weight["form"]](a, b, self.crops) for a, b in pairs) / len(pairs)
 
         terms = {name: weight[name] * term for name, term in terms.items()}
         return sum(terms.values()), dict(terms, spread=spread(cls[-1])), pred
@@ -576,7 +582,7 @@ class Recognizer(nn.Module):
     def strings(self, ids, probs):
         """Texts and confidences: [(text, product of the probabilities of its characters, end included)]."""
         words = ["".join(self.charset[i] if i < len(self.charset) else "" for i in row if i != self.end) for row in ids.tolist()]
-        return list(zip(words, probs.double().prod(dim=1).tolist()))
+        return list(zip(words, probs.cpu().double().prod(dim=1).tolist()))
 
 
 def load_recognizer(path, device="cpu"):

@@ -7,14 +7,14 @@
 
 Writes to --out_dir: last.pt (and prev.pt, the one before), log.jsonl (an object a logged step), samples/step_*.png.
 Every random number of a step is a function of --seed, the step and the crop's place in the global batch, so that a resumed run,
-a run on other processes and a run with accumulated gradients go through the same numbers.
+a run on other processes and a run with accumulated gradients go through the same numbers (dropout is each rank's own).
 """
 import argparse
 import contextlib
 import json
 import math
 import os
-import resource
+import re
 import signal
 import sys
 import time
@@ -24,7 +24,12 @@ import torch.distributed as dist
 
 from PIL import Image
 
-from data import Batches, DamageCount, Parser, UserError, coarse_view, guidance_view, normalize, open_sources, run, size, uniform
+try:
+    import resource
+except ImportError:                          # Windows has none: peak memory then reads 0
+    resource = None
+
+from data import H, W, Batches, DamageCount, Parser, Readable, UserError, coarse_view, guidance_view, normalize, open_sources, run, size, uniform
 from model import (METHODS, MODELS, ALIGN, Pretrainer, block_noise, load_encoder, load_state, patch_norm, patchify,
                    random_mask, read_checkpoint, take, unpatchify)
 
@@ -38,11 +43,11 @@ RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's (10 
 
 # ---- flags (fine-tuning adds its own to these)
 
-def between(low, high):
+def between(low, high, closed=False):
     def number(text):
         value = float(text)
-        if not low < value < high:
-            raise argparse.ArgumentTypeError(f"{text}: expected a number in ({low}, {high})")
+        if not (low < value < high or closed and value == low):
+            raise argparse.ArgumentTypeError(f"{text}: expected a number in {'[' if closed else '('}{low}, {high})")
         return value
     return number
 
@@ -88,8 +93,12 @@ def parse(parser, recipes, argv=None):
     for name in ("batch_size", "accum_iter", "log_every", "save_every", "sample_every", "max_bad_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
-    if args.max_steps is None and args.epochs <= 0:
-        parser.error(f"--epochs {args.epochs}: expected more than 0")
+    for name in ("epochs", "max_steps", "blr", "lr"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f"--{name} {getattr(args, name)}: expected more than 0")
+    for name in ("workers", "clip_grad", "weight_decay", "warmup_epochs", "min_lr"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} {getattr(args, name)}: expected 0 or more")
     return args
 
 
@@ -106,7 +115,7 @@ class Run:
     """
 
     MUST_MATCH = ("model", "data", "fonts", "rotate_tall", "seed", "dtype", "method", "scales", "teacher", "mask", "mask_ratio",
-                  "align", "align_weight", "init", "charset", "max_length", "label_fraction", "freeze_encoder")
+                  "align", "align_weight", "weight_decay", "init", "layer_decay", "dropout", "drop_path", "spell", "charset", "max_length", "label_fraction", "freeze_encoder")
 
     def __init__(self, args):
         self.args, self.stop = args, False
@@ -140,7 +149,7 @@ class Run:
         if self.args.dtype != "auto":
             return getattr(torch, self.args.dtype)
         if self.device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         fast = self.device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
         return torch.bfloat16 if fast else torch.float32
 
@@ -164,8 +173,9 @@ class Run:
     def find_checkpoint(self):
         paths = [os.path.join(self.out, name) for name in ("last.pt", "prev.pt")]
         found = [p for p in paths if os.path.exists(p)]
-        if found and not self.args.resume:
-            raise UserError(f"--out_dir {self.out}: holds {os.path.basename(found[0])}; add --resume to go on, or name another folder")
+        taken = [p for p in [*paths, os.path.join(self.out, "best.pt")] if os.path.exists(p)]
+        if taken and not self.args.resume:
+            raise UserError(f"--out_dir {self.out}: holds {os.path.basename(taken[0])}; add --resume to go on, or name another folder")
         self.loaded = None
         for path in found:
             try:
@@ -176,6 +186,8 @@ class Run:
         if found and self.loaded is None:
             raise UserError(f"--resume: neither {' nor '.join(found)} can be read; name another --out_dir to start anew")
         if self.loaded:
+            if not {"args", "data", "optimizer", "step", "bad"} <= set(self.loaded):
+                raise UserError(f"--resume {self.loaded['path']}: not a training checkpoint of this project; name another --out_dir")
             old, new = self.loaded["args"], vars(self.args)
             differ = [f"--{k} {old[k]} there, {new[k]} here" for k in self.MUST_MATCH if k in old and k in new and old[k] != new[k]]
             if self.loaded["data"]["crops"] != self.crops:
@@ -195,7 +207,7 @@ class Run:
         self.total = args.max_steps or max(1, round(args.epochs * len(source) / self.crops))
         self.warmup = max(1, round(self.total * min(1, args.warmup_epochs / args.epochs)))
         self.lr = args.lr or args.blr * self.crops / 256
-        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas(), fused=self.device.type in ("cuda", "cpu"))
+        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas(), fused=True)
         if self.loaded:
             load_state(self.raw, self.loaded["model"], self.loaded["path"])
             self.optimizer.load_state_dict(self.loaded["optimizer"])
@@ -211,7 +223,8 @@ class Run:
         self.damage = DamageCount(args.max_damaged)
         self.batches = iter(Batches(source, args.batch_size, args.seed, self.position, self.rank, self.world,
                                     args.workers, masks=masks))
-        self.loaded, self.bad = None, torch.zeros(2, device=self.device)                     # bad steps: in a row, in all
+        self.bad = torch.tensor(self.loaded["bad"] if self.loaded else [0.0, 0.0], device=self.device)   # in a row, in all
+        self.loaded = None
         parameters = sum(p.numel() for p in self.raw.parameters())
         self.say(f"{args.model}  {parameters / 1e6:.2f} M parameters  {len(source)} crops  {self.crops} a step  "
                  f"{self.total} steps  lr {self.lr:.2e}  warm-up {self.warmup} steps  out {self.out}")
@@ -226,7 +239,7 @@ class Run:
         path = os.path.join(self.out, name)
         state = dict(model=self.raw.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step, args=vars(self.args),
                      rng=dict(seed=self.args.seed, step=self.step), data=dict(position=self.position, crops=self.crops),
-                     scaler=self.scaler and self.scaler.state_dict(), **self.more)
+                     scaler=self.scaler and self.scaler.state_dict(), bad=self.bad.tolist(), **self.more)
         try:
             with open(path + ".tmp", "wb") as f:
                 torch.save(state, f)
@@ -337,7 +350,7 @@ class Run:
         path = os.path.join(self.out, "log.jsonl")
         if self.rank == 0 and os.path.exists(path):
             with open(path) as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+                kept = [line for line in f if re.match(r'{"step": \d+, .*}\n', line) and json.loads(line)["step"] <= self.step]
             with open(path + ".tmp", "w") as f:
                 f.writelines(kept if self.step else [])
             os.replace(path + ".tmp", path)
@@ -350,7 +363,11 @@ class Run:
             dist.all_reduce(means)
         means = dict(zip(names, (means / self.world).tolist()))
         seconds = time.perf_counter() - self.began
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:                                    # kilobytes, on a Mac bytes
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
         ms = 1000 * seconds / self.since
         row = dict(step=self.step, **means, lr=lr, crops_per_s=self.crops * self.since / seconds, ms_per_step=ms,
                    wait=self.waited / seconds, peak_gb=peak / 2 ** 30, eta_s=ms / 1000 * (self.total - self.step), bad_steps=int(self.bad[1]),
@@ -434,12 +451,14 @@ def draw_samples(run, images, path):
         columns += [fill(2 * like.expand(-1, -1, pixels.shape[-1]) - 1, torch.ones_like(pixels))]
     model.train()
     rows = torch.stack([c.clamp(0, 1).cpu() for c in [*columns, image / 2 + 0.5]], dim=1)     # (B, columns, 3, H, W)
-    if run.rank:
-        return
-    B, columns, _, H, W = rows.shape
-    sheet = torch.nn.functional.pad(rows, (2, 2, 2, 2), value=1).permute(0, 3, 1, 4, 2).reshape(B * (H + 4), columns * (W + 4), 3)
+    B, columns, _, h, w = rows.shape
+    sheet = torch.nn.functional.pad(rows, (2, 2, 2, 2), value=1).permute(0, 3, 1, 4, 2).reshape(B * (h + 4), columns * (w + 4), 3)
     sheet = Image.fromarray((sheet * 255).byte().numpy())
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.NEAREST).save(path)
+    try:
+        sheet.resize((sheet.width * 2, sheet.height * 2), Image.NEAREST).save(path)
+        run.say(f"picture    {path}")
+    except OSError as e:
+        run.say(f"could not write {path} ({e.strerror}); training goes on")
 
 
 # ---- main
@@ -462,16 +481,23 @@ def main():
     if args.align and method["guidance"] != "none":
         method.update(form=args.align, align=0.0 if args.align == "none" else method["align"] or 0.1)
     method.update(align=args.align_weight if args.align_weight is not None else method["align"])
+    scales = [size(s) for s in args.scales]
+    views = {"none": 0, "full": 1, "coarse": len(scales)}[method["guidance"]]
+    if (args.align or args.align_weight) and (views + (method["mim"] > 0) < 2 or method["form"] not in ALIGN and method["align"]):
+        parser.error(f"--align {args.align} --align_weight {args.align_weight}: --method {args.method} has no two [cls] to align that way")
+    for (h, w), (p, q) in zip(scales, [MODELS[args.model]["patch"]] * len(scales)):
+        if h % p or w % q or not (0 < h < H and 0 < w < W):
+            parser.error(f"--scales {h}x{w}: expected multiples of the patch, {p}x{q}, below {H}x{W}")
     run = Run(args)
     source = open_sources(args.data, fonts=args.fonts, rotate_tall=args.rotate_tall)
-    scales = [size(s) for s in args.scales]
     teacher = None
     if args.teacher:
         teacher = load_encoder(args.teacher).to(run.device)
         run.say(f"--teacher {args.teacher}: all {teacher.matched} tensors loaded")
     model = Pretrainer(method, args.model, scales, teacher)
+    model.crops = args.batch_size
     run.prepare(model, source)
-    few = torch.stack([source[i][0] for i in range(min(8, len(source)))])
+    few = [c.image for c in map(Readable(source).__getitem__, range(min(64, len(source)))) if not isinstance(c, str)][:8]
 
     for step in run.steps():
         for images, _, _, rows in run.micro_batches():
@@ -485,9 +511,8 @@ def main():
         if (step + 1) % args.sample_every == 0 or step + 1 == run.total:
             with run.untimed():
                 sheet = os.path.join(args.out_dir, "samples", f"step_{step + 1:06d}.png")
-                if run.rank == 0:
-                    draw_samples(run, few, sheet)
-                run.say(f"picture    {sheet}")
+                if run.rank == 0 and few:
+                    draw_samples(run, torch.stack(few), sheet)
     run.say(f"checkpoint {os.path.join(args.out_dir, 'last.pt')}")
 
 

@@ -208,6 +208,15 @@ def test_teacher_gets_no_gradient_and_is_not_saved():
     assert all(p.grad is not None for p in m.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_teacher_of_another_patch_lies_over_the_same_places(method):
+    """A teacher's first 64 of 256 tokens taken as if they were the student's 64 patches."""
+    teacher = ViT(1, 64, 1, (4, 4)).eval()
+    m, image, *_ = batch(method, teacher=teacher)
+    tokens = teacher(image)[:, 1:].view(4, 4, 2, 16, 2, 64).mean((2, 4)).flatten(1, 2)
+    torch.testing.assert_close(m.target(image, m.encoder.grid), F.layer_norm(tokens, (64,)), atol=1e-5, rtol=1e-4)
+
+
 # ---- what must not leak
 
 @pytest.mark.parametrize("scales", [((16, 64),), ((8, 32), (16, 64))])

@@ -205,12 +205,22 @@ def test_full_disk_keeps_the_old_checkpoint(go, monkeypatch, capsys):
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
 
 
+def test_loader_processes_end_with_the_run(tmp_path):
+    """Workers that ignore signals and are never told to end: a finished or failed script would hang at its exit."""
+    command = [sys.executable, os.path.join(ROOT, "pretrain.py"), *TINY, "--workers", "1", "--max_steps", "2"]
+    for flags, status in ((["--method", "mim"], 0), (["--method", "mim", "--lr", "1e30", "--max_bad_steps", "1", "--max_steps", "40"], 2)):
+        done = subprocess.run([*command, *flags, "--out_dir", str(tmp_path / str(status))], capture_output=True, text=True, timeout=60)
+        assert done.returncode == status, done.stderr
+
+
 @pytest.mark.parametrize("script, flags, said", [
     ("pretrain.py", ["--data", "nowhere"], "nowhere"),
     ("pretrain.py", ["--method", "byol"], "byol"),
     ("pretrain.py", ["--mask_ratio", "1.4"], "1.4: expected a number in (0, 1)"),
     ("pretrain.py", ["--teacher", "README.md"], "README.md"),
     ("pretrain.py", ["--scales", "16"], "16x64"),
+    ("pretrain.py", ["--scales", "12x50"], "12x50"),
+    ("pretrain.py", ["--method", "nsp", "--align", "mse"], "--method nsp"),
     ("pretrain.py", ["--device", "gpu"], "gpu"),
     ("finetune.py", ["--init", "README.md"], "README.md"),
     ("finetune.py", ["--label_fraction", "0"], "--label_fraction"),
