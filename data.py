@@ -139,15 +139,21 @@ def fit_label(label, chars, max_length):
 def fit_labels(source, chars, max_length):
     """-> (the crops whose label can be trained on, a line that says how many cannot, why, and which characters are to
     blame). Entries whose label is damaged stay in, for the loader to name and count."""
-    keep, why, odd = [], Counter(), Counter()
-    for i in range(len(source)):
-        try:
-            text, reason = fit_label(source.label(i), chars, max_length)
-        except Damaged:
-            text, reason = "", ""
-        why[reason] += 1
-        odd.update(set(text).difference(chars))
-        keep += [i] * (not reason)
+    keep, why, odd, start = [], Counter(), Counter(), 0
+    for part in source.parts if isinstance(source, Parts) and source.indices is None else [source]:
+        if isinstance(part, Synth) and set(part.charset) <= set(chars) and max_length >= MAX_LENGTH:
+            keep += range(start, start + len(part))             # a million drawn words need not be asked one by one
+            start += len(part)
+            continue
+        for i in range(len(part)):
+            try:
+                text, reason = fit_label(part.label(i), chars, max_length)
+            except Damaged:
+                text, reason = "", ""
+            why[reason] += 1
+            odd.update(set(text).difference(chars))
+            keep += [start + i] * (not reason)
+        start += len(part)
     report = ", ".join([f"{source.name}: {len(keep):,} of {len(source):,} labels fit"]
                        + [f"{n:,} {reason}" for reason, n in why.items() if reason])
     report += f" ({', '.join(f'{c!r} {n:,}' for c, n in odd.most_common(8))})" if odd else ""

@@ -20,7 +20,7 @@ from model import MODELS, Recognizer, ViT, load_encoder, load_state, read_checkp
 from pretrain import Run, between, parse, training_flags
 
 RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's: lr 2e-4 at 512 words a step, 10 epochs
-    "vit_nano": dict(batch_size=64, max_steps=12000, blr=4e-3, warmup_epochs=0.3, clip_grad=20.0, layer_decay=1.0, drop_path=0.0,
+    "vit_nano": dict(batch_size=64, max_steps=9000, blr=4e-3, warmup_epochs=0.3, clip_grad=20.0, layer_decay=1.0, drop_path=0.0,
                      dropout=0.0, spell=10.0, save_every=1000),
     "vit_tiny": dict(blr=4e-4),
     "vit_small": dict(blr=1e-4),
@@ -151,7 +151,8 @@ def main():
     training = Run(args)
     chars = charset(args.charset)
     protocol = "waics" if chars in CHARSETS.values() else "exact"
-    options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall, chars=chars)
+    options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall,
+                   chars=None if args.charset == "36" else chars)          # folded labels, but words of both cases are drawn
     source, report = fit_labels(open_sources(args.data, **options), chars, args.max_length)
     if args.label_fraction < 1:
         source = label_fraction(source, args.label_fraction, args.seed)

@@ -271,3 +271,11 @@ def test_label_fraction_is_the_same_every_time():
     one, two, other = (finetune.label_fraction(source, 0.1, seed) for seed in (0, 0, 1))
     words = lambda s: [s.label(i) for i in range(len(s))]
     assert len(one) == 20 and words(one) == words(two) != words(other)
+
+
+def test_case_folded_words_are_drawn_in_both_cases(go, monkeypatch):
+    """The 36-character set taken for what is drawn: upper case would never be seen in training."""
+    seen, fit = [], finetune.fit_label
+    monkeypatch.setattr(finetune, "fit_label", lambda label, *rest: seen.append(label) or fit(label, *rest))
+    go(finetune, "--charset", "36", "--max_steps", "2")
+    assert any(label != label.lower() for label in seen) and all(c.isalnum() for label in seen for c in label)
