@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import evaluate
 from data import CHARSETS, Parser, Subset, UserError, augment, charset, fit_label, fit_labels, normalize, open_sources, read_all, run, unit
-from model import MODELS, Recognizer, ViT, load_encoder, load_state, read_checkpoint
+from model import MODELS, Recognizer, ViT, encoder_config, load_encoder, load_state, read_checkpoint
 from pretrain import Run, between, parse, training_flags
 
 RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's: lr 2e-4 at 512 words a step, 10 epochs
@@ -57,7 +57,7 @@ def build(args, chars):
     """Recognizer from --init: an encoder (ours or MAE's), or a whole recognizer; left out: random weights."""
     options = dict(dropout=args.dropout, drop_path=args.drop_path)
     start = read_checkpoint(args.init) if args.init else {}
-    config = {k: v for k, v in MODELS[args.model].items() if k not in ("reader", "decoder")}
+    config = encoder_config(args.model)
     encoder = load_encoder(args.init, **options) if args.init else ViT(**config, **options)
     model = Recognizer(encoder, chars, args.max_length, dropout=args.dropout, spell=args.spell, **MODELS[args.model]["reader"])
     want, have = tuple(config.values()), (len(encoder.blocks), encoder.width, encoder.blocks[0].attn.heads, encoder.patch)

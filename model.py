@@ -29,6 +29,11 @@ MODELS = {  # encoder; patch in pixels (h, w); `decoder` of pre-training; `reade
 }
 
 
+def encoder_config(name):
+    """What ViT is made of: a row of MODELS without its two decoders."""
+    return {k: v for k, v in MODELS[name].items() if k not in ("decoder", "reader")}
+
+
 # ---- tensors
 
 def take(x, ids):
@@ -389,11 +394,10 @@ class Pretrainer(nn.Module):
     def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None, dropout=None):
         super().__init__()
         self.crops = None                                                    # of every rank, for InfoNCE over ranks
-        config = dict(MODELS[model])
-        decoder, _ = config.pop("decoder"), config.pop("reader")
+        decoder = MODELS[model]["decoder"]
         self.method = METHODS[method] if isinstance(method, str) else method
         self.scales = [tuple(s) for s in scales] if self.method["guidance"] == "coarse" else []
-        self.encoder = ViT(**config, scales=self.scales)
+        self.encoder = ViT(**encoder_config(model), scales=self.scales)
         self.__dict__["teacher"] = teacher and teacher.requires_grad_(False).eval()  # no part of the model: not trained, not saved
         out = teacher.width if teacher else 3 * math.prod(self.encoder.patch)
         if dropout is not None:
@@ -591,8 +595,7 @@ def load_recognizer(path, device="cpu"):
     args = checkpoint.get("args")
     if "charset" not in checkpoint or not isinstance(args, dict) or args.get("model") not in MODELS:
         raise UserError(f"{path}: not a recognizer; expected a checkpoint of finetune.py")
-    config = dict(MODELS[args["model"]])
-    _, reader = config.pop("decoder"), config.pop("reader")
-    model = Recognizer(ViT(**config), checkpoint["charset"], args["max_length"], spell=args["spell"], **reader)
+    model = Recognizer(ViT(**encoder_config(args["model"])), checkpoint["charset"], args["max_length"], spell=args["spell"],
+                       **MODELS[args["model"]]["reader"])
     load_state(model, checkpoint["model"], path)
     return model.to(device).eval()

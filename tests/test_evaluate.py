@@ -6,7 +6,6 @@ import random
 import re
 import subprocess
 import sys
-from argparse import Namespace
 
 import numpy as np
 import pytest
