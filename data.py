@@ -10,6 +10,7 @@ relative to it; a folder of images (unlabelled). What cannot be read raises Dama
 """
 import argparse
 import atexit
+import gc
 import hashlib
 import io
 import json
@@ -53,14 +54,20 @@ class Damaged(UserError):
 
 
 def run(main):
-    """Call main(); a UserError becomes one line on stderr and exit status 2. Ranks part in order, or Gloo's threads abort."""
+    """Call main(); a UserError becomes one line on stderr and exit status 2."""
+    status = 0
     try:
         main()
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Gloo's threads must end before Python does, or one of them may abort it; the training script's handlers hold them
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        gc.collect()
         torch.distributed.destroy_process_group()
+    sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):
