@@ -11,7 +11,6 @@ relative to it; a folder of images (unlabelled). What cannot be read raises Dama
 import argparse
 import atexit
 import gc
-import hashlib
 import io
 import json
 import math
@@ -25,7 +24,9 @@ import sys
 import unicodedata
 import warnings
 from collections import Counter, namedtuple
+from contextlib import contextmanager
 from functools import cache, lru_cache, partial, partialmethod, reduce
+from itertools import count
 
 import numpy as np
 import torch
@@ -92,18 +93,16 @@ class Source(Dataset):
     bytes(i), the stored file, or get(i)."""
     rotate_tall = False
 
-    def __len__(self):
-        return self.n
+    def __len__(self): return self.n
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self.name} holds {len(self)} crops, not crop {i}")
+        if not 0 <= i < self.n:
+            raise IndexError(f"{self.name} holds {self.n} crops, not crop {i}")
         return self.get(i)[:2]
 
     def get(self, i):
-        label, data = self.label(i), self.bytes(i)
         try:
-            return Crop(decode(data, self.rotate_tall), label, None)
+            return Crop(decode(self.bytes(i), self.rotate_tall), self.label(i), None)
         except Damaged as error:
             raise Damaged(f"{self.where(i)}: {error}") from None
 
@@ -122,16 +121,14 @@ CHARSETS["94"] = CHARSETS["62"] + "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
 def charset(name):
     """'36', '62', '94' or a UTF-8 file of characters (line ends passed over, NFC) -> the characters as one string."""
-    if name in CHARSETS:
-        return CHARSETS[name]
     try:
-        with open(name, encoding="utf-8-sig") as file:
-            chars = unicodedata.normalize("NFC", file.read()).replace("\n", "")
+        chars = CHARSETS.get(name) or pathlib.Path(name).read_text("utf-8-sig").replace("\n", "")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--charset {name}: expected 36, 62, 94 or a UTF-8 file of characters ({error})") from None
-    twice = [c for c, n in Counter(chars).items() if n > 1]
+    chars = unicodedata.normalize("NFC", chars)
+    twice = [f"{c!r} stands in it twice" for c, n in Counter(chars).items() if n > 1]
     if twice or not chars:
-        raise UserError(f"--charset {name}: " + (f"{twice[0]!r} stands in it twice" if twice else "holds no character"))
+        raise UserError(f"--charset {name}: {twice[0] if twice else 'holds no character'}")
     return chars
 
 
@@ -139,32 +136,29 @@ def fit_label(label, chars, max_length):
     """-> (the label as it is trained on: NFC, lower case where the charset is 36; why it cannot be, or "")."""
     text = unicodedata.normalize("NFC", label or "")
     text = text.lower() if chars == CHARSETS["36"] else text
-    odd = any(c not in chars for c in text)
+    odd = text.strip(chars)                 # nothing is left of what the charset has all of
     return text, "outside the charset" if odd else "too long" if len(text) > max_length else "empty" * (not text)
 
 
 def fit_labels(source, chars, max_length):
     """-> (the crops whose label can be trained on, a line that says how many cannot, why, and which characters are to
     blame). Entries whose label is damaged stay in, for the loader to name and count."""
-    keep, why, odd, start = [], Counter(), Counter(), 0
-    for part in source.parts if isinstance(source, Parts) and source.indices is None else [source]:
+    fits, why, odd = np.ones(len(source), bool), Counter(), Counter()
+    for start, part in zip(source.starts, source.parts):
         if isinstance(part, Synth) and set(part.charset) <= set(chars) and max_length >= MAX_LENGTH:
-            keep += range(start, start + len(part))             # a million drawn words need not be asked one by one
-            start += len(part)
-            continue
+            continue                        # a million drawn words need not be asked one by one
         for i in range(len(part)):
             try:
                 text, reason = fit_label(part.label(i), chars, max_length)
             except Damaged:
-                text, reason = "", ""
-            why[reason] += 1
-            odd.update(set(text).difference(chars))
-            keep += [start + i] * (not reason)
-        start += len(part)
-    report = ", ".join([f"{source.name}: {len(keep):,} of {len(source):,} labels fit"]
-                       + [f"{n:,} {reason}" for reason, n in why.items() if reason])
-    report += f" ({', '.join(f'{c!r} {n:,}' for c, n in odd.most_common(8))})" if odd else ""
-    return Subset(source, np.array(keep, np.int64)), report
+                continue
+            if reason:
+                fits[start + i] = False
+                why[reason] += 1
+                odd.update(c for c in dict.fromkeys(text) if c not in chars)
+    report = [f"{source.name}: {fits.sum():,} of {len(source):,} labels fit", *(f"{n:,} {x}" for x, n in why.items())]
+    blame = f" ({', '.join(f'{c!r} {n:,}' for c, n in odd.most_common(8))})" if odd else ""
+    return Parts([source], source.name, fits.nonzero()[0]), ", ".join(report) + blame
 
 
 # ---- drawing words
@@ -196,8 +190,8 @@ def vocabulary():
 def font_files(folder=None):
     """None (Pillow's own font), then the TrueType and OpenType files of the system, then those under folder."""
     files = [None]
-    for place in [os.path.expanduser(os.path.expandvars(place)) for place in FONT_FOLDERS] + [folder] * bool(folder):
-        found = sorted(pathlib.Path(place).rglob("*.[oOtT][tT][cCfF]"))
+    for place in (*FONT_FOLDERS, folder) if folder else FONT_FOLDERS:
+        found = sorted(pathlib.Path(os.path.expanduser(os.path.expandvars(place))).rglob("*.[oOtT][tT][cCfF]"))
         files += [str(path) for path in found if not re.search(NO_LETTERS, path.name)]
     if folder and not found:
         raise UserError(f"--fonts {folder}: no .ttf, .otf or .ttc file in it; give a folder that holds some")
@@ -270,8 +264,7 @@ def paint(rng, cover):
     def texture():
         y, x = rng.randrange(32), rng.randrange(64)
         return textures()[0][rng.randrange(192), y:y + H, x:x + W]
-    def mix(under, over, share):
-        return under + (over - under) * share
+    mix = lambda under, over, share: under + (over - under) * share
 
     gap = rng.uniform(.3, .9) if rng.random() < .85 else rng.uniform(.15, .3)
     back, text = rng.sample((dark := rng.uniform(0, 1 - gap), dark + gap), 2)
@@ -319,10 +312,10 @@ class Synth(Source):
         self.charset = "".join((charset or PRINTABLE).split())
         self.foreign = [char for char in self.charset if not char.isascii()]
         if charset:
-            lack = {font: "".join(char for char in self.charset if not glyph(font, 40, 0, char)) for font in self.fonts}
+            lack = {font: [char for char in self.charset if not glyph(font, 40, 0, char)] for font in self.fonts}
             self.fonts = [font for font in lack if not lack[font]]
             if not self.fonts:
-                least = min(lack.values(), key=len)[:40]
+                least = "".join(min(lack.values(), key=len)[:40])
                 raise UserError(f"charset: no font has all of it, the best lacks {least}; give one with --fonts FOLDER")
 
     def where(self, i): return f"synth:{self.n}:{self.seed} word {i}"
@@ -331,8 +324,6 @@ class Synth(Source):
     def word(self, i):
         """(label, the generator that draws its picture). Of 20 words 14 are English and 2 are numbers; so that no model
         can do with language alone, 3 are random letters and 1 random signs."""
-        if not 0 <= i < self.n:
-            raise IndexError(f"word {i} of {self.n}")
         rng = random.Random(f"{self.seed} {i}")
         kind, case, length = rng.random(), rng.random(), rng.choice(LENGTHS)
         if kind < .85:
@@ -382,18 +373,16 @@ class Synth(Source):
 # ---- reading
 
 def decode(data, rotate_tall=False):
-    """Encoded bytes or a path -> uint8 (3, 32, 128), resized bicubically with no regard for shape, as the field does.
+    """Encoded bytes -> uint8 (3, 32, 128), resized bicubically with no regard for shape, as the field does.
 
     Transparency is laid over white, 16 bits are scaled to 8, EXIF rotation is applied. rotate_tall turns crops more
-    than 1.5 times as high as wide 90 degrees counter-clockwise. Raises Damaged for whatever is not a whole image.
-    """
+    than 1.5 times as high as wide 90 degrees counter-clockwise. Raises Damaged for whatever is not a whole image."""
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.format == "JPEG" and "exif" not in image.info:     # let the decoder halve what is far too large
                 image.draft(None, (2 * W, 2 * (H if image.width > image.height else W)))
             image.load()
-            if image.format == "TIFF" or "exif" in image.info:
-                image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":                                   # 16 or 32 bits of grey
                 grey = np.asarray(image, np.float32)
                 scale = 255 if image.mode == "F" and grey.max() <= 1 else 1 / 257 if grey.max() > 255 else 1
@@ -406,40 +395,47 @@ def decode(data, rotate_tall=False):
             pixels = np.asarray(image.convert("RGB").resize((W, H), Image.Resampling.BICUBIC, reducing_gap=3))
             return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
     except UnidentifiedImageError:
-        raise Damaged(f"not an image ({len(data)} bytes)" if isinstance(data, bytes) else "not an image") from None
+        raise Damaged(f"not an image ({len(data)} bytes)") from None
     except Exception as error:              # Pillow raises a dozen kinds; each means that there is no whole image here
         raise Damaged(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
 
 
-OPENED = {}                                 # LMDB folder -> (process, environment)
-
-
+@cache
 def environment(folder):
-    """The read-only LMDB of a folder, opened once in each process, so that workers may be forked or spawned."""
+    """The read-only LMDB of a folder: lmdb opens it only once in a process."""
     import lmdb
-    folder = os.path.realpath(folder)
-    process, env = OPENED.get(folder, (None, None))
-    if process != os.getpid():
-        if env:
-            env.close()                     # inherited through fork; lmdb refuses a second one while this is open
-        try:
-            env = lmdb.open(folder, readonly=True, lock=False, readahead=False, meminit=False)
-        except lmdb.Error as error:
-            raise UserError(f"{folder}: expected an LMDB, copied whole ({error})") from None
-        OPENED[folder] = os.getpid(), env
-        need = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-        have = os.path.getsize(os.path.join(folder, "data.mdb"))
-        if need > have:                     # reading past the end would kill the process
-            raise UserError(f"{folder}: data.mdb has {have:,} of its {need:,} bytes; copy it again")
+    env = lmdb.open(folder, readonly=True, lock=False, readahead=False, meminit=False)
+    need = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    have = os.path.getsize(os.path.join(folder, "data.mdb"))
+    if need > have:                         # reading past the end would kill the process
+        raise UserError(f"{folder}: data.mdb has {have:,} of its {need:,} bytes; copy it again")
     return env
+
+
+if hasattr(os, "register_at_fork"):         # a forked worker opens its own; where there is no fork, each does so anyway
+    os.register_at_fork(after_in_child=environment.cache_clear)
+READS = count(1)                            # of LMDBs by this process
+
+
+@contextmanager
+def reading(folder):
+    """A look into the LMDB of a folder; Damaged if that fails."""
+    import lmdb
+    if next(READS) % 1000 == 0:             # pages once read stay mapped and count as memory until the file is closed
+        environment.cache_clear()
+    try:
+        with environment(folder).begin() as txn:
+            yield txn
+    except lmdb.Error as error:
+        raise Damaged(f"{folder}: expected an LMDB, copied whole ({error})") from None
 
 
 class Lmdb(Source):
     """The field's layout: image-%09d (JPEG, PNG), label-%09d (UTF-8), counted from 1, and num-samples."""
 
     def __init__(self, folder, name, rotate_tall=False):
-        self.folder, self.name, self.rotate_tall = folder, name, rotate_tall
-        with environment(folder).begin() as txn, txn.cursor() as cursor:
+        self.folder, self.name, self.rotate_tall = os.path.realpath(folder), name, rotate_tall
+        with reading(self.folder) as txn, txn.cursor() as cursor:
             starts = lambda kind: cursor.set_range(kind) and cursor.key().startswith(kind)
             self.labelled, count = starts(b"label-"), txn.get(b"num-samples")
             if count is None and starts(b"image-"):                     # then the last image says it; ':' follows '9'
@@ -451,23 +447,21 @@ class Lmdb(Source):
                                 "image-000000001, label-000000001 and so on, and num-samples")
             self.n = int(count)
 
-    def where(self, i):
-        return f"{self.name} image-{i + 1:09d}"
+    def where(self, i): return f"{self.name} image-{i + 1:09d}"
+    def bytes(self, i): return self.value(f"image-{i + 1:09d}")
 
-    def value(self, kind, i):
-        with environment(self.folder).begin() as txn:
-            value = txn.get(b"%s-%09d" % (kind, i + 1))
+    def value(self, key):
+        with reading(self.folder) as txn:
+            value = txn.get(key.encode())
         if value is None:
-            raise Damaged(f"{self.where(i)}: key {kind.decode()}-{i + 1:09d} is missing")
+            raise Damaged(f"key {key} is missing")
         return value
-
-    bytes = partialmethod(value, b"image")
 
     def label(self, i):
         try:
-            return self.value(b"label", i).decode() if self.labelled else None
+            return self.value(f"label-{i + 1:09d}").decode() if self.labelled else None
         except UnicodeDecodeError:
-            raise Damaged(f"{self.where(i)}: the label is not UTF-8") from None
+            raise Damaged("the label is not UTF-8") from None
 
 
 def read_labels(path):
@@ -501,42 +495,33 @@ class Files(Source):
 
     def row(self, i):
         path, *label = self.rows[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass").split("\0", 1)
-        return os.path.join(self.root, path), label[0] if label else None
+        return path, label[0] if label else None
 
-    def where(self, i):
-        return f"{self.name} {os.path.relpath(self.row(i)[0], self.root or '.')}"
+    def path(self, i): return os.path.join(self.root, self.row(i)[0])
+    def label(self, i): return self.row(i)[1]
+    def where(self, i): return f"{self.name} {self.row(i)[0]}"
 
     def bytes(self, i):
         try:
-            with open(self.row(i)[0], "rb") as file:
-                return file.read()
+            return pathlib.Path(self.path(i)).read_bytes()
         except (OSError, ValueError) as error:
-            raise Damaged(f"{self.where(i)}: {getattr(error, 'strerror', error)}") from None
-
-    def label(self, i):
-        return self.row(i)[1]
+            raise Damaged(getattr(error, "strerror", error)) from None
 
 
 class Parts(Source):
     """Several sources as one, in order; of their crops only those at `indices`, an array, if it is given."""
 
     def __init__(self, parts, name, indices=None):
-        self.parts, self.name, self.indices, self.ends = parts, name, indices, np.cumsum([len(part) for part in parts])
-        self.n = int(self.ends[-1]) if indices is None else len(indices)
+        self.parts, self.name, self.indices = parts, name, indices
+        self.starts = np.cumsum([0, *map(len, parts)])
+        self.n = int(self.starts[-1]) if indices is None else len(indices)
 
     def ask(self, what, i):
         i = i if self.indices is None else int(self.indices[i])
-        k = int(np.searchsorted(self.ends, i, side="right"))
-        return getattr(self.parts[k], what)(i - int(self.ends[k - 1]) * (k > 0))
+        k = np.searchsorted(self.starts, i, "right") - 1
+        return getattr(self.parts[k], what)(int(i - self.starts[k]))
 
     get, bytes, label, where = map(partial(partialmethod, ask), ("get", "bytes", "label", "where"))
-
-
-class Subset(Parts):
-    """The crops of a source at an array of indices."""
-
-    def __init__(self, source, indices):
-        super().__init__([source], source.name, indices)
 
 
 def open_source(src, fonts=None, rotate_tall=False, chars=None):
@@ -544,11 +529,11 @@ def open_source(src, fonts=None, rotate_tall=False, chars=None):
     for what is missing, empty or foreign."""
     src = str(src)
     name, there = os.path.basename(os.path.abspath(src)), os.path.exists(src)
-    if src.split(":")[0] == "synth":
-        numbers = src.split(":")[1:]
-        if len(numbers) > 2 or not all(x.isdecimal() for x in numbers) or numbers and int(numbers[0]) == 0:
+    kind, *numbers = src.split(":")
+    if kind == "synth":
+        if not re.fullmatch("synth(:0*[1-9][0-9]*(:[0-9]+)?)?", src):
             raise UserError(f"{src}: expected synth, synth:N or synth:N:SEED, whole numbers, N at least 1")
-        return Synth(*([int(x) for x in numbers] + [SYNTH_N, 0][len(numbers):]), fonts, chars)
+        return Synth(*map(int, numbers), fonts=fonts, charset=chars)
     if os.path.isdir(src):
         files = sorted(os.path.join(at, file) for at, _, names in os.walk(src, followlinks=True) for file in names)
         found = [os.path.relpath(os.path.dirname(file), src) for file in files if os.path.basename(file) == "data.mdb"]
@@ -565,8 +550,8 @@ def open_source(src, fonts=None, rotate_tall=False, chars=None):
         raise UserError(f"{src}: {'a file of another kind' if there else 'no such file or folder'}; expected synth, "
                         "synth:N, an LMDB folder, a labels file (.txt .tsv .jsonl .json) or a folder of images")
     source = Files(read_labels(src), os.path.dirname(src), name, rotate_tall)
-    if not any(os.path.exists(source.row(i)[0]) for i in range(min(100, len(source)))):
-        raise UserError(f"{src}: {len(source)} entries" + (f", no {source.row(0)[0]}" if len(source) else "") +
+    if not any(os.path.exists(source.path(i)) for i in range(min(100, len(source)))):
+        raise UserError(f"{src}: {len(source)} entries" + (f", no {source.path(0)}" if len(source) else "") +
                         "; image paths are relative to the labels file: move it to the folder that they start from")
     return source
 
@@ -585,32 +570,16 @@ SQUARE = torch.tensor([[-1., -1], [1, -1], [1, 1], [-1, 1]])            # a pict
 
 
 def uniform(generator, n, *shape, rows=None, device="cpu"):
-    """Numbers in [0, 1), (n, *shape). rows=(start, total) draws for `total` crops and keeps rows start:start+n, so that
-    a rank or a micro-batch gets the very numbers of the one large batch; `start` may be the n rows themselves."""
-    start, total = rows or (0, n)
-    kept = slice(start, start + n) if isinstance(start, int) else start
+    """Numbers in [0, 1), (n, *shape). rows=(indices, total) draws for `total` crops and keeps those of n, so that a
+    rank or a micro-batch gets the very numbers of the one large batch."""
+    kept, total = rows or (slice(n), n)
     return torch.rand(total, *shape, generator=generator, device=generator.device)[kept].to(device, non_blocking=True)
 
 
-def dice(numbers):
-    """Columns of uniform numbers (B, n) -> a function that moves the next of them between low and high."""
-    columns = iter(numbers.unbind(1))
-    return lambda low=0., high=1.: low + (high - low) * next(columns)
-
-
-def unit(images):
-    """uint8 or float in [0, 1] -> float32 in [0, 1]."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
-def normalize(images):
-    """uint8 or float in [0, 1] -> float32 in [-1, 1]."""
-    return unit(images) * 2 - 1
-
-
-def coarse_view(images, size):
-    """Area average: (B, 3, H, W) -> (B, 3, *size), float in [0, 1]."""
-    return F.interpolate(unit(images), size=size, mode="area")
+# uint8 or float in [0, 1] -> float32 in [0, 1]; -> float32 in [-1, 1]; (B, 3, H, W) -> (B, 3, *size), area averages
+def unit(images): return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+def normalize(images): return unit(images) * 2 - 1
+def coarse_view(images, size): return F.interpolate(unit(images), size=size, mode="area")
 
 
 def turned(angle, aspect, corners=SQUARE):
@@ -682,7 +651,8 @@ def distort(images, numbers, on):
     LMIM's ranges (CVPR 2025, medium); `numbers` (B, 66), uniform in [0, 1), say where in its range each one is."""
     (b, _, h, w), column = images.shape, lambda x: x[:, None, None, None]
     inward, bend, rest = numbers.split([8, 32, 26], 1)
-    between = dice(rest)
+    columns = iter(rest.unbind(1))
+    between = lambda low=0., high=1.: low + (high - low) * next(columns)        # each call uses up a column
 
     if "rotate" in on:                      # all of the geometry is four corners and a bend: the crop is sampled once
         crop = lambda: torch.stack([on["horizontal"] * between(0, .02), on["vertical"] * between(0, .10)], 1)[:, None]
@@ -736,96 +706,78 @@ def augment(images, generator, rows=None):
 
 # ---- batches
 
-class Readable(Dataset):
-    """A source whose damaged entries are strings that say so, for a loader's worker to hand on."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __getitem__(self, i):
+def read_batch(indices, source, masks=False):
+    """Crops -> (images uint8 (b, 3, 32, 128), labels, masks uint8 (b, 32, 128) or None, damaged, taken). The damaged, a
+    line for each, leave a smaller batch; `taken` are the places of the others. A crop without a mask gets zeros."""
+    crops, damaged = {}, []
+    for place, i in enumerate(indices):
         try:
-            return self.source.get(i)
+            crops[place] = source.get(i)
         except Damaged as error:
-            return str(error)
-
-
-def collate(crops, masks=False):
-    """Crops or strings -> (images uint8 (b, 3, 32, 128), labels, masks uint8 (b, 32, 128) or None, damaged, taken). The
-    damaged leave a smaller batch, `taken` are the places of the others. A crop without a mask gets zeros."""
-    taken = [j for j, crop in enumerate(crops) if not isinstance(crop, str)]
-    images, letters = (torch.zeros(len(taken), *shape, dtype=torch.uint8) for shape in ((3, H, W), (H, W)))
-    for k, j in enumerate(taken):
-        images[k] = crops[j].image
-        letters[k] = crops[j].mask if masks and crops[j].mask is not None else 0
-    damaged = [crop for crop in crops if isinstance(crop, str)]
-    return images, [crops[j].label for j in taken], letters if masks else None, damaged, taken
+            damaged.append(str(error))
+    images, letters = (torch.zeros(len(crops), *shape, dtype=torch.uint8) for shape in ((3, H, W), (H, W)))
+    for k, crop in enumerate(crops.values()):
+        images[k] = crop.image
+        letters[k] = 0 if crop.mask is None else crop.mask
+    return images, [crop.label for crop in crops.values()], letters if masks else None, damaged, list(crops)
 
 
 def start_worker(_):
     """Signals to the whole group are the training script's to handle: it saves, and its workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 def loader(source, batches, workers, masks=False):
-    return DataLoader(Readable(source), batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
-                      collate_fn=partial(collate, masks=masks), pin_memory=torch.cuda.is_available(),
+    """batches: lists of indices. The workers are handed indices alone, and read_batch is what they run on them."""
+    return DataLoader(range(len(source)), batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
+                      collate_fn=partial(read_batch, source=source, masks=masks), pin_memory=torch.cuda.is_available(),
                       prefetch_factor=4 if workers else None)
 
 
-class Batches:
-    """An endless stream of micro-batches, (images, labels, masks, damaged, taken) as `collate` says.
+def order(n, batch_size, seed, position=0, rank=0, world=1):
+    """Yields for ever the indices of a rank's micro-batches: position p of the stream is crop perm[epoch](p % n) with
+    epoch = p // n, and micro-batch m holds positions position + (m * world + rank) * batch_size + [0, batch_size). So
+    1 x 16, 2 x 8 and 1 x 4 accumulated four times see the same crops in a step, and a run resumes at any position, on
+    any number of processes or workers, with the same order."""
+    epoch = None
+    for first in count(position + rank * batch_size, world * batch_size):
+        batch = []
+        for p in range(first, first + batch_size):
+            if p // n != epoch:
+                epoch = p // n
+                perm = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+            batch.append(int(perm[p % n]))
+        yield batch
 
-    Position p of the stream is crop perm[epoch](p % n) with epoch = p // n, and micro-batch m of a rank holds positions
-    position + (m * world + rank) * batch_size + [0, batch_size). So 1 x 16, 2 x 8 and 1 x 4 accumulated four times see
-    the same crops in a step, and a run that resumes at any position, on any number of processes or workers, goes on
-    with the same order.
-    """
 
-    def __init__(self, source, batch_size, seed, position=0, rank=0, world=1, workers=0, shuffle=True, masks=False):
-        self.n, self.batch_size, self.seed, self.shuffle = len(source), batch_size, seed, shuffle
-        self.first, self.stride = position + rank * batch_size, world * batch_size
-        self.loader = loader(source, self.indices(), workers, masks)
-
-    def __iter__(self):
-        stream = iter(self.loader)
-        if self.loader.num_workers:         # workers ignore signals: told to end, or multiprocessing waits for them for ever
-            atexit.register(stream._shutdown_workers)
-        return stream
-
-    def indices(self):
-        p, epoch, order = self.first, None, range(self.n)
-        while True:
-            batch = []
-            for q in range(p, p + self.batch_size):
-                if self.shuffle and q // self.n != epoch:
-                    epoch = q // self.n
-                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    order = torch.randperm(self.n, generator=generator)
-                batch.append(int(order[q % self.n]))
-            yield batch
-            p += self.stride
+def batches(source, batch_size, seed, position=0, rank=0, world=1, workers=0, masks=False):
+    """An endless stream of micro-batches as `read_batch` returns them, in the order that `order` says."""
+    stream = iter(loader(source, order(len(source), batch_size, seed, position, rank, world), workers, masks))
+    if workers:             # they ignore signals: told to end, or multiprocessing waits for them for ever
+        atexit.register(stream._shutdown_workers)
+    return stream
 
 
 def read_all(source, batch_size, workers=0, rank=0, world=1):
     """Every crop once over all ranks, in order: yields (indices of what could be read, images, labels, damaged)."""
     mine = range(rank, len(source), world)
-    batches = [list(mine[k:k + batch_size]) for k in range(0, len(mine), batch_size)]
+    batches = [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
     for batch, (images, labels, _, damaged, taken) in zip(batches, loader(source, batches, workers)):
         yield [batch[j] for j in taken], images, labels, damaged
 
 
 class DamageCount:
-    """Counts what cannot be read; more than the share `limit` of at least 100 crops is a UserError that names ten."""
+    """Counts what cannot be read and names the first ten; more than the share `limit` of at least 100 crops stops."""
 
     def __init__(self, limit=.01):
         self.limit, self.seen, self.bad, self.first = limit, 0, 0, []
 
     def add(self, seen, damaged):
         """Of `seen` crops these, one string each, could not be read."""
-        self.seen, self.bad = self.seen + seen, self.bad + len(damaged)
-        self.first += damaged[:10 - len(self.first)]
+        self.seen, self.bad, new = self.seen + seen, self.bad + len(damaged), damaged[:10 - len(self.first)]
+        self.first += new
+        print("".join(f"damaged, left out: {line}\n" for line in new), end="", flush=True)
         if self.seen >= 100 and self.bad > self.limit * self.seen:
             raise UserError(f"{self.bad} of {self.seen} crops are damaged, more than --max_damaged {self.limit}: "
                             + "; ".join(self.first))
@@ -833,13 +785,23 @@ class DamageCount:
 
 # ---- show, check and pack
 
-def fingerprint(images):
-    """Crops -> (n, 472) of length 1: differences of neighbours in the grey picture at 8 x 32. A product of two is over
-    .9 if one is the other coded anew (all of 500 at JPEG quality 75, 98 % at 30) or resized (97 %), not cropped anew.
-    Among 49 million pairs of training and test crops, no two with different labels came so near."""
-    small = coarse_view(torch.einsum("bchw,c->bhw", unit(images), GREY)[:, None], (8, 32))
-    edges = torch.cat([small.diff(dim=2).flatten(1), small.diff(dim=3).flatten(1)], 1)
-    return F.normalize(edges - edges.mean(1, keepdim=True))
+def show(args):
+    source, generator = open_sources(args.src, fonts=args.fonts), torch.Generator().manual_seed(args.seed)
+    chosen = torch.randperm(len(source), generator=generator)[:args.n].tolist()
+    images, labels, _, damaged, _ = read_batch(chosen, source)
+    views = [unit(images)] + [guidance_view(images, generator, geometry=g) for g in (True, False) if args.guidance]
+    views += [augment(images, generator) for _ in range(2) if args.augment]
+    views += [F.interpolate(coarse_view(images, size(args.coarse)), size=(H, W))] if args.coarse else []
+    across, wide, high = max(1, 4 // len(views)), len(views) * 2 * W + 8, 2 * H + 16
+    sheet = Image.new("RGB", (across * wide, math.ceil(len(chosen) / across) * high), "white")
+    for k, (label, strip) in enumerate(zip(labels, torch.cat(views, 3))):
+        x, y = k % across * wide, k // across * high
+        strip = Image.fromarray((strip * 255).byte().permute(1, 2, 0).numpy())
+        sheet.paste(strip.resize((2 * strip.width, 2 * H), Image.Resampling.NEAREST), (x, y))
+        ImageDraw.Draw(sheet).text((x + 2, y + 2 * H + 1), label or "", "black")
+    sheet.save(args.out)
+    print("".join(f"damaged: {line}\n" for line in damaged), end="")
+    print(f"{args.out}: {len(images)} of the {len(source):,} crops of {source.name}")
 
 
 def inspect(source, workers):
@@ -850,47 +812,37 @@ def inspect(source, workers):
             bar.update(len(indices) + len(damaged))
 
 
-def show(args):
-    source, generator = open_sources(args.src, fonts=args.fonts), torch.Generator().manual_seed(args.seed)
-    crops = [Readable(source)[i] for i in torch.randperm(len(source), generator=generator)[:args.n].tolist()]
-    grey = Crop(torch.full((3, H, W), 128, dtype=torch.uint8), None, None)
-    images = torch.stack([(grey if isinstance(crop, str) else crop).image for crop in crops])
-    views = [unit(images)] + [guidance_view(images, generator, geometry=g) for g in (True, False) if args.guidance]
-    views += [augment(images, generator) for _ in range(2) if args.augment]
-    views += [F.interpolate(coarse_view(images, size(args.coarse)), size=(H, W))] if args.coarse else []
-    across, wide, high = max(1, 4 // len(views)), len(views) * 2 * W + 8, 2 * H + 16
-    sheet = Image.new("RGB", (across * wide, -(-len(crops) // across) * high), "white")
-    for k, (crop, strip) in enumerate(zip(crops, torch.cat(views, 3))):
-        x, y = k % across * wide, k // across * high
-        strip = Image.fromarray((strip * 255).byte().permute(1, 2, 0).numpy())
-        sheet.paste(strip.resize((2 * strip.width, 2 * H), Image.Resampling.NEAREST), (x, y))
-        ImageDraw.Draw(sheet).text((x + 2, y + 2 * H + 1), crop if isinstance(crop, str) else crop.label or "", "black")
-    sheet.save(args.out)
-    print(f"{args.out}: {len(crops)} of the {len(source):,} crops of {source.name}")
+def fingerprint(images):
+    """Crops -> (n, 472) of length 1: differences of neighbours in the grey picture at 8 x 32. A product of two is over
+    .9 if one is the other coded anew (all of 500 at JPEG quality 75, 98 % at 30) or resized (97 %), not cropped anew.
+    Among 49 million pairs of training and test crops, no two with different labels came so near."""
+    small = coarse_view(torch.einsum("bchw,c->bhw", unit(images), GREY)[:, None], (8, 32))
+    edges = torch.cat([small.diff(dim=2).flatten(1), small.diff(dim=3).flatten(1)], 1)
+    return F.normalize(edges - edges.mean(1, keepdim=True))
 
 
 def check(args):
-    source, tests = open_sources(args.src), open_sources(args.against) if args.against else None
-    known, marks, places, digest = {}, [], [], lambda data: hashlib.blake2b(data, digest_size=16).digest()
-    for indices, images, _, _, files in inspect(tests, args.workers) if tests else ():
-        known.update(zip(map(digest, files), indices))
-        marks.append(fingerprint(images))
+    source, tests = open_sources(args.src), open_sources(args.against or [])
+    same, places, marks = {}, [None], [torch.zeros(1, 472)]     # of the test crops; nothing is alike to the first
+    for indices, images, _, _, files in inspect(tests, args.workers) if args.against else ():
+        same.update(zip(map(hash, files), indices))             # 64 bits, which no two files share by chance
         places += indices
-    marks = torch.cat(marks) if places else torch.zeros(1, 472)
-    seen, chars, sizes, lengths, bad, found = Counter(), Counter(), [], [], [], []
+        marks.append(fingerprint(images))
+    marks = torch.cat(marks)
+    seen, chars, sizes, lengths, bad, lines = Counter(), Counter(), [], [], [], []
     for indices, images, labels, damaged, files in inspect(source, args.workers):
-        seen.update(map(digest, files))
+        seen.update(map(hash, files))
         chars.update("".join(label or "" for label in labels))
         sizes += [Image.open(io.BytesIO(data)).size for data in files]
         lengths += [len(label) for label in labels if label is not None]
         bad += damaged
-        if tests:
-            likeness, nearest = (fingerprint(images) @ marks.T).max(1)
-            for i, data, alike, k in zip(indices, files, likeness.tolist(), nearest.tolist()):
-                if digest(data) in known:
-                    found.append((i, "same bytes", known[digest(data)]))
-                elif alike > args.alike:
-                    found.append((i, f"alike {alike:.3f}", places[k]))
+        if not args.against:
+            continue
+        likeness, nearest = (fingerprint(images) @ marks.T).max(1)
+        for i, label, file, alike, k in zip(indices, labels, map(hash, files), likeness.tolist(), nearest.tolist()):
+            if file in same or alike > args.alike:
+                why, k = ("same bytes", same[file]) if file in same else (f"alike {alike:.3f}", places[k])
+                lines.append("\t".join(map(str, (i, source.where(i), label, why, tests.where(k), tests.label(k)))))
     spread = lambda x: "from {:g} to {:g}, median {:g}".format(*np.quantile(x, (0, 1, .5))) if x else "none"
     print(f"{source.name}: {len(source):,} entries = {len(sizes):,} read + {len(bad):,} damaged")
     print(f"width {spread([w for w, _ in sizes])}; height {spread([h for _, h in sizes])}")
@@ -900,13 +852,10 @@ def check(args):
     print(f"{len(odd)} characters outside the 94: {' '.join(odd[:50])}")
     print(f"entries that repeat the bytes of another: {seen.total() - len(seen):,}")
     print("".join(f"damaged: {line}\n" for line in bad[:20]), end="")
-    lines = ["\t".join(map(str, (i, source.where(i), source.label(i), why, tests.where(k), tests.label(k))))
-             for i, why, k in found]
-    if tests:
-        print("\n".join([f"also in {tests.name}: {len(lines):,}" + ", the first 20:" * (len(lines) > 20)] + lines[:20]))
+    if args.against:
+        print(f"also in {tests.name}: {len(lines):,}" + ", the first 20:" * (len(lines) > 20), *lines[:20], sep="\n")
     if args.write_list:
-        with open(args.write_list, "w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
+        pathlib.Path(args.write_list).write_text("".join(line + "\n" for line in lines), "utf-8")
 
 
 def pack(args):
@@ -941,7 +890,7 @@ def pack(args):
     wrong = [k for k, i in enumerate(kept) if (packed.bytes(k), packed.label(k)) != (source.bytes(i), source.label(i))]
     if wrong or len(packed) != len(kept):
         raise UserError(f"{part}: {len(wrong)} entries are not what was written; is the disk sound?")
-    OPENED.pop(os.path.realpath(part))[1].close()
+    environment.cache_clear()                       # Windows renames no folder that holds an open file
     os.rename(part, args.out)
     print(f"{args.out}: {len(kept):,} of {len(source):,} entries written and read back, {len(skip):,} left out by list")
 

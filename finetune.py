@@ -1,8 +1,8 @@
 """Fine-tunes a pre-trained encoder into a recognizer: labelled crops in, text out.
 
-    python finetune.py --init out/mnsp/last.pt --data synth IIIT5k SVT --val synth:1000:1      a laptop
-    python finetune.py --init out/mnsp/last.pt --data L/train --val L/val --compile            one GPU
-    torchrun --nproc_per_node=8 finetune.py --init out/mnsp/last.pt --data L/train --val L/val eight GPUs, the papers' setting
+    python finetune.py --init out/mnsp/last.pt --data synth IIIT5k SVT --val synth:1000:1           a laptop
+    python finetune.py --init out/mnsp/last.pt --data L/train --val L/val --compile                 one GPU
+    torchrun --nproc_per_node=8 finetune.py --init out/mnsp/last.pt --data L/train --val L/val      the papers' setting
 
 Writes to --out_dir: last.pt, prev.pt, best.pt (highest accuracy on --val, which should never be a test set), log.jsonl.
 `evaluate.py --ckpt` needs nothing but such a file.
@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 
 import evaluate
-from data import CHARSETS, Parser, Subset, UserError, augment, charset, fit_label, fit_labels, normalize, open_sources, read_all, run, unit
+from data import (CHARSETS, Parser, Parts, UserError, augment, charset, fit_label, fit_labels, normalize, open_sources,
+                  read_all, run, unit)
 from model import MODELS, Recognizer, ViT, encoder_config, load_encoder, load_state, read_checkpoint
-from pretrain import Run, between, parse, training_flags
+from pretrain import Run, parse, training_flags, within
 
 RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's: lr 2e-4 at 512 words a step, 10 epochs
-    "vit_nano": dict(batch_size=64, max_steps=9000, blr=4e-3, warmup_epochs=0.3, clip_grad=20.0, layer_decay=1.0, drop_path=0.0,
-                     dropout=0.0, spell=10.0, save_every=1000),
+    "vit_nano": dict(batch_size=64, max_steps=9000, blr=4e-3, warmup_epochs=0.3, clip_grad=20.0, layer_decay=1.0,
+                     drop_path=0.0, dropout=0.0, spell=10.0, save_every=1000),
     "vit_tiny": dict(blr=4e-4),
     "vit_small": dict(blr=1e-4),
     "vit_base": dict(blr=1e-4),
@@ -31,7 +32,7 @@ RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's: lr 
 # ---- labels
 
 def encode(labels, model):
-    """Words -> classes (B, T): characters, end, then padding; T is the longest, rounded up so that few shapes are compiled."""
+    """Words -> classes (B, T): characters, end, then padding; T is the longest, rounded up: few shapes to compile."""
     T = min(-(-max(len(word) + 1 for word in labels) // 4) * 4, model.max_length + 1)
     ids = torch.full((len(labels), T), model.pad)
     for row, word in zip(ids, labels):
@@ -40,15 +41,16 @@ def encode(labels, model):
 
 
 def under_patches(masks, targets, model):
-    """Class of the character under each patch (B, N), padding where there is none or where it is not known (real crops)."""
-    k = torch.nn.functional.max_pool2d(masks.float()[:, None], model.encoder.patch).flatten(1).long()     # 1 = the first character
+    """Class of the character under each patch (B, N), padding where there is none or it is not known (real crops)."""
+    k = torch.nn.functional.max_pool2d(masks.float()[:, None], model.encoder.patch).flatten(1).long()
+    # k = 1 is the first character
     return torch.where(k > 0, targets.gather(1, (k - 1).clamp(min=0)), model.pad)
 
 
 def label_fraction(source, share, seed):
     """A random `share` of a source's crops, the same for the same seed."""
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-    return Subset(source, order[:max(1, round(share * len(source)))].sort().values)
+    return Parts([source], source.name, order[:max(1, round(share * len(source)))].sort().values)
 
 
 # ---- model and optimizer
@@ -59,28 +61,30 @@ def build(args, chars):
     start = read_checkpoint(args.init) if args.init else {}
     config = encoder_config(args.model)
     encoder = load_encoder(args.init, **options) if args.init else ViT(**config, **options)
-    model = Recognizer(encoder, chars, args.max_length, dropout=args.dropout, spell=args.spell, **MODELS[args.model]["reader"])
-    want, have = tuple(config.values()), (len(encoder.blocks), encoder.width, encoder.blocks[0].attn.heads, encoder.patch)
+    reader = dict(MODELS[args.model]["reader"], dropout=args.dropout, spell=args.spell)
+    model = Recognizer(encoder, chars, args.max_length, **reader)
+    want = tuple(config.values())
+    have = (len(encoder.blocks), encoder.width, encoder.blocks[0].attn.heads, encoder.patch)
     if want != have:
-        raise UserError(f"--init {args.init}: depth, width, heads and patch are {have}, those of --model {args.model} {want}; "
-                        "name the --model it was made with")
-    said = f"--init {args.init}: all {encoder.matched} tensors of the encoder loaded" if args.init else "from scratch: no --init"
+        raise UserError(f"--init {args.init}: depth, width, heads and patch are {have}, those of --model {args.model} "
+                        f"{want}; name the --model it was made with")
+    said = f"all {encoder.matched} tensors of the encoder loaded" if args.init else "from scratch"
     if "charset" in start:
         own, old = model.state_dict(), start["model"]
         new = [k for k in own if k not in old or own[k].shape != old[k].shape]
         if start["charset"] != chars:
             new += [k for k in own if k.startswith(("embed.", "classifier.", "char_head.")) and k not in new]
         load_state(model, {k: own[k] if k in new else old[k] for k in own}, args.init)
-        said = f"--init {args.init}: a recognizer; {len(own) - len(new)} of {len(own)} tensors loaded" + (
-            f", anew: {' '.join(new)}" if new else "")
+        said = f"a recognizer; {len(own) - len(new)} of {len(own)} tensors loaded"
+        said += f", anew: {' '.join(new)}" if new else ""
     if args.freeze_encoder:
         encoder.requires_grad_(False)
-    return model, said
+    return model, f"--init {args.init}: {said}"
 
 
 def layer_groups(model, weight_decay, layer_decay):
-    """AdamW's groups. Encoder layer i of n learns at layer_decay^(n + 1 - i) of the rate, what is above it at the full rate
-    (BEiT's rule); biases, norms, tokens and embeddings do not decay."""
+    """AdamW's groups. Encoder layer i of n learns at layer_decay^(n + 1 - i) of the rate, what is above it at the full
+    rate (BEiT's rule); biases, norms, tokens and embeddings do not decay."""
     groups, n = {}, len(model.encoder.blocks)
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -99,8 +103,8 @@ def layer_groups(model, weight_decay, layer_decay):
 @torch.inference_mode()
 def validate(training, source, protocol):
     """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first few (label, reading)."""
-    model, pairs, lost = training.raw.eval(), {}, 0
-    for ids, images, labels, damaged in read_all(source, training.args.batch_size, training.args.workers, training.rank, training.world):
+    args, model, pairs, lost = training.args, training.raw.eval(), {}, 0
+    for ids, images, labels, damaged in read_all(source, args.batch_size, args.workers, training.rank, training.world):
         with training.autocast():
             words = model.strings(*model.decode(normalize(images.to(training.device))))
         pairs.update((i, (label, text)) for i, label, (text, _) in zip(ids, labels, words))
@@ -110,11 +114,11 @@ def validate(training, source, protocol):
         dist.all_gather_object(parts, pairs, group=training.hosts)
         pairs = {i: pair for part in parts for i, pair in part.items()}
     model.train()
-    pairs = [pairs[i] for i in sorted(pairs)]
+    lost, pairs = int(training.over_ranks(lost)[0]), [pairs[i] for i in sorted(pairs)]
     if lost:
-        print(f"--val: {lost} crops are damaged and were not read")
+        training.say(f"--val: {lost} crops are damaged and were not read")
     if not pairs:
-        raise UserError(f"--val {' '.join(training.args.val)}: no crop of it can be read; see python data.py check")
+        raise UserError(f"--val {' '.join(args.val)}: no crop of it can be read; see python data.py check")
     return evaluate.score(pairs, protocol), pairs[:4]
 
 
@@ -122,37 +126,36 @@ def validate(training, source, protocol):
 
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--init", help="checkpoint to start from: pretrain.py's, a recognizer's, MAE's, LMIM's; left out: from scratch")
+    add, share = parser.add_argument, within("(0, 1]")
+    add("--init", help="checkpoint to start from: pretrain.py's, a recognizer's, MAE's, LMIM's; left out: from scratch")
     training_flags(parser)
-    add = parser.add_argument
-    add("--val", nargs="+", metavar="SRC", help="labelled crops that choose best.pt, read every --sample_every steps; never a test set")
+    add("--val", nargs="+", metavar="SRC",
+        help="labelled crops that choose best.pt, read every --sample_every steps; never a test set")
     add("--charset", default="94", help="36 (case folded), 62, 94, or a UTF-8 file of the characters of your script")
     add("--max_length", type=int, default=25, help="longest word, in characters; 40 for lines of Chinese")
-    add("--layer_decay", type=float, default=0.75, help="each encoder layer learns at this share of the rate of the one above it")
-    add("--drop_path", type=between(0, 1, True), default=0.1, help="share of encoder branches skipped; 0 for short runs")
-    add("--dropout", type=between(0, 1, True), default=0.1, help="in attention, FFN and embeddings; 0 for short runs")
-    add("--label_fraction", type=float, default=1.0, help="train on this share of the labels, drawn once by --seed")
+    add("--layer_decay", type=share, default=0.75, help="each encoder layer learns at this share of the next's rate")
+    add("--drop_path", type=within("[0, 1)"), default=0.1, help="share of encoder branches skipped; 0 for short runs")
+    add("--dropout", type=within("[0, 1)"), default=0.1, help="in attention, FFN and embeddings; 0 for short runs")
+    add("--label_fraction", type=share, default=1.0, help="train on this share of the labels, drawn once by --seed")
     add("--freeze_encoder", action="store_true", help="train the decoder only, to measure what the encoder holds")
-    add("--spell", type=float, default=0.0, help="weight of naming the character under each patch of rendered words, whose boxes are "
-        "known: supervision beyond the labels, which gets small models off the ground")
+    add("--spell", type=within("[0, inf)"), default=0.0,
+        help="weight of naming the character under each patch of rendered words, whose boxes are known: supervision "
+        "beyond the labels, which gets small models off the ground")
     add("--out_dir", default=os.path.join("out", "finetune"), help="where to write")
-    argv = sys.argv[1:]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first, argv = argparse.ArgumentParser(add_help=False, allow_abbrev=False), sys.argv[1:]
     first.add_argument("--init")
     first.add_argument("--model")
     named, _ = first.parse_known_args(argv)
-    if named.init and not named.model:                       # the size is in our own checkpoints; a foreign one needs --model
+    if named.init and not named.model:              # the size is in our own checkpoints; a foreign one needs --model
         stored = read_checkpoint(named.init).get("args", {})
         argv += ["--model", stored["model"]] if isinstance(stored, dict) and stored.get("model") in MODELS else []
     args = parse(parser, RECIPES, argv)
-    if not 0 < args.label_fraction <= 1:
-        parser.error(f"--label_fraction {args.label_fraction}: expected a number in (0, 1]")
 
     training = Run(args)
     chars = charset(args.charset)
     protocol = "waics" if chars in CHARSETS.values() else "exact"
-    options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall,
-                   chars=None if args.charset == "36" else chars)          # folded labels, but words of both cases are drawn
+    drawn = None if args.charset == "36" else chars     # labels are folded, but words of both cases are drawn
+    options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall, chars=drawn)
     source, report = fit_labels(open_sources(args.data, **options), chars, args.max_length)
     if args.label_fraction < 1:
         source = label_fraction(source, args.label_fraction, args.seed)
@@ -170,8 +173,9 @@ def main():
 
     for step in training.steps():
         for images, labels, masks, (rows, total) in training.micro_batches():
-            targets = encode([fit_label(label, chars, args.max_length)[0] for label in labels], model).to(training.device)
-            # rendered words come varied already, and their masks would have to move along: only real crops are augmented
+            words = [fit_label(label, chars, args.max_length)[0] for label in labels]
+            targets = encode(words, model).to(training.device)
+            # rendered words come varied already, and their masks would have to move along: real crops are augmented
             real = torch.arange(len(images)) if masks is None else (masks.flatten(1).amax(1) == 0).nonzero()[:, 0]
             images = unit(images)
             if len(real):
@@ -187,7 +191,8 @@ def main():
             with training.untimed():
                 result, few = validate(training, val, protocol)
             readings = "  ".join(f"{label}>{text}" for label, text in few)
-            training.say(f"step {step + 1}  val {result['accuracy']:.1f} {protocol}  1-NED {result['ned']:.1f}  {readings}")
+            training.say(f"step {step + 1}  val {result['accuracy']:.1f} {protocol}  1-NED {result['ned']:.1f}  "
+                         f"{readings}")
             training.write(dict(step=step + 1, val_accuracy=result["accuracy"], val_ned=result["ned"]))
             if result["accuracy"] > training.more["best"]:
                 training.more["best"] = result["accuracy"]

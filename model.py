@@ -380,6 +380,15 @@ def align_infonce(a, b, crops=None, temperature=0.2):
         return sum(F.cross_entropy(x, truth) for x in logits) / 2
 
 
+def among(cls, others=None):
+    """A step's [cls], each (crops of this rank, D), from one micro-batch's, with gradients, and those of the others, without: GradCache
+    (2101.06983), which makes accumulated gradients of a loss over pairs of crops those of one large batch."""
+    if others is None:
+        return cls
+    place, parts = others
+    return [torch.cat([*(part[i] for part in parts[:place]), own, *(part[i] for part in parts[place + 1:])]) for i, own in enumerate(cls)]
+
+
 ALIGN = {"mse": align_mse, "infonce": align_infonce}
 
 
@@ -393,7 +402,7 @@ class Pretrainer(nn.Module):
 
     def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None, dropout=None):
         super().__init__()
-        self.crops = None                                                    # of every rank, for InfoNCE over ranks
+        self.crops = None                                                    # of every rank in a step, for InfoNCE over ranks
         decoder = MODELS[model]["decoder"]
         self.method = METHODS[method] if isinstance(method, str) else method
         self.scales = [tuple(s) for s in scales] if self.method["guidance"] == "coarse" else []
@@ -419,16 +428,21 @@ class Pretrainer(nn.Module):
             x = F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, self.teacher.grid), grid).flatten(2).transpose(1, 2)
         return F.layer_norm(x, x.shape[-1:])
 
-    def forward(self, image, views, ids_keep, ids_mask):
-        """image (B, 3, H, W); views: guidance views coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms, pred)."""
+    def look(self, image, views, ids_keep):
+        """Tokens of each view (B, 1+N', D), of the visible patches (B, 1+K, D) or None, and [cls] of them all (B, D)."""
+        memory = [self.encoder(view) for view in views]
+        seen = self.encoder(image, ids_keep) if self.method["mim"] else None
+        return memory, seen, [tokens[:, 0] for tokens in (*memory, seen) if tokens is not None]
+
+    def forward(self, image, views, ids_keep, ids_mask, others=None):
+        """image (B, 3, H, W); views: guidance views coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms, pred).
+
+        others: (number of this micro-batch, [cls] of each micro-batch of the step) for an `align` that compares crops."""
         weight, terms, pred = self.method, {}, None
         target = [self.target(image, grid) for grid in self.grids]           # (B, N, C) each, the fine scale last
-        memory = [self.encoder(view) for view in views]                      # (B, 1+N', D) each
-        cls = [tokens[:, 0] for tokens in memory]                            # (B, D) each
+        memory, seen, cls = self.look(image, views, ids_keep)
 
         if weight["mim"]:                                                    # hidden patches from visible ones and memory
-            seen = self.encoder(image, ids_keep)                             # (B, 1+K, D)
-            cls.append(seen[:, 0])
             pred = self.decoder(memory, seen, ids_keep, ids_mask, grid=len(self.grids) - 1)      # (B, M, C)
             terms["mim"] = mse(pred, take(target[-1], ids_mask))
 
@@ -438,8 +452,10 @@ class Pretrainer(nn.Module):
             pred = finer[-1] if pred is None else pred
 
         if weight["align"]:                                                  # [cls] of neighbouring scales agree (MLA)
-            pairs = list(zip(cls, cls[1:]))
-            terms["align"] = sum(ALIGN[weight["form"]](a, b, self.crops) for a, b in pairs) / len(pairs)
+            pairs = list(zip(among(cls, others), among(cls, others)[1:]))
+            align = sum(ALIGN[weight["form"]](a, b, self.crops) for a, b in pairs) / len(pairs)
+            parts = 1 if others is None else len(others[1])                  # each gives its own part of one whole gradient
+            terms["align"] = parts * align - (parts - 1) * align.detach()
 
         terms = {name: weight[name] * term for name, term in terms.items()}
         return sum(terms.values()), dict(terms, spread=spread(cls[-1])), pred
@@ -563,25 +579,29 @@ class Recognizer(nn.Module):
         on with `end` at probability 1; T is the longest of the batch. With `attention` also the last layer's cross-attention, mean
         over heads, (B, T, N)."""
         _, memory = self.encode(images)
-        ids = torch.full((len(images), 1), self.start, device=images.device)
-        ended, caches, out, looks = torch.zeros_like(ids[:, 0]).bool(), [m[:, :, :, :0] for m in memory], [], []
+        ids = torch.full((len(images), self.max_length + 1), self.end, device=images.device)
+        probs, rows = torch.ones_like(ids, dtype=torch.float32), torch.arange(len(ids), device=ids.device)
+        last, going = torch.full_like(rows, self.start), torch.ones_like(rows, dtype=torch.bool)
+        caches, looks = [m[:, :, :, :0] for m in memory], []
         cross = self.layers[-1].cross_attn
         hook = attention and cross.register_forward_pre_hook(lambda _, inputs: looks.append(cross.weights(*inputs)))
-        for _ in range(self.max_length + 1):
-            logits, caches = self.step(ids, memory, caches)
+        for t in range(self.max_length + 1):
+            logits, caches = self.step(last[:, None], memory, caches)
             logits = logits[:, -1].float()
             logits[:, self.pad:] = -math.inf                                 # padding and unknown are never read
-            p, ids = logits.softmax(-1).max(-1)
-            ids, p = torch.where(ended, self.end, ids), torch.where(ended, 1.0, p)
-            out.append((ids, p))
-            ended, ids = ended | (ids == self.end), ids[:, None]
-            if ended.all():
+            p, last = logits.softmax(-1).max(-1)
+            ids[rows, t], probs[rows, t] = last.where(going, self.end), p.where(going, 1.0)
+            going = going & (last != self.end)
+            left = going.sum().item()
+            if left == 0:
                 break
-        ids, probs = (torch.stack(x, dim=1) for x in zip(*out))
+            if 2 * left <= len(rows) and not attention:                      # half have ended: the others go on without them
+                memory, caches = ([x[:, going] for x in kept] for kept in (memory, caches))
+                rows, last, going = rows[going], last[going], going[going]
         if not attention:
-            return ids, probs
+            return ids[:, :t + 1], probs[:, :t + 1]
         hook.remove()
-        return ids, probs, torch.cat(looks, dim=1)
+        return ids[:, :t + 1], probs[:, :t + 1], torch.cat(looks, dim=1)
 
     def strings(self, ids, probs):
         """Texts and confidences: [(text, product of the probabilities of its characters, end included)]."""

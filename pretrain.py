@@ -6,8 +6,8 @@
              --teacher vit_small_checkpoint-19.pth                           eight GPUs, the paper's setting
 
 Writes to --out_dir: last.pt (and prev.pt, the one before), log.jsonl (an object a logged step), samples/step_*.png.
-Every random number of a step is a function of --seed, the step and the crop's place in the global batch, so that a resumed run,
-a run on other processes and a run with accumulated gradients go through the same numbers (dropout is each rank's own).
+Every random number of a step is a function of --seed, the step and the crop's place in the global batch, so a resumed
+run, one on other processes and one with accumulated gradients go through the same numbers (dropout is each rank's own).
 """
 import argparse
 import contextlib
@@ -18,70 +18,68 @@ import re
 import signal
 import sys
 import time
+import uuid
 
 import torch
 import torch.distributed as dist
-
 from PIL import Image
 
-try:
-    import resource
-except ImportError:                          # Windows has none: peak memory then reads 0
-    resource = None
-
-from data import H, W, Batches, DamageCount, Parser, Readable, UserError, coarse_view, guidance_view, normalize, open_sources, run, size, uniform
-from model import (METHODS, MODELS, ALIGN, Pretrainer, block_noise, load_encoder, load_state, patch_norm, patchify,
+from data import (H, W, DamageCount, Parser, UserError, batches, coarse_view, guidance_view, normalize, open_sources,
+                  read_batch, run, size, uniform)
+from model import (ALIGN, METHODS, MODELS, Pretrainer, block_noise, load_encoder, load_state, patch_norm, patchify,
                    random_mask, read_checkpoint, take, unpatchify)
 
 RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's (10 epochs on 8 GPUs of 64 crops)
     "vit_nano": dict(batch_size=64, max_steps=2000, blr=4e-3, warmup_epochs=0.5, sample_every=1000, clip_grad=1.0),
     "vit_tiny": dict(blr=5e-4),
-    "vit_small": {},
-    "vit_base": {},
 }
 
 
 # ---- flags (fine-tuning adds its own to these)
 
-def between(low, high, closed=False):
+def within(interval, kind=float):
+    """A flag's type: a number in an interval, such as "(0, 1]"."""
+    low, high = map(float, interval[1:-1].split(","))
+
     def number(text):
-        value = float(text)
-        if not (low < value < high or closed and value == low):
-            raise argparse.ArgumentTypeError(f"{text}: expected a number in {'[' if closed else '('}{low}, {high})")
+        value = kind(text)
+        if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
+            raise argparse.ArgumentTypeError(f"{text}: expected a number in {interval}")
         return value
     return number
 
 
 def training_flags(parser):
-    add = parser.add_argument
-    add("--model", choices=MODELS, default="vit_small", help="size of the encoder; vit_nano trains on a laptop, vit_small is the papers'")
+    add, count, positive, share = parser.add_argument, within("[1, inf)", int), within("(0, inf)"), within("[0, inf)")
+    add("--model", choices=MODELS, default="vit_small", help="vit_nano trains on a laptop, vit_small is the papers'")
     add("--data", nargs="+", default=["synth"], metavar="SRC",
-        help="synth[:N[:SEED]], an LMDB folder or a tree of them, a .txt/.tsv/.jsonl/.json of labels, a folder of images; name one "
-             "twice to see it twice as often")
+        help="synth[:N[:SEED]], an LMDB folder or a tree of them, a .txt/.tsv/.jsonl/.json of labels, a folder of "
+        "images; name one twice to see it twice as often")
     add("--fonts", help="a folder of .ttf or .otf files for rendered words, besides those of the system")
     add("--rotate_tall", action="store_true", help="turn crops much taller than wide; for data with vertical words")
-    add("--max_damaged", type=between(0, 1), default=0.01, help="share of crops that may be unreadable before the run stops")
-    add("--batch_size", type=int, default=64, help="crops a process and micro-step; lower this first if memory runs out")
-    add("--accum_iter", type=int, default=1, help="micro-steps whose gradients add up to one step; raise it as --batch_size falls")
-    add("--epochs", type=float, default=10, help="passes over --data")
-    add("--max_steps", type=int, help="steps in all, instead of --epochs")
-    add("--blr", type=float, default=1.5e-4, help="learning rate for 256 crops a step; the real one is blr * crops / 256")
-    add("--lr", type=float, help="learning rate as it is, instead of --blr")
-    add("--min_lr", type=float, default=0.0, help="where the cosine ends")
-    add("--warmup_epochs", type=float, default=1, help="of --epochs, with the learning rate rising; scales along with --max_steps")
-    add("--weight_decay", type=float, default=0.05, help="AdamW's; never on biases, norms and tokens")
-    add("--clip_grad", type=float, default=0.0, help="largest norm of the gradient; 0 leaves it as it is")
-    add("--max_bad_steps", type=int, default=10, help="steps in a row with a non-finite gradient before the run stops; each is skipped")
+    add("--max_damaged", type=within("(0, 1)"), default=.01, help="stop if a larger share of the crops is unreadable")
+    add("--batch_size", type=count, default=64, help="crops a process and micro-step; lower it if memory runs out")
+    add("--accum_iter", type=count, default=1, help="micro-steps that add up to a step; raise it as --batch_size falls")
+    add("--epochs", type=positive, default=10, help="passes over --data")
+    add("--max_steps", type=count, help="steps in all, instead of --epochs")
+    add("--blr", type=positive, default=1.5e-4, help="learning rate at 256 crops a step; it is blr * crops / 256")
+    add("--lr", type=positive, help="learning rate as it is, instead of --blr")
+    add("--min_lr", type=share, default=0.0, help="where the cosine ends")
+    add("--warmup_epochs", type=share, default=1, help="of --epochs, rate rising; scales along with --max_steps")
+    add("--weight_decay", type=share, default=0.05, help="AdamW's; never on biases, norms and tokens")
+    add("--clip_grad", type=share, default=0.0, help="largest norm of the gradient; 0 leaves it as it is")
+    add("--max_bad_steps", type=count, default=10, help="stop after so many skipped (non-finite) steps in a row")
     add("--seed", type=int, default=0, help="of weights, masks, views and order")
-    add("--workers", type=int, default=min(4, os.cpu_count()), help="processes that read crops, for each rank; more if 'wait' is high")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of matrix products; auto takes bfloat16 "
-        "where the device has it")
-    add("--compile", action="store_true", help="torch.compile: a minute's wait, then faster; needs a C++ compiler on CPUs")
+    add("--workers", type=within("[0, inf)", int), default=min(4, os.cpu_count()),
+        help="processes that read crops, for each rank; more if 'wait' is high")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="of matrix products; auto takes bfloat16 where the device has it")
+    add("--compile", action="store_true", help="a minute's wait, then faster; on CPUs needs a C++ compiler")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
     add("--resume", action="store_true", help="go on from --out_dir's checkpoint, or start if there is none")
-    add("--log_every", type=int, default=20, help="steps between lines of log.jsonl")
-    add("--save_every", type=int, default=500, help="steps between checkpoints")
-    add("--sample_every", type=int, default=1000, help="steps between pictures or readings of a few crops")
+    add("--log_every", type=count, default=20, help="steps between lines of log.jsonl")
+    add("--save_every", type=count, default=500, help="steps between checkpoints")
+    add("--sample_every", type=count, default=1000, help="steps between pictures or readings of a few crops")
 
 
 def parse(parser, recipes, argv=None):
@@ -89,17 +87,25 @@ def parse(parser, recipes, argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default="vit_small")
     parser.set_defaults(**recipes.get(first.parse_known_args(argv)[0].model, {}))
-    args = parser.parse_args(argv)
-    for name in ("batch_size", "accum_iter", "log_every", "save_every", "sample_every", "max_bad_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
-    for name in ("epochs", "max_steps", "blr", "lr"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name} {getattr(args, name)}: expected more than 0")
-    for name in ("workers", "clip_grad", "weight_decay", "warmup_epochs", "min_lr"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} {getattr(args, name)}: expected 0 or more")
-    return args
+    return parser.parse_args(argv)
+
+
+# ---- ranks
+
+def meet(rank, world):
+    """The store of this start. torchrun keeps one store over restarts, in which the addresses of ranks that were killed
+    still stand (pytorch issue 135712): rank 0 opens a fresh corner and names it to those who say hello just now."""
+    store, corner, hello = next(dist.rendezvous("env://"))[0], uuid.uuid4().hex, uuid.uuid4().hex
+    if rank:
+        store.set(f"hello/{rank}", hello)
+        corner = store.get(f"corner/{hello}").decode()                      # waits
+        store.set(f"{corner}/{rank}", "here")
+    while rank == 0 and not store.check([f"{corner}/{r}" for r in range(1, world)]):
+        for r in range(1, world):
+            if store.check([f"hello/{r}"]):                                 # perhaps of a rank that is dead
+                store.set(f"corner/{store.get(f'hello/{r}').decode()}", corner)
+        time.sleep(0.05)
+    return dist.PrefixStore(corner, store)
 
 
 # ---- one run: device, ranks, steps, checkpoints, logs (fine-tuning uses the same)
@@ -107,23 +113,24 @@ def parse(parser, recipes, argv=None):
 class Run:
     """What every training loop needs, so that the loop itself reads as the method does.
 
-        for step in run.steps():                                   sets the learning rate; saves, or leaves, after the body
-            for images, ..., rows in run.micro_batches():          `accum_iter` of them
+        for step in run.steps():                             sets the learning rate; saves, or leaves, after the body
+            for images, ..., rows in run.micro_batches():    `accum_iter` of them
                 with run.autocast(): loss, terms = run.model(...)
                 run.backward(loss, terms)
-            run.update()                                           clips, steps, logs
+            run.update()                                     clips, steps, logs
     """
-
-    MUST_MATCH = ("model", "data", "fonts", "rotate_tall", "seed", "dtype", "method", "scales", "teacher", "mask", "mask_ratio",
-                  "align", "align_weight", "weight_decay", "init", "layer_decay", "dropout", "drop_path", "spell", "charset", "max_length", "label_fraction", "freeze_encoder")
+    MUST_MATCH = ("model data fonts rotate_tall seed dtype method scales teacher mask mask_ratio align align_weight "
+                  "weight_decay init layer_decay dropout drop_path spell charset max_length label_fraction "
+                  "freeze_encoder").split()
 
     def __init__(self, args):
-        self.args, self.stop = args, False
+        self.args, self.out, self.stop = args, args.out_dir, False
+        self.step, self.position, self.more = 0, 0, {}                      # more: what else a checkpoint holds
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.crops = args.batch_size * args.accum_iter * self.world         # a step, all ranks
         name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+            self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as e:
             raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}")
@@ -131,14 +138,12 @@ class Run:
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        # flags between hosts travel over Gloo: asking a GPU would stop the queue of work
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=meet(self.rank, self.world),
+                                    rank=self.rank, world_size=self.world)
+        # numbers between hosts travel over Gloo: asking a GPU would stop the queue of work
         self.hosts = dist.new_group(backend="gloo") if self.world > 1 else None
         self.dtype = self.pick_dtype()
-        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0 ** 12) if self.dtype == torch.float16 else None
-        self.crops = args.batch_size * args.accum_iter * self.world                          # a step, all ranks
-        self.step, self.position, self.more = 0, 0, {}                                        # more: what else a checkpoint holds
-        self.out = args.out_dir
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=4096, enabled=self.dtype == torch.float16)
         torch.manual_seed(args.seed)
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, lambda *_: setattr(self, "stop", True))
@@ -150,8 +155,8 @@ class Run:
             return getattr(torch, self.args.dtype)
         if self.device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        fast = self.device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-        return torch.bfloat16 if fast else torch.float32
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast and self.device.type == "cpu" else torch.float32
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -160,100 +165,115 @@ class Run:
         if self.rank == 0:
             print(text, flush=True)
 
-    def agree(self, flag):
-        """True on every rank if it is on any: decisions to leave are taken together, or the rest would hang."""
-        if self.world == 1:
-            return flag
-        flags = torch.tensor([float(flag)])
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.hosts)
-        return bool(flags[0])
+    def over_ranks(self, *numbers):
+        """Sums of numbers on the host. Decisions are taken on these, or ranks would part and wait for each other."""
+        numbers = torch.tensor(numbers, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(numbers, group=self.hosts)
+        return numbers.tolist()
+
+    @contextlib.contextmanager
+    def writing(self, path):
+        """A full or read-only disk is said, and training goes on."""
+        try:
+            yield
+        except (OSError, RuntimeError) as e:                                # torch's writer puts a RuntimeError on top
+            why = str(e.__context__ or e).partition("\n")[0]
+            self.say(f"step {self.step}: could not write {path} ({why}); training goes on, what was there stays")
 
     # -- checkpoints
 
     def find_checkpoint(self):
-        paths = [os.path.join(self.out, name) for name in ("last.pt", "prev.pt")]
-        found = [p for p in paths if os.path.exists(p)]
-        taken = [p for p in [*paths, os.path.join(self.out, "best.pt")] if os.path.exists(p)]
-        if taken and not self.args.resume:
-            raise UserError(f"--out_dir {self.out}: holds {os.path.basename(taken[0])}; add --resume to go on, or name another folder")
-        self.loaded = None
+        """self.loaded: the newest checkpoint of --out_dir that can be read, once it is known to fit the flags."""
+        there = [name for name in ("last.pt", "prev.pt", "best.pt") if os.path.exists(os.path.join(self.out, name))]
+        if there and not self.args.resume:
+            raise UserError(f"--out_dir {self.out}: holds {there[0]}; add --resume to go on, or name another folder")
+        self.loaded, self.torn = None, False
+        found = [os.path.join(self.out, name) for name in there if name != "best.pt"]
         for path in found:
             try:
                 self.loaded = dict(read_checkpoint(path), path=path)
                 break
             except UserError as e:
+                self.torn = True
                 self.say(f"{e}; falling back to the checkpoint before it")
-        if found and self.loaded is None:
-            raise UserError(f"--resume: neither {' nor '.join(found)} can be read; name another --out_dir to start anew")
         if self.loaded:
             if not {"args", "data", "optimizer", "step", "bad"} <= set(self.loaded):
-                raise UserError(f"--resume {self.loaded['path']}: not a training checkpoint of this project; name another --out_dir")
-            old, new = self.loaded["args"], vars(self.args)
-            differ = [f"--{k} {old[k]} there, {new[k]} here" for k in self.MUST_MATCH if k in old and k in new and old[k] != new[k]]
-            if self.loaded["data"]["crops"] != self.crops:
-                differ.append(f"{self.loaded['data']['crops']} crops a step there, {self.crops} here")
+                raise UserError(f"--resume {path}: not a training checkpoint of this project; name another --out_dir")
+            old, new, crops = self.loaded["args"], vars(self.args), self.loaded["data"]["crops"]
+            differ = [f"--{k} {old[k]} there, {new[k]} here" for k in self.MUST_MATCH
+                      if k in old and k in new and old[k] != new[k]]
+            differ += [f"{crops} crops a step there, {self.crops} here"] if crops != self.crops else []
             if differ:
-                raise UserError(f"--resume {self.loaded['path']}: {'; '.join(differ)}")
+                raise UserError(f"--resume {path}: {'; '.join(differ)}")
+        elif found:
+            raise UserError(f"--resume: cannot read {' nor '.join(found)}; name another --out_dir to start anew")
         try:
             os.makedirs(os.path.join(self.out, "samples"), exist_ok=True)
         except OSError as e:
-            raise UserError(f"--out_dir {self.out}: {e.strerror}")
+            raise UserError(f"--out_dir {self.out}: {e.strerror}; expected a folder that can be written")
 
     def prepare(self, model, source, groups=None, masks=False):
         """Puts model, optimizer and data in place, at the very step where the checkpoint is, if there is one."""
         args = self.args
         self.raw = model.to(self.device)
-        groups = groups or weight_groups(self.raw, args.weight_decay)
         self.total = args.max_steps or max(1, round(args.epochs * len(source) / self.crops))
         self.warmup = max(1, round(self.total * min(1, args.warmup_epochs / args.epochs)))
         self.lr = args.lr or args.blr * self.crops / 256
-        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas(), fused=True)
+        betas = (0.9, 0.95) if hasattr(args, "method") else (0.9, 0.999)    # MAE's, and fine-tuning's
+        groups = groups or weight_groups(model, args.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, self.lr, betas, fused=True)
+        self.damage = DamageCount(args.max_damaged)
+        self.bad = torch.zeros(2, device=self.device)                       # skipped steps: in a row, in all
         if self.loaded:
             load_state(self.raw, self.loaded["model"], self.loaded["path"])
             self.optimizer.load_state_dict(self.loaded["optimizer"])
             self.step, self.position = self.loaded["step"], self.loaded["data"]["position"]
             self.more.update((k, self.loaded[k]) for k in self.more)
-            if self.scaler and self.loaded["scaler"]:
-                self.scaler.load_state_dict(self.loaded["scaler"])
-            self.say(f"resuming {self.loaded['path']} at step {self.step}")
+            self.bad += torch.tensor(self.loaded["bad"], device=self.device)
+            if self.rank == 0:
+                self.damage.seen, self.damage.bad = map(int, self.loaded["data"].get("damage", (0, 0)))
+            self.scaler.load_state_dict(self.loaded["scaler"] or self.scaler.state_dict())
+            self.say(f"resuming {self.loaded.pop('path')} at step {self.step}")
+        self.loaded = None                                                  # frees its memory
+        if self.over_ranks(self.step)[0] != self.step * self.world:
+            raise UserError(f"--out_dir {self.out}: rank {self.rank} found another checkpoint than the rest; "
+                            "expected a folder that all nodes share")
         self.model = torch.compile(self.raw) if args.compile else self.raw
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.model = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
-        self.damage = DamageCount(args.max_damaged)
-        self.batches = iter(Batches(source, args.batch_size, args.seed, self.position, self.rank, self.world,
-                                    args.workers, masks=masks))
-        self.bad = torch.tensor(self.loaded["bad"] if self.loaded else [0.0, 0.0], device=self.device)   # in a row, in all
-        self.loaded = None
-        parameters = sum(p.numel() for p in self.raw.parameters())
+            self.model = torch.nn.parallel.DistributedDataParallel(self.model, ids, gradient_as_bucket_view=True)
+        self.batches = batches(source, args.batch_size, args.seed, self.position, self.rank, self.world, args.workers,
+                               masks)
+        parameters = sum(p.numel() for p in model.parameters())
         self.say(f"{args.model}  {parameters / 1e6:.2f} M parameters  {len(source)} crops  {self.crops} a step  "
                  f"{self.total} steps  lr {self.lr:.2e}  warm-up {self.warmup} steps  out {self.out}")
 
-    def betas(self):
-        return (0.9, 0.95) if hasattr(self.args, "method") else (0.9, 0.999)                  # MAE's, and fine-tuning's
-
     def save(self, name="last.pt"):
-        """Rank 0 writes to a temporary file, flushes, renames; the old last.pt becomes prev.pt. A full disk is said, not fatal."""
+        """Rank 0 writes to a temporary file, flushes, renames; the old last.pt becomes prev.pt. False if that failed.
+        Every rank calls this, for what is counted over all of them."""
+        path, damage = os.path.join(self.out, name), self.over_ranks(self.damage.seen, self.damage.bad)
         if self.rank:
             return True
-        path = os.path.join(self.out, name)
-        state = dict(model=self.raw.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step, args=vars(self.args),
-                     rng=dict(seed=self.args.seed, step=self.step), data=dict(position=self.position, crops=self.crops),
-                     scaler=self.scaler and self.scaler.state_dict(), bad=self.bad.tolist(), **self.more)
-        try:
+        state = dict(model=self.raw.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
+                     args=vars(self.args), rng=dict(seed=self.args.seed, step=self.step), bad=self.bad.tolist(),
+                     data=dict(position=self.position, crops=self.crops, damage=damage),
+                     scaler=self.scaler.state_dict(), **self.more)
+        with self.writing(path):
+            if not all(p.isfinite().all() for p in self.raw.parameters()):
+                raise RuntimeError("weights are not finite")
             with open(path + ".tmp", "wb") as f:
                 torch.save(state, f)
                 f.flush()
                 os.fsync(f.fileno())
-            if name == "last.pt" and os.path.exists(path):
+            if name == "last.pt" and os.path.exists(path) and not self.torn:
                 os.replace(path, os.path.join(self.out, "prev.pt"))
             os.replace(path + ".tmp", path)
-        except (OSError, RuntimeError) as e:                                                  # torch's writer raises RuntimeError
-            with contextlib.suppress(OSError):
-                os.remove(path + ".tmp")
-            self.say(f"step {self.step}: could not write {path} ({str(e).splitlines()[0]}); training goes on, what was there stays")
-            return False
-        return True
+            self.torn = self.torn and name != "last.pt"
+            return True
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        return False
 
     # -- steps
 
@@ -271,11 +291,11 @@ class Run:
     def steps(self):
         self.open_log()
         self.clock()
-        while self.step < self.total and not self.agree(self.stop):
+        while self.step < self.total and not self.over_ranks(self.stop)[0]:
             lr = self.learning_rate(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
-            torch.manual_seed((self.args.seed * 1_000_003 + self.step) * 4096 + self.rank)    # dropout and drop-path
+            torch.manual_seed((self.args.seed * 1_000_003 + self.step) * 4096 + self.rank)  # dropout and drop-path
             self.sums = {}
 
             yield self.step
@@ -286,52 +306,50 @@ class Run:
         if self.step < self.total:
             self.say(f"stopped by a signal at step {self.step}; add --resume to go on")
         if not saved:
-            raise UserError(f"the last checkpoint could not be written to {self.out}; make room and add --resume")
+            raise UserError(f"the last checkpoint could not be written to {self.out}; mend that and add --resume")
 
-    def micro_batches(self):
+    def draw(self):
+        """The crops of a step, as `accum_iter` micro-batches: images, labels, masks, rows in the global batch."""
         for i in range(self.args.accum_iter):
             before = time.perf_counter()
             images, labels, masks, damaged, taken = next(self.batches)
             self.waited += time.perf_counter() - before
             self.damage.add(self.args.batch_size, damaged)
             if len(images) == 0:
-                raise UserError(f"no crop of a whole batch could be read, the first being {damaged[0]}; see python data.py check")
-            first = (i * self.world + self.rank) * self.args.batch_size
-            rows = (first + torch.as_tensor(taken), self.args.batch_size * self.args.accum_iter * self.world)
-            share = self.world > 1 and i < self.args.accum_iter - 1                           # ranks share gradients once a step
-            with self.model.no_sync() if share else contextlib.nullcontext():
-                yield images.to(self.device, non_blocking=True), labels, masks, rows
+                raise UserError(f"no crop of a batch could be read, the first being {damaged[0]}; see data.py check")
+            rows = ((i * self.world + self.rank) * self.args.batch_size + torch.as_tensor(taken), self.crops)
+            yield images.to(self.device, non_blocking=True), labels, masks, rows
+
+    def micro_batches(self, drawn=None):
+        for i, part in enumerate(drawn or self.draw()):
+            alone = self.world > 1 and i < self.args.accum_iter - 1         # ranks share gradients once a step
+            with self.model.no_sync() if alone else contextlib.nullcontext():
+                yield part
 
     def backward(self, loss, terms):
-        loss = loss / self.args.accum_iter
-        (self.scaler.scale(loss) if self.scaler else loss).backward()
-        for name, term in dict(terms, loss=loss.detach() * self.args.accum_iter).items():
+        self.scaler.scale(loss / self.args.accum_iter).backward()
+        for name, term in dict(terms, loss=loss).items():
             self.sums[name] = self.sums.get(name, 0) + term.detach().float() / self.args.accum_iter
 
     def update(self):
-        """Clips and steps. A non-finite gradient is everybody's (it was averaged over ranks): all skip the step, on the device,
-        without asking the host; the host looks when it logs."""
-        if self.scaler:
-            self.scaler.unscale_(self.optimizer)
+        """Clips and steps. A non-finite gradient is everybody's (it was averaged over ranks): all skip the step, on the
+        device, without asking the host; the host looks when it logs."""
+        self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf)
         bad = (~torch.isfinite(norm)).float()
-        if self.scaler:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.found_inf = bad
-            self.optimizer.step()
+        self.optimizer.found_inf = bad                                      # if this is 1, the fused step does nothing
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.bad = torch.stack([(self.bad[0] + 1) * bad, self.bad[1] + bad])
         self.step, self.position, self.since = self.step + 1, self.position + self.crops, self.since + 1
         due = self.step % self.args.log_every == 0 or self.step == self.total
         if due:
             self.log()
-        if due or self.device.type == "cpu":
-            if self.bad[0] >= self.args.max_bad_steps:
-                raise UserError(f"step {self.step}: {int(self.bad[0])} steps in a row had a non-finite gradient; lower --lr or --blr, or "
-                                f"set --clip_grad 1; {os.path.join(self.out, 'last.pt')} is from before them, if it was written")
+        if (due or self.device.type == "cpu") and self.bad[0] >= self.args.max_bad_steps:
+            raise UserError(f"step {self.step}: {int(self.bad[0])} steps in a row had a non-finite gradient; lower "
+                            f"--lr or --blr, or set --clip_grad 1; {self.out}/last.pt, if written, is from before them")
 
     # -- log
 
@@ -346,47 +364,47 @@ class Run:
         self.began += time.perf_counter() - before
 
     def open_log(self):
-        """Lines after the checkpoint's step belong to steps that are run again: they are cut off."""
-        path = os.path.join(self.out, "log.jsonl")
+        """Lines after the checkpoint's step belong to steps that are run again: they are cut off, as are torn ones."""
+        path, row = os.path.join(self.out, "log.jsonl"), re.compile(r'{"step": (\d+), [^{}]*}\n')
         if self.rank == 0 and os.path.exists(path):
-            with open(path) as f:
-                kept = [line for line in f if re.match(r'{"step": \d+, .*}\n', line) and json.loads(line)["step"] <= self.step]
-            with open(path + ".tmp", "w") as f:
-                f.writelines(kept if self.step else [])
-            os.replace(path + ".tmp", path)
+            with self.writing(path):
+                with open(path) as f, open(path + ".tmp", "w") as new:
+                    new.writelines(x for x in f if row.fullmatch(x) and int(row.fullmatch(x)[1]) <= self.step)
+                os.replace(path + ".tmp", path)
+
+    def peak(self):
+        """Largest memory so far in GiB: the GPU's, or the process's."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2 ** 30
+        with contextlib.suppress(ImportError):                              # Windows has no such module: 0
+            import resource
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # bytes on a Mac, elsewhere kilobytes
+            return used / 2 ** (30 if sys.platform == "darwin" else 20)
+        return 0.0
 
     def log(self):
-        lr = self.optimizer.param_groups[-1]["lr"] / self.optimizer.param_groups[-1].get("lr_scale", 1.0)
-        names = sorted(self.sums)
-        means = torch.stack([self.sums[n] for n in names])
-        if self.world > 1:
-            dist.all_reduce(means)
-        means = dict(zip(names, (means / self.world).tolist()))
-        seconds = time.perf_counter() - self.began
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:                                    # kilobytes, on a Mac bytes
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
-        ms = 1000 * seconds / self.since
+        seconds, top = time.perf_counter() - self.began, self.optimizer.param_groups[-1]
+        *sums, damaged = self.over_ranks(*torch.stack(list(self.sums.values())).tolist(), self.damage.bad)
+        means = dict(sorted(zip(self.sums, (total / self.world for total in sums))))
+        lr, ms, left = top["lr"] / top.get("lr_scale", 1.0), 1000 * seconds / self.since, self.total - self.step
         row = dict(step=self.step, **means, lr=lr, crops_per_s=self.crops * self.since / seconds, ms_per_step=ms,
-                   wait=self.waited / seconds, peak_gb=peak / 2 ** 30, eta_s=ms / 1000 * (self.total - self.step), bad_steps=int(self.bad[1]),
-                   damaged=self.damage.bad)
+                   wait=self.waited / seconds, peak_gb=self.peak(), eta_s=ms / 1000 * left, bad_steps=int(self.bad[1]),
+                   damaged=int(damaged))
         terms = " + ".join(f"{n} {means[n]:.3f}" for n in means if n not in ("loss", "spread", "accuracy"))
         extra = "".join(f"  {n} {means[n]:.3f}" for n in ("spread", "accuracy") if n in means)
         eta = time.strftime("%H:%M:%S", time.gmtime(row["eta_s"]))
-        self.say(f"step {self.step}  loss {means['loss']:.3f} = {terms}{extra}  lr {lr:.1e}  {row['crops_per_s']:.0f} img/s  {ms:.0f} ms  "
-                 f"wait {100 * row['wait']:.0f}%  {row['peak_gb']:.1f} GB  eta {eta}" + (f"  BAD {row['bad_steps']}" if row["bad_steps"] else ""))
+        bad = f"  BAD {row['bad_steps']}" if row["bad_steps"] else ""
+        self.say(f"step {self.step}  loss {means['loss']:.3f} = {terms}{extra}  lr {lr:.1e}  "
+                 f"{row['crops_per_s']:.0f} img/s  {ms:.0f} ms  wait {100 * row['wait']:.0f}%  "
+                 f"{row['peak_gb']:.1f} GB  eta {eta}{bad}")
         self.write(row)
         self.clock()
 
     def write(self, row):
+        path = os.path.join(self.out, "log.jsonl")
         if self.rank == 0:
-            try:
-                with open(os.path.join(self.out, "log.jsonl"), "a") as f:
-                    f.write(json.dumps(row) + "\n")
-            except OSError as e:
-                self.say(f"could not write log.jsonl ({e.strerror}); training goes on")
+            with self.writing(path), open(path, "a") as f:
+                f.write(json.dumps(row) + "\n")
 
 
 def weight_groups(model, weight_decay):
@@ -419,21 +437,19 @@ def make_mask(n, args, encoder, generator, rows=None):
 def draw_samples(run, images, path):
     """A sheet: rows are crops; columns are the crop, what is visible, the coarsest view, the prediction, and the truth.
 
-    Pixel targets are normalised per patch, so the prediction is drawn twice: as the loss sees it (beside the truth so seen), and with
-    the true mean and contrast of each hidden patch put back, as MAE draws it. Feature targets cannot be drawn: in their place stands
-    the cosine similarity of prediction and target per patch, black 0 to white 1."""
-    model, args = run.raw.eval(), run.args
+    Pixel targets are normalised per patch, so the prediction is drawn twice: as the loss sees it (beside the truth so
+    seen), and with the true mean and contrast of each hidden patch put back, as MAE draws it. Feature targets cannot be
+    drawn: in their place stands the cosine similarity of prediction and target per patch, black 0 to white 1."""
+    model, args, generator = run.raw.eval(), run.args, torch.Generator().manual_seed(run.args.seed)
     images = images.to(run.device)
-    generator = torch.Generator().manual_seed(args.seed)
     views = make_views(images, model.method, model.scales, generator)
     ids_keep, ids_mask = (ids.to(run.device) for ids in make_mask(len(images), args, model.encoder, generator))
-    image = normalize(images)
+    image, grid, patch = normalize(images), model.encoder.grid, model.encoder.patch
     with run.autocast():
         _, _, pred = model(image, views, ids_keep, ids_mask)
     if not model.method["mim"]:
         ids_keep, ids_mask = ids_mask[:, :0], torch.arange(pred.shape[1], device=run.device).expand(len(images), -1)
-    grid, patch, pred = model.encoder.grid, model.encoder.patch, pred.float()
-    pixels, target = patchify(image, patch), model.target(image, grid)
+    pixels, target, pred = patchify(image, patch), model.target(image, grid), pred.float()
 
     def fill(values, ground):
         """Tokens with `values` at the hidden places, as a picture."""
@@ -450,44 +466,42 @@ def draw_samples(run, images, path):
         like = torch.cosine_similarity(pred, take(target, ids_mask), dim=-1)[..., None]
         columns += [fill(2 * like.expand(-1, -1, pixels.shape[-1]) - 1, torch.ones_like(pixels))]
     model.train()
-    rows = torch.stack([c.clamp(0, 1).cpu() for c in [*columns, image / 2 + 0.5]], dim=1)     # (B, columns, 3, H, W)
-    B, columns, _, h, w = rows.shape
-    sheet = torch.nn.functional.pad(rows, (2, 2, 2, 2), value=1).permute(0, 3, 1, 4, 2).reshape(B * (h + 4), columns * (w + 4), 3)
+    sheet = torch.stack([*columns, image / 2 + 0.5], 1).clamp(0, 1).cpu()   # (B, columns, 3, H, W)
+    sheet = torch.nn.functional.pad(sheet, (2, 2, 2, 2), value=1).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     sheet = Image.fromarray((sheet * 255).byte().numpy())
-    try:
+    with run.writing(path):
         sheet.resize((sheet.width * 2, sheet.height * 2), Image.NEAREST).save(path)
         run.say(f"picture    {path}")
-    except OSError as e:
-        run.say(f"could not write {path} ({e.strerror}); training goes on")
 
 
 # ---- main
 
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--method", choices=METHODS, default="mnsp", help="a row of METHODS in model.py")
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="mnsp", help="a row of METHODS in model.py")
     training_flags(parser)
-    parser.add_argument("--teacher", help="checkpoint whose features are the target (MAE, MAERec, LMIM or ours); left out: pixels")
-    parser.add_argument("--scales", nargs="+", default=["16x64"], help="coarse views of nsp and mnsp, height x width, coarse to fine")
-    parser.add_argument("--mask_ratio", type=between(0, 1), default=0.8, help="share of patches hidden")
-    parser.add_argument("--mask", choices=["random", "block"], default="random", help="hide single patches, or blocks of 16 x 16 pixels")
-    parser.add_argument("--align", choices=[*ALIGN, "none"], help="how [cls] tokens are brought together; left out: the method's own")
-    parser.add_argument("--align_weight", type=float, help="weight of that term; left out: the method's own")
-    parser.add_argument("--out_dir", help="where to write; left out: out/METHOD")
+    add("--teacher", help="checkpoint whose features are the target (MAE, MAERec, LMIM or ours); left out: pixels")
+    add("--scales", nargs="+", default=["16x64"], help="coarse views of nsp and mnsp, height x width, coarse to fine")
+    add("--mask_ratio", type=within("(0, 1)"), default=0.8, help="share of patches hidden")
+    add("--mask", choices=["random", "block"], default="random", help="hide patches, or blocks of 16 x 16 pixels")
+    add("--align", choices=[*ALIGN, "none"], help="how [cls] tokens are brought together; left out: the method's own")
+    add("--align_weight", type=float, help="weight of that term; left out: the method's own")
+    add("--out_dir", help="where to write; left out: out/METHOD")
     args = parse(parser, RECIPES)
     args.out_dir = args.out_dir or os.path.join("out", args.method)
 
-    method = dict(METHODS[args.method])
+    method, (p, q), scales = dict(METHODS[args.method]), MODELS[args.model]["patch"], [size(s) for s in args.scales]
+    for h, w in scales:
+        if h % p or w % q or not (0 < h < H and 0 < w < W):
+            parser.error(f"--scales {h}x{w}: expected multiples of the patch, {p}x{q}, below {H}x{W}")
     if args.align and method["guidance"] != "none":
         method.update(form=args.align, align=0.0 if args.align == "none" else method["align"] or 0.1)
     method.update(align=args.align_weight if args.align_weight is not None else method["align"])
-    scales = [size(s) for s in args.scales]
-    views = {"none": 0, "full": 1, "coarse": len(scales)}[method["guidance"]]
-    if (args.align or args.align_weight) and (views + (method["mim"] > 0) < 2 or method["form"] not in ALIGN and method["align"]):
-        parser.error(f"--align {args.align} --align_weight {args.align_weight}: --method {args.method} has no two [cls] to align that way")
-    for (h, w), (p, q) in zip(scales, [MODELS[args.model]["patch"]] * len(scales)):
-        if h % p or w % q or not (0 < h < H and 0 < w < W):
-            parser.error(f"--scales {h}x{w}: expected multiples of the patch, {p}x{q}, below {H}x{W}")
+    tokens = {"none": 0, "full": 1, "coarse": len(scales)}[method["guidance"]] + (method["mim"] > 0)   # [cls] tokens
+    if (args.align or args.align_weight) and (tokens < 2 or method["form"] not in ALIGN and method["align"]):
+        parser.error(f"--align {args.align} --align_weight {args.align_weight}: --method {args.method} has no two "
+                     "[cls] to align that way")
     run = Run(args)
     source = open_sources(args.data, fonts=args.fonts, rotate_tall=args.rotate_tall)
     teacher = None
@@ -495,24 +509,30 @@ def main():
         teacher = load_encoder(args.teacher).to(run.device)
         run.say(f"--teacher {args.teacher}: all {teacher.matched} tensors loaded")
     model = Pretrainer(method, args.model, scales, teacher)
-    model.crops = args.batch_size
+    model.crops = args.batch_size * args.accum_iter
     run.prepare(model, source)
-    few = [c.image for c in map(Readable(source).__getitem__, range(min(64, len(source)))) if not isinstance(c, str)][:8]
+    few = read_batch(range(min(64, len(source))), source)[0][:8]
 
     for step in run.steps():
-        for images, _, _, rows in run.micro_batches():
+        parts, cls = [], None
+        for images, _, _, rows in run.draw():
             views = make_views(images, method, model.scales, run.generator(0), rows)
-            ids_keep, ids_mask = (ids.to(run.device) for ids in make_mask(len(images), args, model.encoder, run.generator(1), rows))
+            ids = make_mask(len(images), args, model.encoder, run.generator(1), rows)
+            parts.append((normalize(images), views, *(i.to(run.device) for i in ids)))
+        if args.accum_iter > 1 and method["align"] and method["form"] == "infonce":     # it compares crops of all parts
+            with torch.no_grad(), run.autocast():
+                cls = [model.look(*part[:3])[2] for part in parts]
+        for i, part in enumerate(run.micro_batches(parts)):                 # image, views, ids_keep, ids_mask
             with run.autocast():
-                loss, terms, _ = run.model(normalize(images), views, ids_keep, ids_mask)
+                loss, terms, _ = run.model(*part, others=cls and (i, cls))
             run.backward(loss, terms)
         run.update()
 
         if (step + 1) % args.sample_every == 0 or step + 1 == run.total:
             with run.untimed():
                 sheet = os.path.join(args.out_dir, "samples", f"step_{step + 1:06d}.png")
-                if run.rank == 0 and few:
-                    draw_samples(run, torch.stack(few), sheet)
+                if run.rank == 0 and len(few):
+                    draw_samples(run, few, sheet)
     run.say(f"checkpoint {os.path.join(args.out_dir, 'last.pt')}")
 
 

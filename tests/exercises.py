@@ -15,7 +15,7 @@ import torch
 
 import model
 import pretrain
-from data import charset, open_source, normalize
+from data import charset, normalize, open_source
 from model import METHODS, Pretrainer, ViT, encoder_config, sincos
 
 
@@ -45,9 +45,9 @@ def no_mla():
     """Without MLA nothing keeps mnsp's [cls] tokens apart."""
     assert METHODS["mnsp"]["align"] == 0, "mnsp still aligns [cls]"
     torch.manual_seed(0)
-    net, image = Pretrainer("mnsp", "vit_nano"), batch(32)
+    net, image = Pretrainer("mnsp", "vit_nano"), batch(16)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    for _ in range(60):
+    for _ in range(30):
         loss, terms, _ = step(net, image)
         optimizer.zero_grad()
         loss.backward()
@@ -99,13 +99,13 @@ EXERCISES = [columns, no_mla, cheat, square, fifth, alphabet]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("number", type=int, choices=range(1, len(EXERCISES) + 1), help="which exercise")
-    exercise = EXERCISES[parser.parse_args().number - 1]
-    try:
-        exercise()
-    except Exception as error:                  # whatever a half-solved exercise raises: it is not solved yet
-        sys.exit(f"not yet: {exercise.__doc__} {type(error).__name__}: {error}")
-    print(f"solved: {exercise.__doc__}")
+    parser.add_argument("numbers", type=int, nargs="+", choices=range(1, len(EXERCISES) + 1), help="which exercises")
+    for exercise in (EXERCISES[number - 1] for number in parser.parse_args().numbers):
+        try:
+            exercise()
+        except Exception as error:              # whatever a half-solved exercise raises: it is not solved yet
+            sys.exit(f"not yet: {exercise.__doc__} {type(error).__name__}: {error}")
+        print(f"solved: {exercise.__doc__}")
 
 
 if __name__ == "__main__":

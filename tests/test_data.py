@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
+from torch import multiprocessing
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
@@ -112,7 +114,7 @@ def test_tree_and_several(tmp_path, words):
     assert [tree.label(i) for i in range(len(tree))] == ["a/x0", "a/x1", "a/y0", "a/y1", "b0", "b1"]
     assert [part.name for part in tree.parts] == ["tree/a/x", "tree/a/y", "tree/b"]
     assert tree.where(5) == "tree/b image-000000002"
-    both = data.open_sources([words, str(tmp_path / "tree"), words])
+    both = data.open_sources([words, str(tmp_path / "tree"), os.path.join(words, "..", "words")])
     assert len(both) == 106 and both[105][1] == "w49" and both.label(52) == "a/y0" and both.parts[1].name == "tree"
 
 
@@ -151,8 +153,7 @@ def test_folder(tmp_path):
         picture(0).save(tmp_path / name)
     (tmp_path / "readme.md").write_text("x")
     source = data.open_source(str(tmp_path))
-    names = [os.path.relpath(source.row(i)[0], tmp_path) for i in range(4)]
-    assert names == ["a.bmp", "b.PNG", "deep/10.png", "deep/er/a.jpg"]
+    assert [source.row(i)[0] for i in range(4)] == ["a.bmp", "b.PNG", "deep/10.png", "deep/er/a.jpg"]
     assert len(source) == 4 and source[3][1] is None
 
 
@@ -208,6 +209,17 @@ def test_opening_a_large_lmdb_is_cheap(tmp_path):
     assert len(source) == n and source.label(n - 1) == "label" and held < 2 ** 20 and took < 1
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="only Linux says what is mapped")
+def test_reading_keeps_no_memory(tmp_path):
+    """Every page once read stays mapped, so that each worker grows to the size of the whole data set."""
+    path = write_lmdb(tmp_path / "big", [(bytes(8000), None)] * 5000)
+    source = data.open_source(path)
+    for i in range(5000):
+        assert len(source.bytes(i)) == 8000
+    maps = open("/proc/self/smaps").read().split(os.path.realpath(path) + "/data.mdb\n")[1:]
+    assert sum(int(re.search(r"Rss: +(\d+)", entry)[1]) for entry in maps) < 20_000               # of 60,000 kB
+
+
 # ---- images
 
 def corner(image):
@@ -238,7 +250,7 @@ def test_modes():
     assert np.abs(np.subtract(corner((red.convert("CMYK"), "JPEG")), (200, 40, 80))).max() <= 8
 
 
-def test_turned_images():
+def test_turned_images(tmp_path):
     """A photo that lies on its side; rotate_tall turning the other way, or turning what is not tall."""
     upright = Image.new("RGB", (120, 40), "blue")
     upright.paste("yellow", (0, 0, 60, 40))                                 # left half yellow
@@ -250,6 +262,10 @@ def test_turned_images():
         assert (data.decode(lying).float() - plain.float()).abs().mean() < 6, kind
     tall = encode(upright.transpose(Image.Transpose.ROTATE_270))            # reads from top to bottom
     assert torch.equal(data.decode(tall, rotate_tall=True), plain) and not torch.equal(data.decode(tall), plain)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "tall.png").write_bytes(tall)
+    for src in write_lmdb(tmp_path / "lmdb", [(tall, None)]), tmp_path / "files":
+        assert torch.equal(data.open_sources([src], rotate_tall=True)[0][0], plain)
     square = encode(picture(0, 40, 60))
     assert torch.equal(data.decode(square, rotate_tall=True), data.decode(square))
 
@@ -308,19 +324,34 @@ def test_damage_is_counted(damaged, workers):
 def test_whole_batch_damaged(tmp_path):
     """torch.stack of nothing raises."""
     source = data.open_source(write_lmdb(tmp_path / "d", [(b"", b"x")] * 4))
-    images, labels, masks, named, taken = next(iter(data.Batches(source, 4, 0, masks=True)))
+    images, labels, masks, named, taken = next(data.batches(source, 4, 0, masks=True))
     assert images.shape == (0, 3, 32, 128) and masks.shape == (0, 32, 128) and labels == taken == [] and len(named) == 4
 
 
+def test_damaged_tree(tmp_path):
+    """An LMDB of which a block went bad ends the run with lmdb's own error, its crops uncounted."""
+    path = write_lmdb(tmp_path / "d", [(encode(picture(i)), b"w%d" % i) for i in range(200)])
+    with open(os.path.join(path, "data.mdb"), "r+b") as file:
+        pages = range(8192 + 10, os.path.getsize(file.name), 4096)
+        leaves = [at for at in pages if file.seek(at) and file.read(2) == b"\2\0"]      # flags of a page: a leaf's
+        file.seek(leaves[len(leaves) // 2])
+        file.write(b"\0\0")
+    got = list(data.read_all(data.open_source(path), 8))
+    ids, named = (sum((step[k] for step in got), []) for k in (0, 3))
+    assert len(ids) + len(named) == 200 and len(ids) > 50 and len(named) > 5
+    assert "expected an LMDB, copied whole (mdb_get: MDB_CORRUPTED" in named[0] and "d image-0" in named[0]
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_fuzz():
-    """Pillow raises a dozen kinds of errors on broken files (struct, zlib, Value, Syntax, Overflow): all Damaged."""
+def test_fuzz(tmp_path):
+    """Pillow raises a dozen kinds of errors on broken files (struct, zlib, Value, Syntax, Overflow), labels may be any
+    bytes: each such entry is counted, none ends the reading or is lost from the count."""
     rng = random.Random(0)
     seeds = [encode(picture(k), kind, **options) for k in range(3) for kind, options in
              (("JPEG", {}), ("PNG", {}), ("JPEG", {"progressive": True}), ("PNG", {"optimize": True}))]
     seeds += [encode(picture(0).quantize(8)), encode(picture(0).convert("RGBA")), encode(picture(0), "GIF"),
               encode(picture(0), "BMP"), encode(picture(0), "TIFF"), encode(picture(0), "WEBP")]
-    fine = broken = 0
+    entries = []
     for _ in range(2000):
         file = bytearray(rng.choice(seeds))
         for _ in range(rng.randrange(1, 8)):
@@ -333,22 +364,26 @@ def test_fuzz():
                 del file[at:at + rng.randrange(50)]
             else:
                 file[at:at] = rng.randbytes(rng.randrange(50))
-        try:
-            assert data.decode(bytes(file)).shape == (3, 32, 128)
-            fine += 1
-        except Damaged as error:
-            assert "\n" not in str(error)
-            broken += 1
-    assert fine + broken == 2000 and min(fine, broken) > 200
+        label = bytearray(b"word!")
+        label[rng.randrange(5)] = rng.randrange(256) if rng.random() < .2 else ord("a")
+        entries.append((bytes(file), bytes(label)))
+    got = list(data.read_all(data.open_source(write_lmdb(tmp_path / "fuzzed", entries)), 64))
+    fine, broken = sum(len(step[0]) for step in got), [line for step in got for line in step[3]]
+    assert fine + len(broken) == 2000 and min(fine, len(broken)) > 150 and not any("\n" in line for line in broken)
+    assert sum(len(step[1]) for step in got) == sum(len(step[2]) for step in got) == fine
 
 
-def test_damage_count():
-    """One damaged crop in the first batch stops a run; or a limit is never judged; or it blames nobody."""
+def test_damage_count(capsys):
+    """One damaged crop in the first batch stops a run; or a limit is never judged; or it blames nobody, or too many."""
     count = data.DamageCount(.01)
     count.add(50, ["a"])
     count.add(50, [])
+    assert capsys.readouterr().out == "damaged, left out: a\n"
     with pytest.raises(UserError, match="2 of 110 crops are damaged, more than --max_damaged 0.01: a; b"):
         count.add(10, ["b"])
+    with pytest.raises(UserError, match="more than --max_damaged 0.01: a; b; 0; 1; 2; 3; 4; 5; 6; 7$"):
+        count.add(10, list("0123456789"))
+    assert capsys.readouterr().out.count("left out") == 9
 
 
 # ---- labels
@@ -366,15 +401,18 @@ def test_fit_label():
 
 
 def test_fit_labels(tmp_path):
-    """A label that cannot be trained on is replaced or dropped in silence, or a later crop gets its image."""
+    """A label that cannot be trained on is replaced or dropped in silence, or a later crop gets its image; in the
+    second source the crops of the first are meant."""
     image, texts = encode(picture(0)), ["good", "naïve", "x" * 30, "", "fine", "ï", None]
     path = write_lmdb(tmp_path / "l", [(image, None if text is None else text.encode()) for text in texts])
-    source, report = data.fit_labels(data.open_source(path), data.CHARSETS["94"], 25)
-    assert report == "l: 3 of 7 labels fit, 2 outside the charset, 1 too long, 1 empty ('ï' 2)"
-    assert [source.label(0), source[1][1], len(source)] == ["good", "fine", 3]
-    assert source.where(1) == "l image-000000005"
+    first = write_lmdb(tmp_path / "f", [(image, b"first")] * 2)
+    source, report = data.fit_labels(data.open_sources([first, "synth:3", path]), data.CHARSETS["94"], 25)
+    assert report == f"{first} synth:3 {path}: 8 of 12 labels fit, 2 outside the charset, 1 too long, 1 empty ('ï' 2)"
+    source = data.Parts([source], "", torch.tensor([0, 1, 5, 6, 7]))                                # without the drawn
+    assert [source.label(i) for i in range(3)] == ["first", "first", "good"] and source[3][1] == "fine"
+    assert source.where(3) == "l image-000000005" and len(source) == 5
     with pytest.raises(Damaged):
-        source.label(2)
+        source.label(4)
 
 
 def test_charset(tmp_path):
@@ -400,31 +438,29 @@ def test_workers_and_resume(words):
     """An order that depends on the workers, or starts anew on resuming; an LMDB opened here before the loader forks."""
     source = data.open_source(words)
     assert source[0][1] == "w0"
-    plain = labels_of(data.Batches(source, 8, seed=1), 20)
+    plain = labels_of(data.batches(source, 8, seed=1), 20)
     for workers in 2, 4:
-        assert labels_of(data.Batches(source, 8, seed=1, workers=workers), 20) == plain
-    assert labels_of(data.Batches(source, 8, seed=1, position=72, workers=3), 11) == plain[72:]
-    assert labels_of(data.Batches(source, 8, seed=2), 20) != plain
-    first = next(iter(data.Batches(source, 8, seed=1, workers=2)))[0]
+        assert labels_of(data.batches(source, 8, seed=1, workers=workers), 20) == plain
+    assert labels_of(data.batches(source, 8, seed=1, position=72, workers=3), 11) == plain[72:]
+    assert labels_of(data.batches(source, 8, seed=2), 20) != plain
+    first = next(data.batches(source, 8, seed=1, workers=2))[0]
     assert torch.equal(first, torch.stack([source[int(label[1:])][0] for label in plain[:8]]))
 
 
 def test_epochs(words):
     """Crops seen twice and others never; the same order in every epoch."""
-    labels = labels_of(data.Batches(data.open_source(words), 8, seed=0), 25)
+    labels = labels_of(data.batches(data.open_source(words), 8, seed=0), 25)
     epochs = [labels[k:k + 50] for k in range(0, 200, 50)]
     assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 50 for epoch in epochs)
     assert epochs[0] != epochs[1]
-    in_order = labels_of(data.Batches(data.open_source(words), 8, seed=0, shuffle=False), 10)
-    assert in_order == [f"w{i % 50}" for i in range(80)]
 
 
 def test_ranks_and_accumulation(words):
     """Two processes see the same crops; a step of 2 x 8 or of 4 accumulated 4's is another step than one of 16."""
     source = data.open_source(words)
-    steps = [set(batch[1]) for batch in itertools.islice(data.Batches(source, 16, 3, position=16), 8)]
-    ranks = [iter(data.Batches(source, 8, 3, position=16, rank=rank, world=2)) for rank in range(2)]
-    small = iter(data.Batches(source, 4, 3, position=16))
+    steps = [set(batch[1]) for batch in itertools.islice(data.batches(source, 16, 3, position=16), 8)]
+    ranks = [data.batches(source, 8, 3, position=16, rank=rank, world=2) for rank in range(2)]
+    small = data.batches(source, 4, 3, position=16)
     for step in steps:
         assert set(sum((next(rank)[1] for rank in ranks), [])) == step
         assert set(sum((next(small)[1] for _ in range(4)), [])) == step
@@ -434,18 +470,33 @@ def test_spawn(words):
     """A source that holds an open LMDB cannot be pickled, so no loader on macOS or Windows."""
     source = data.open_source(words)
     assert source[1][1] == "w1" and pickle.loads(pickle.dumps(source))[2][1] == "w2"
-    batches = data.Batches(source, 8, seed=1, workers=1)
-    batches.loader.multiprocessing_context = "spawn"
-    assert labels_of(batches, 2) == labels_of(data.Batches(source, 8, seed=1), 2)
+    plain, usual = labels_of(data.batches(source, 8, seed=1), 2), multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert labels_of(data.batches(source, 8, seed=1, workers=1), 2) == plain
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_fork(words):
+    """A worker that reads through its parent's LMDB, which LMDB forbids."""
+    context, source = multiprocessing.get_context("fork"), data.open_source(words)
+    said = context.SimpleQueue()
+    assert data.environment.cache_info().currsize
+    child = context.Process(target=lambda: said.put((data.environment.cache_info().currsize, source.label(3))))
+    child.start()
+    assert said.get() == (0, "w3")
+    child.join()
 
 
 def test_masks():
     """A loss on characters that looks at another crop's letters."""
     source = data.open_source("synth:9")
-    images, labels, masks, _, taken = next(iter(data.Batches(source, 9, 0, masks=True, shuffle=False)))
+    images, labels, masks, _, taken = next(data.batches(source, 9, 0, masks=True))
     assert masks.shape == (9, 32, 128) and masks.dtype == torch.uint8 and taken == list(range(9))
-    for i in range(9):
-        assert torch.equal(masks[i], source.get(i).mask) and masks[i].max() <= len(labels[i])
+    for mask, label, i in zip(masks, labels, next(data.order(9, 9, 0))):
+        assert torch.equal(mask, source.get(i).mask) and mask.max() <= len(label)
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -481,7 +532,7 @@ def test_views(name):
     assert torch.allclose(whole, view(images.float() / 255, generator()))
     apart = (whole[:, None] - whole[None]).abs().mean((2, 3, 4)) + torch.eye(24)
     assert (apart > 1e-4).float().mean() > (.9 if name == "augment" else .999)     # augment leaves some as they are
-    part = view(images[8:13], generator(), (8, 24))
+    part = view(images[8:13], generator(), (torch.arange(8, 13), 24))
     assert torch.allclose(part, whole[8:13], atol=1e-4)
     picked = torch.tensor([3, 17, 4])
     assert torch.allclose(view(images[picked], generator(), (picked, 24)), whole[picked], atol=1e-4)
@@ -626,6 +677,8 @@ def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
     assert [row[:2] + row[4:] for row in rows] == [["7", "words image-000000008", "test image-000000001", "w7"],
                                                    ["9", "words image-000000010", "test image-000000002", "w9"]]
     assert rows[0][3] == "same bytes" and rows[1][3].startswith("alike")
+    assert "also in test: 1\n" in call(monkeypatch, capsys, "check", words, "--against", test, "--alike", 2).replace(
+        str(tmp_path) + "/", "")
     call(monkeypatch, capsys, "pack", words, tmp_path / "clean", "--without", tmp_path / "list.tsv")
     clean = data.open_source(str(tmp_path / "clean"))
     assert [label for _, label in clean] == [f"w{i}" for i in range(50) if i not in (7, 9)]
@@ -648,7 +701,8 @@ def test_show(tmp_path, damaged, monkeypatch, capsys):
     """The sheet dies on a damaged crop, or on an unlabelled one."""
     for options, width in (([], 4 * 264), (["--guidance", "--augment", "--coarse", "16x64"], 6 * 256 + 8)):
         said = call(monkeypatch, capsys, "show", damaged[0], "--n", 30, "--out", tmp_path / "sheet.png", *options)
-        assert "30 of the 30 crops" in said and Image.open(tmp_path / "sheet.png").width == width
+        assert "22 of the 30 crops" in said and said.count("damaged: ") == 8
+        assert Image.open(tmp_path / "sheet.png").width == width
     with pytest.raises(UserError, match="16x64"):
         call(monkeypatch, capsys, "show", damaged[0], "--coarse", "wide")
 

@@ -2,10 +2,14 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+
+import exercises
+from data import UserError
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 SCRIPTS = ["model.py", "data.py", "pretrain.py", "finetune.py", "evaluate.py"]
@@ -67,3 +71,23 @@ def test_nothing_is_left_over(script):
     called |= {node.value for node in ast.walk(ast.parse(everywhere)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     own = {"forward", "backward", "error"}                                           # called by torch and argparse
     assert not defined - called - own - PUBLIC, f"defined and not used: {defined - called - own - PUBLIC}"
+
+
+@pytest.mark.parametrize("exercise", exercises.EXERCISES)
+def test_exercises_are_open(exercise):
+    """A check that passes on what the student was given."""
+    with pytest.raises((AssertionError, UserError)):
+        exercise()
+
+
+@pytest.mark.parametrize("numbers", ["1 3 5 6", "2 4"])
+def test_solutions_solve(tmp_path, numbers):
+    """A solution that no longer applies, or does not pass the check: every change of the scripts can break one."""
+    for name in SCRIPTS:
+        shutil.copy(os.path.join(ROOT, name), tmp_path)
+    shutil.copytree(os.path.join(ROOT, "tests"), tmp_path / "tests")
+    for number in numbers.split():
+        subprocess.run(["git", "apply", f"tests/solutions/{number}.diff"], cwd=tmp_path, check=True)
+    done = subprocess.run([sys.executable, "tests/exercises.py", *numbers.split()], cwd=tmp_path, capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert done.returncode == 0 and done.stdout.count("solved:") == len(numbers.split()), done.stdout + done.stderr

@@ -46,7 +46,8 @@ def test_other_processes_draw_the_same():
     code = "import test_render as t; print(*t.digest(t.Synth(90, 5), range(60, 72)))"
     for hashes in ("1", "2"):
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                             cwd=os.path.dirname(__file__), env={**os.environ, "PYTHONHASHSEED": hashes, "PYTHONPATH": ".."})
+                             cwd=os.path.dirname(__file__),
+                             env={**os.environ, "PYTHONHASHSEED": hashes, "PYTHONPATH": ".."})
         assert out.stdout.split() == digest(Synth(90, 5), range(60, 72))
 
 
@@ -68,9 +69,7 @@ def test_ends():
     assert len(list(Synth(3))) == 3
     for i in (3, -1):
         with pytest.raises(IndexError):
-            Synth(3).get(i)
-        with pytest.raises(IndexError):
-            Synth(3).label(i)
+            Synth(3)[i]
 
 
 def test_labels():

@@ -1,0 +1,231 @@
+"""The experiments behind the README's tables: what is done is skipped, what was cut off goes on, nothing is copied by hand.
+
+    python tests/experiments.py list  --real DIR                     every run with its state and its one command
+    python tests/experiments.py run   --real DIR                     all of them; two cores need a night and a day
+    python tests/experiments.py run   --real DIR --only 'mnsp.*s0'   those whose names match
+    python tests/experiments.py table --real DIR --readme README.md  writes what is there between the README's marks
+
+DIR holds train/ and test/ (LMDBs of word crops: IIIT5k, SVT, IC13, IC15, IC03). Validation is split off train/ once. Every run's folder
+holds log.txt beside what the scripts write; done.json says how long it took, and is what `run` skips by.
+"""
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, ROOT)
+from data import Parser, UserError, open_source, run
+
+SEEDS = (0, 1, 2)
+PRETRAINING = {  # name: flags of pretrain.py; the first five are table 1's
+    "scratch": None,
+    "mim": "--method mim", "nsp": "--method nsp", "lmim": "--method lmim", "mnsp": "--method mnsp",
+    "mnsp_no_mla": "--method mnsp --align none",
+    "mnsp_mse": "--method mnsp --align mse --align_weight 1", "mnsp_mse_.1": "--method mnsp --align mse --align_weight 0.1",
+    "mnsp_infonce": "--method mnsp --align infonce --align_weight 0.1", "mnsp_infonce_1": "--method mnsp --align infonce --align_weight 1",
+    "mnsp_two_scales": "--method mnsp --scales 8x32 16x64",
+    "lmim_no_align": "--method lmim --align none",
+    "mim_.6": "--method mim --mask_ratio 0.6", "mim_.9": "--method mim --mask_ratio 0.9", "mim_block": "--method mim --mask block",
+    "mnsp_.6": "--method mnsp --mask_ratio 0.6", "mnsp_.9": "--method mnsp --mask_ratio 0.9", "mnsp_block": "--method mnsp --mask block",
+}
+STEPS, FINE_STEPS = 2000, 4000
+MODEL = "--model vit_nano"
+
+
+class Job:
+    """One run: name, the commands that make it (lists of words after `python`), and the jobs it needs."""
+
+    def __init__(self, name, commands, needs=()):
+        self.name, self.commands, self.needs = name, commands, needs
+
+    def folder(self, out):
+        return os.path.join(out, self.name)
+
+    def done(self, out):
+        return os.path.exists(os.path.join(self.folder(out), "done.json"))
+
+    def line(self):
+        return " && ".join("python " + " ".join(command) for command in self.commands)
+
+
+def jobs(args):
+    """All runs in the order in which they are made, by name."""
+    out, every = args.out, {}
+    tests = sorted(open_tests(args.real))
+    fit, few, val = (os.path.join(out, "split", name) for name in ("fit", "tenth", "val"))
+
+    def add(name, commands, *needs):
+        every[name] = Job(name, [command.split() if isinstance(command, str) else command for command in commands], needs)
+
+    add("split", [f"tests/experiments.py split --real {args.real} --out {out}"])
+    for seed in SEEDS:
+        for name, flags in PRETRAINING.items():
+            pre, table1 = f"{name}-s{seed}", name in list(PRETRAINING)[:5]
+            if seed and not table1:
+                continue                                             # one seed for what is compared in table 2
+            if flags:
+                data_of = f"--data synth:60000 {' '.join([fit] * 4)}"
+                folder = f"{out}/{pre}"
+                add(pre, [f"pretrain.py {flags} {MODEL} {data_of} --max_steps {STEPS} --seed {seed} --resume --out_dir {folder}"], "split")
+            # what the frozen encoder knows of letters: the linear head under each patch, trained on rendered words seen once
+            init = f"--init {out}/{pre}/last.pt " if flags else ""
+            needs = [pre] if flags else ["split"]
+            add(f"{pre}-probe", [f"finetune.py {init}{MODEL} --freeze_encoder --max_steps 1000 --seed {seed} --resume --out_dir {out}/{pre}-probe"], *needs)
+            for share, source, times in (("all", fit, 6), ("tenth", few, 60)):
+                if share == "all" and not table1:
+                    continue
+                folder = f"{out}/{pre}-{share}"
+                add(f"{pre}-{share}", [
+                    f"finetune.py {init}{MODEL} --data synth:200000 {' '.join([source] * times)} --val {val} --max_steps {FINE_STEPS} "
+                    f"--seed {seed} --resume --out_dir {folder}",
+                    f"evaluate.py --ckpt {folder}/best.pt --data {' '.join(tests)} --heights 16 12 8 --rotations 15 30 --json {folder}/real.json",
+                    f"evaluate.py --ckpt {folder}/best.pt --data synth:256:9 --attention {folder}/attention --json {folder}/synth.json"], *needs)
+    return every
+
+
+def open_tests(real):
+    folder = os.path.join(real, "test")
+    try:
+        return [os.path.join(folder, name) for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))]
+    except OSError as error:
+        raise UserError(f"--real {real}: {error.strerror}; expected a folder with train and test in it") from None
+
+
+def split(args):
+    """Packs every tenth labelled crop of train/ as `val`, the others as `fit`, and every tenth of those as `tenth`."""
+    source = open_source(os.path.join(args.real, "train"))
+    place, fit = os.path.join(args.out, "split"), [i for i in range(len(source)) if i % 10]
+    os.makedirs(place, exist_ok=True)
+    for name, kept in dict(fit=fit, tenth=fit[::10], val=[i for i in range(len(source)) if not i % 10]).items():
+        without, kept = os.path.join(place, name + ".tsv"), set(kept)
+        with open(without, "w", encoding="utf-8") as file:
+            file.writelines(f"{i}\t{source.where(i)}\n" for i in range(len(source)) if i not in kept)
+        if not os.path.exists(os.path.join(place, name)):
+            subprocess.run([sys.executable, "data.py", "pack", os.path.join(args.real, "train"), os.path.join(place, name),
+                            "--without", without], cwd=ROOT, check=True)
+
+
+def work(job, out):
+    """Runs a job's commands, which resume by themselves; leaves done.json, or says which command failed and where its log is."""
+    os.makedirs(job.folder(out), exist_ok=True)
+    log, start = os.path.join(job.folder(out), "log.txt"), time.time()
+    print(f"{job.name}: {job.line()}", flush=True)
+    for command in job.commands:
+        with open(log, "a") as file:
+            status = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
+        if status:
+            raise UserError(f"{job.name}: `{' '.join(command)}` ended with {status}; see {log}")
+    with open(os.path.join(job.folder(out), "done.json"), "w") as file:
+        json.dump(dict(seconds=time.time() - start), file)
+
+
+# ---- tables
+
+def rows(path):
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+def spread(values, form="{:.1f}"):
+    """Mean, and how far the seeds lie apart (standard deviation), of what is there."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    return form.format(statistics.mean(values)) + (f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else "")
+
+
+def final(out, run_name, key, last=100):
+    """Mean of `key` over the last logged steps of a run, or None if it is not done."""
+    if not os.path.exists(os.path.join(out, run_name, "done.json")):
+        return None
+    values = [row[key] for row in rows(os.path.join(out, run_name, "log.jsonl")) if key in row]
+    return statistics.mean(values[-max(1, last // 20):]) if values else None
+
+
+def result(out, run_name, *keys, file="real.json"):
+    try:
+        with open(os.path.join(out, run_name, file)) as opened:
+            value = json.load(opened)
+        for key in keys:
+            value = value[key]
+        return value
+    except (OSError, KeyError):
+        return None
+
+
+def tables(out):
+    """Everything that is there, as Markdown."""
+    lines = []
+
+    def table(title, head, body):
+        lines.extend(["", f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)])
+        lines.extend("| " + " | ".join(map(str, row)) + " |" for row in body)
+    first = list(PRETRAINING)[:5]
+    for share in ("all", "tenth"):
+        body = []
+        for name in first:
+            of = lambda *keys: spread([result(out, f"{name}-s{seed}-{share}", *keys) for seed in SEEDS])
+            sets = [of("sets", s, "accuracy") for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
+            seeds = sum(result(out, f"{name}-s{seed}-{share}") is not None for seed in SEEDS)
+            body.append([f"`{name}`", *sets, of("average"), seeds])
+        table(f"Reading, real labels: {share}", ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "seeds"], body)
+    body = []
+    for name in PRETRAINING:
+        last = lambda key, of="": spread([final(out, f"{name}-s{seed}{of}", key) for seed in SEEDS], "{:.3f}")
+        probe = spread([x / 10 if x is not None else None for x in (final(out, f"{name}-s{seed}-probe", "spell") for seed in SEEDS)], "{:.3f}")
+        tenth = spread([result(out, f"{name}-s{seed}-tenth", "average") for seed in SEEDS])
+        body.append([f"`{name}`", last("mim"), last("nsp"), last("spread"), probe, tenth])
+    table("What each change does", ["pre-training", "mim", "nsp", "spread", "letters: nats a patch, frozen", "tenth: average"], body)
+    body = []
+    for name in first:
+        of = lambda *keys, file="real.json": [result(out, f"{name}-s{seed}-all", *keys, file=file) for seed in SEEDS]
+        drop = lambda *keys: spread([b - a if None not in (a, b) else None for a, b in zip(of("average"), of(*keys, "average"))])
+        looks = [spread(of("attention", "synth:256:9", who, what, file="synth.json"), "{:.3f}")
+                 for who in ("cls", "patches", "decoder") for what in ("share", "entropy")]
+        body.append([f"`{name}`", *(drop("heights", h) for h in ("16", "12", "8")), *(drop("rotations", r) for r in ("15", "30")), *looks])
+    table("Robustness: change of the average; attention: share on text, entropy", ["from", "16 px", "12 px", "8 px", "15°", "30°",
+          "[cls] share", "entropy", "patches share", "entropy", "decoder share", "entropy"], body)
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=["list", "split", "run", "table"], help="what to do")
+    parser.add_argument("--real", required=True, metavar="DIR", help="the folder of train/ and test/")
+    parser.add_argument("--out", default="out/experiments", help="where the runs are")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only runs whose whole name matches, and what they need")
+    parser.add_argument("--readme", metavar="FILE", help="write the tables into it, between <!-- tables --> and <!-- /tables -->")
+    args = parser.parse_args()
+    args.real, args.out = os.path.abspath(args.real), os.path.abspath(args.out)
+    every = jobs(args)
+    chosen = [name for name in every if re.fullmatch(args.only or ".*", name)]
+    if not chosen:
+        raise UserError(f"--only {args.only}: matches no run; see list")
+    if args.what == "split":
+        split(args)
+    elif args.what == "list":
+        for name in chosen:
+            print(f"{'done' if every[name].done(args.out) else 'open'}  {name}: {every[name].line()}")
+    elif args.what == "run":
+        for name in chosen:
+            for need in (*every[name].needs, name):
+                if not every[need].done(args.out):
+                    work(every[need], args.out)
+    text = tables(args.out) if args.what in ("run", "table") else ""
+    print(text)
+    if args.readme:
+        with open(args.readme, encoding="utf-8") as file:
+            head, _, rest = file.read().partition("<!-- tables -->\n")
+        _, mark, tail = rest.partition("<!-- /tables -->")
+        if not mark:
+            raise UserError(f"--readme {args.readme}: expected the marks <!-- tables --> and <!-- /tables --> in it")
+        with open(args.readme, "w", encoding="utf-8") as file:
+            file.write(f"{head}<!-- tables -->\n{text}{mark}{tail}")
+
+
+if __name__ == "__main__":
+    run(main)
