@@ -45,14 +45,11 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 # image uint8 (3, 32, 128); mask uint8 (32, 128), rendered words only: k > 0 marks the pixels of the k-th character
 Crop = namedtuple("Crop", "image label mask")
 
-
 class UserError(Exception):
     """What the person who typed the command can mend. One line: what came, what was expected, what to type."""
 
-
 class Damaged(UserError):
     """An entry that cannot be read: where it is and why."""
-
 
 def run(main):
     """Call main(); a UserError becomes one line on stderr and exit status 2."""
@@ -70,7 +67,6 @@ def run(main):
         torch.distributed.destroy_process_group()
     sys.exit(status)
 
-
 class Parser(argparse.ArgumentParser):
     """Defaults in every help line; what is wrong in one line and exit status 2."""
 
@@ -80,13 +76,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-
 def size(text):
     """"16x64" -> (16, 64), height first."""
     if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", text):
         raise UserError(f"{text}: expected height x width in pixels, such as 16x64")
     return tuple(map(int, text.split("x")))
-
 
 class Source(Dataset):
     """len(s); s[i] -> (uint8 (3, 32, 128), label or None). Subclasses set n and name, and have label(i), where(i), and
@@ -111,13 +105,11 @@ class Source(Dataset):
         Image.fromarray(self.get(i).image.permute(1, 2, 0).numpy()).save(file, "PNG")
         return file.getvalue()
 
-
 # ---- charset
 
 CHARSETS = {"36": "0123456789abcdefghijklmnopqrstuvwxyz"}
 CHARSETS["62"] = CHARSETS["36"] + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CHARSETS["94"] = CHARSETS["62"] + "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
-
 
 def charset(name):
     """'36', '62', '94' or a UTF-8 file of characters (line ends passed over, NFC) -> the characters as one string."""
@@ -131,14 +123,12 @@ def charset(name):
         raise UserError(f"--charset {name}: {twice[0] if twice else 'holds no character'}")
     return chars
 
-
 def fit_label(label, chars, max_length):
     """-> (the label as it is trained on: NFC, lower case where the charset is 36; why it cannot be, or "")."""
     text = unicodedata.normalize("NFC", label or "")
     text = text.lower() if chars == CHARSETS["36"] else text
     odd = text.strip(chars)                 # nothing is left of what the charset has all of
     return text, "outside the charset" if odd else "too long" if len(text) > max_length else "empty" * (not text)
-
 
 def fit_labels(source, chars, max_length):
     """-> (the crops whose label can be trained on, a line that says how many cannot, why, and which characters are to
@@ -160,7 +150,6 @@ def fit_labels(source, chars, max_length):
     blame = f" ({', '.join(f'{c!r} {n:,}' for c, n in odd.most_common(8))})" if odd else ""
     return Parts([source], source.name, fits.nonzero()[0]), ", ".join(report) + blame
 
-
 # ---- drawing words
 
 PRINTABLE, MAX_LENGTH = "".join(map(chr, range(33, 127))), 25
@@ -172,7 +161,6 @@ SIGNS = "open sale exit stop street road park hotel bank cafe shop free city mar
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts", "/Library/Fonts",
                 "/System/Library/Fonts", "~/Library/Fonts", "$WINDIR/Fonts", "$LOCALAPPDATA/Microsoft/Windows/Fonts")
 NO_LETTERS = "(?i)symbol|emoji|ding|math|icon|braille|barcode|music|lastresort|blank|notdef|ornament"
-
 
 @cache
 def vocabulary():
@@ -186,7 +174,6 @@ def vocabulary():
     common = sorted(filter(re.compile("[aeiouy]").search, count), key=lambda word: (-count[word], word))
     return {length: [word for word in common if len(word) == length] for length in set(LENGTHS)}
 
-
 def font_files(folder=None):
     """None (Pillow's own font), then the TrueType and OpenType files of the system, then those under folder."""
     files = [None]
@@ -197,7 +184,6 @@ def font_files(folder=None):
         raise UserError(f"--fonts {folder}: no .ttf, .otf or .ttc file in it; give a folder that holds some")
     return files
 
-
 @lru_cache(4096)
 def face(path, size):
     """(the font, its picture of a character that no font has), or None for a file that FreeType cannot use."""
@@ -206,7 +192,6 @@ def face(path, size):
         return font, bytes(font.getmask("\U0010fffe"))
     except (OSError, ValueError):
         return None
-
 
 @lru_cache(1 << 15)
 def glyph(path, size, stroke, char):
@@ -218,7 +203,6 @@ def glyph(path, size, stroke, char):
     ink = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(ink).text((-left, -top), char, 255, font, "ls", stroke_width=stroke)
     return ink, ink.convert("1", dither=Image.Dither.NONE), left, top, font.getlength(char)
-
 
 @cache
 def textures():
@@ -232,7 +216,6 @@ def textures():
         m = np.tanh((np.asarray(m) - .5) * g.choice([1, 1, 3, 20]))
         maps.append((m - m.min()) / np.ptp(m))
     return np.stack(maps).astype(np.float32), g.standard_normal((3, 64, 256), np.float32)
-
 
 def bend(rng, w, h, a):
     """A word a times as wide as high, the middle half of an image (h, w), leans, tapers, sags, turns and is cropped.
@@ -252,7 +235,6 @@ def bend(rng, w, h, a):
     x, y = ((.5 + u / 2 - 4 * sag / a ** 2 * u * v) * w).T.tolist(), ((.5 + v / 2) * h).T.tolist()
     quads = [(x[k][0], y[k][0], x[k][1], y[k][1], x[k + 1][1], y[k + 1][1], x[k + 1][0], y[k + 1][0]) for k in range(n)]
     return [((W * k // n, 0, W * (k + 1) // n, H), quads[k]) for k in range(n)], (right - left) / (bottom - top)
-
 
 def paint(rng, cover):
     """(3, 32, 128) float32, 0 to 255: a word of coverage (32, 128) in colours that differ, mostly enough to read."""
@@ -282,7 +264,6 @@ def paint(rng, cover):
     light = mix(rng.uniform(.4, 1), rng.uniform(.9, 1.4), texture()) if rng.random() < .3 else 1
     return mix(image, ink, cover) * light
 
-
 def worn(rng, image, a):
     """(3, 32, 128) uint8: what a camera leaves of a crop a times as wide as high: noise, few pixels, JPEG, blur."""
     y, x, noise = rng.randrange(32), rng.randrange(128), max(0, rng.gauss(0, 7))
@@ -299,7 +280,6 @@ def worn(rng, image, a):
             picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(.4, 1.4) * h / H))
         image = np.asarray(picture.resize((W, H), Image.Resampling.BICUBIC)).transpose(2, 0, 1).copy()
     return image
-
 
 class Synth(Source):
     """n rendered words; crop i is a pure function of (seed, i), whatever the process, the worker or the order.
@@ -369,7 +349,6 @@ class Synth(Source):
         image = worn(rng, paint(rng, cover * np.float32(1 / 255)), a)
         return Crop(torch.from_numpy(image), label, torch.from_numpy(index * (cover > 96)))
 
-
 # ---- reading
 
 def decode(data, rotate_tall=False):
@@ -399,7 +378,6 @@ def decode(data, rotate_tall=False):
     except Exception as error:              # Pillow raises a dozen kinds; each means that there is no whole image here
         raise Damaged(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
 
-
 @cache
 def environment(folder):
     """The read-only LMDB of a folder: lmdb opens it only once in a process."""
@@ -411,11 +389,9 @@ def environment(folder):
         raise UserError(f"{folder}: data.mdb has {have:,} of its {need:,} bytes; copy it again")
     return env
 
-
 if hasattr(os, "register_at_fork"):         # a forked worker opens its own; where there is no fork, each does so anyway
     os.register_at_fork(after_in_child=environment.cache_clear)
 READS = count(1)                            # of LMDBs by this process
-
 
 @contextmanager
 def reading(folder):
@@ -428,7 +404,6 @@ def reading(folder):
             yield txn
     except lmdb.Error as error:
         raise Damaged(f"{folder}: expected an LMDB, copied whole ({error})") from None
-
 
 class Lmdb(Source):
     """The field's layout: image-%09d (JPEG, PNG), label-%09d (UTF-8), counted from 1, and num-samples."""
@@ -463,7 +438,6 @@ class Lmdb(Source):
         except UnicodeDecodeError:
             raise Damaged("the label is not UTF-8") from None
 
-
 def read_labels(path):
     """Yield (image path, label) of a .txt, .tsv, .jsonl or MMOCR .json file."""
     number, kind = 0, os.path.splitext(path)[1].lower()
@@ -482,7 +456,6 @@ def read_labels(path):
         want = {".json": 'MMOCR\'s {"data_list": [{"img_path": ..., "instances": [{"text": ...}]}]}',
                 ".jsonl": '{"filename": ..., "text": ...}'}.get(kind, "path<TAB>label")
         raise UserError(f"{path}: entry {number}: expected {want} ({type(error).__name__}: {error})") from None
-
 
 class Files(Source):
     """Images named by (path, label or None), kept as one block of bytes, which workers share without copying."""
@@ -507,7 +480,6 @@ class Files(Source):
         except (OSError, ValueError) as error:
             raise Damaged(getattr(error, "strerror", error)) from None
 
-
 class Parts(Source):
     """Several sources as one, in order; of their crops only those at `indices`, an array, if it is given."""
 
@@ -522,7 +494,6 @@ class Parts(Source):
         return getattr(self.parts[k], what)(int(i - self.starts[k]))
 
     get, bytes, label, where = map(partial(partialmethod, ask), ("get", "bytes", "label", "where"))
-
 
 def open_source(src, fonts=None, rotate_tall=False, chars=None):
     """SRC (see the top of this file) -> Source; `fonts` (a folder) and `chars` are for rendered words. Raises UserError
@@ -555,11 +526,9 @@ def open_source(src, fonts=None, rotate_tall=False, chars=None):
                         "; image paths are relative to the labels file: move it to the folder that they start from")
     return source
 
-
 def open_sources(srcs, **options):
     """Several SRCs as one Source with .parts; each may be listed more than once to weigh more."""
     return Parts([open_source(src, **options) for src in srcs], " ".join(map(str, srcs)))
-
 
 # ---- two looks at a word
 
@@ -568,19 +537,16 @@ FROM_YIQ = torch.tensor([[1, .956, .619], [1, -.272, -.647], [1, -1.106, 1.703]]
 QUARTER = FROM_YIQ @ torch.tensor([[0., 0, 0], [0, 0, -1], [0, 1, 0]]) @ FROM_YIQ.inverse()     # turns hues 90 degrees
 SQUARE = torch.tensor([[-1., -1], [1, -1], [1, 1], [-1, 1]])            # a picture's corners, top left and on clockwise
 
-
 def uniform(generator, n, *shape, rows=None, device="cpu"):
     """Numbers in [0, 1), (n, *shape). rows=(indices, total) draws for `total` crops and keeps those of n, so that a
     rank or a micro-batch gets the very numbers of the one large batch."""
     kept, total = rows or (slice(n), n)
     return torch.rand(total, *shape, generator=generator, device=generator.device)[kept].to(device, non_blocking=True)
 
-
 # uint8 or float in [0, 1] -> float32 in [0, 1]; -> float32 in [-1, 1]; (B, 3, H, W) -> (B, 3, *size), area averages
 def unit(images): return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 def normalize(images): return unit(images) * 2 - 1
 def coarse_view(images, size): return F.interpolate(unit(images), size=size, mode="area")
-
 
 def turned(angle, aspect, corners=SQUARE):
     """The corners (B, 4, 2) through which a picture of that width / height is seen rotated by `angle` (B,) radians
@@ -589,7 +555,6 @@ def turned(angle, aspect, corners=SQUARE):
     x, y = corners.to(angle.device).unbind(-1)
     x, y = x * (c + s.abs() / aspect), y * (c + s.abs() * aspect)
     return torch.stack([c * x - s * y / aspect, s * aspect * x + c * y], -1)
-
 
 def warp(images, corners, bend=None):
     """The picture seen through four corners (B, 4, 2), its own being SQUARE: one homography for each crop (Heckbert,
@@ -609,7 +574,6 @@ def warp(images, corners, bend=None):
         grid += F.interpolate(bend, size=(h, w), mode="bilinear", align_corners=True)
     return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
 
-
 def focus(images, sigma, sharpen):
     """Gaussian blur of `sigma` pixels (B,), then an unsharp mask of that strength (B,): one 7 x 7 kernel a crop."""
     b, c, h, w = images.shape
@@ -620,7 +584,6 @@ def focus(images, sigma, sharpen):
     kernel = (1 + sharpen) * square(gauss(sigma ** 2)) - sharpen * square(gauss(sigma ** 2 + 1))
     padded = F.pad(images, (3, 3, 3, 3), mode="replicate").view(1, b * c, h + 6, w + 6)
     return F.conv2d(padded, kernel.repeat_interleave(c, 0)[:, None], groups=b * c).view(b, c, h, w)
-
 
 def recolour(images, bright, contrast, fade, saturation, hue):
     """Brightness, contrast about the crop's mean grey, contrast about mid-grey, saturation (factors (B,)) and hue
@@ -634,9 +597,7 @@ def recolour(images, bright, contrast, fade, saturation, hue):
     colour = column(fade * contrast * bright) * colour
     return torch.baddbmm(column(offset), colour, images.flatten(2)).view_as(images).clamp_(0, 1)
 
-
 TAPE = torch.rand(2 ** 20, generator=torch.Generator().manual_seed(0)) - .5
-
 
 def noise(images, seed, sd):
     """Add noise of standard deviation `sd` (B,), in place. A crop's seed (B,) in [0, 1) says where on one long tape of
@@ -644,7 +605,6 @@ def noise(images, seed, sd):
     windows = TAPE.to(images.device).unfold(0, images[0].numel(), 1)
     value = windows[(seed * len(windows)).long()].view_as(images)
     return images.addcmul_(value, (sd * 12 ** .5)[:, None, None, None]).clamp_(0, 1)
-
 
 def distort(images, numbers, on):
     """Apply operations to (B, 3, H, W) in [0, 1]: `on` has the strength (B,) of each, where 0 changes nothing and 1 has
@@ -675,10 +635,8 @@ def distort(images, numbers, on):
         images = images.lerp(1 - images, column(on["invert"]))
     return noise(images, between(), on["noise"] * between(.01, .05)) if "noise" in on else images
 
-
 LOOK = "contrast", "blur", "sharpen", "fade"
 MOVE = "rotate", "vertical", "horizontal", "tilt", "bend"
-
 
 def guidance_view(images, generator, rows=None, geometry=True, strength=1.0):
     """The same word, looking different: (B, 3, H, W) uint8 or float in [0, 1] -> float in [0, 1], new for every crop.
@@ -693,7 +651,6 @@ def guidance_view(images, generator, rows=None, geometry=True, strength=1.0):
     on.update(jitter=strength * (rest[1] < .8), grey=1. * (rest[2] < .2 * strength))
     return distort(unit(images), numbers[:, 14:], on if geometry else on | {"noise": strength * (rest[3] < .5)})
 
-
 def augment(images, generator, rows=None):
     """Fine-tuning's augmentation, of PARSeq's kinds: (B, 3, H, W) uint8 or float in [0, 1] -> float in [0, 1], new for
     every crop. Each operation changes its share of the crops; one crop in eight stays as it is."""
@@ -702,7 +659,6 @@ def augment(images, generator, rows=None):
     numbers = uniform(generator, len(images), 81, rows=rows, device=images.device)
     on = {name: 1. * ((u < p) & (numbers[:, 14] > .125)) for (name, p), u in zip(chances.items(), numbers.unbind(1))}
     return distort(unit(images), numbers[:, 15:], on)
-
 
 # ---- batches
 
@@ -721,19 +677,16 @@ def read_batch(indices, source, masks=False):
         letters[k] = 0 if crop.mask is None else crop.mask
     return images, [crop.label for crop in crops.values()], letters if masks else None, damaged, list(crops)
 
-
 def start_worker(_):
     """Signals to the whole group are the training script's to handle: it saves, and its workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
 
 def loader(source, batches, workers, masks=False):
     """batches: lists of indices. The workers are handed indices alone, and read_batch is what they run on them."""
     return DataLoader(range(len(source)), batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
                       collate_fn=partial(read_batch, source=source, masks=masks), pin_memory=torch.cuda.is_available(),
                       prefetch_factor=4 if workers else None)
-
 
 def order(n, batch_size, seed, position=0, rank=0, world=1):
     """Yields for ever the indices of a rank's micro-batches: position p of the stream is crop perm[epoch](p % n) with
@@ -750,7 +703,6 @@ def order(n, batch_size, seed, position=0, rank=0, world=1):
             batch.append(int(perm[p % n]))
         yield batch
 
-
 def batches(source, batch_size, seed, position=0, rank=0, world=1, workers=0, masks=False):
     """An endless stream of micro-batches as `read_batch` returns them, in the order that `order` says."""
     stream = iter(loader(source, order(len(source), batch_size, seed, position, rank, world), workers, masks))
@@ -758,14 +710,12 @@ def batches(source, batch_size, seed, position=0, rank=0, world=1, workers=0, ma
         atexit.register(stream._shutdown_workers)
     return stream
 
-
 def read_all(source, batch_size, workers=0, rank=0, world=1):
     """Every crop once over all ranks, in order: yields (indices of what could be read, images, labels, damaged)."""
     mine = range(rank, len(source), world)
     batches = [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
     for batch, (images, labels, _, damaged, taken) in zip(batches, loader(source, batches, workers)):
         yield [batch[j] for j in taken], images, labels, damaged
-
 
 class DamageCount:
     """Counts what cannot be read and names the first ten; more than the share `limit` of at least 100 crops stops."""
@@ -781,7 +731,6 @@ class DamageCount:
         if self.seen >= 100 and self.bad > self.limit * self.seen:
             raise UserError(f"{self.bad} of {self.seen} crops are damaged, more than --max_damaged {self.limit}: "
                             + "; ".join(self.first))
-
 
 # ---- show, check and pack
 
@@ -803,14 +752,12 @@ def show(args):
     print("".join(f"damaged: {line}\n" for line in damaged), end="")
     print(f"{args.out}: {len(images)} of the {len(source):,} crops of {source.name}")
 
-
 def inspect(source, workers):
     """Yield (indices, images, labels, damaged, stored bytes) of the whole source."""
     with tqdm(total=len(source), desc=source.name[:40], disable=None) as bar:
         for indices, images, labels, damaged in read_all(source, 256, workers):
             yield indices, images, labels, damaged, [source.bytes(i) for i in indices]
             bar.update(len(indices) + len(damaged))
-
 
 def fingerprint(images):
     """Crops -> (n, 472) of length 1: differences of neighbours in the grey picture at 8 x 32. A product of two is over
@@ -819,7 +766,6 @@ def fingerprint(images):
     small = coarse_view(torch.einsum("bchw,c->bhw", unit(images), GREY)[:, None], (8, 32))
     edges = torch.cat([small.diff(dim=2).flatten(1), small.diff(dim=3).flatten(1)], 1)
     return F.normalize(edges - edges.mean(1, keepdim=True))
-
 
 def check(args):
     source, tests = open_sources(args.src), open_sources(args.against or [])
@@ -857,7 +803,6 @@ def check(args):
     if args.write_list:
         pathlib.Path(args.write_list).write_text("".join(line + "\n" for line in lines), "utf-8")
 
-
 def pack(args):
     import lmdb
     source, part, kept, room = open_sources(args.src), args.out + ".part", [], 2 ** 24
@@ -894,7 +839,6 @@ def pack(args):
     os.rename(part, args.out)
     print(f"{args.out}: {len(kept):,} of {len(source):,} entries written and read back, {len(skip):,} left out by list")
 
-
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True)
@@ -921,7 +865,6 @@ def main():
     add("--without", metavar="LIST", help="leave out the entries of this list, written by check --write_list")
     args = parser.parse_args()
     args.command(args)
-
 
 if __name__ == "__main__":
     run(main)

@@ -37,11 +37,9 @@ PROTOCOLS = {
     "zh": "FudanVI's: lower case, no spaces, full width to half; traditional is not made simplified, lacking a table"}
 HALF = {0x3000: " ", **{c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}}
 
-
 def ascii_of(text):
     """PARSeq's first steps, after which it measures the length: no whitespace, NFKD, then what is not ASCII goes."""
     return unicodedata.normalize("NFKD", "".join(text.split())).encode("ascii", "ignore").decode()
-
 
 def normalize(text, protocol):
     """The form in which a label and a reading are compared.
@@ -57,7 +55,6 @@ def normalize(text, protocol):
     text = unicodedata.normalize("NFC", text)
     return text.lower() if protocol == "ci" else text
 
-
 def distance(a, b):
     """Levenshtein distance, a row of the table at a time; 400,000 words take seconds."""
     row = list(range(len(b) + 1))
@@ -67,38 +64,34 @@ def distance(a, b):
             row.append(min(last[j] + (c != d), last[j + 1] + 1, row[j] + 1))
     return row[-1]
 
-
 def score(pairs, protocol):
     """(label, reading) pairs -> {"n", "evaluated", "dropped": {reason: count}, "accuracy", "ned"}. In percent: equal
     when normalized, and PARSeq's 1 - NED, the mean of 1 - distance / longer length; None if no word is left. A reading
-    of None is a damaged crop, counted and dropped. Only parseq36 drops labels; one that waics folds to nothing stays, as
-    in LMIM's code, and is right when the reading folds to nothing too."""
-    n, dropped, right, near = 0, Counter(), 0, 0.0
-    for n, (label, reading) in enumerate(pairs, 1):
+    of None is a damaged crop, counted and dropped. Only parseq36 drops labels; what waics folds to nothing stays, as in
+    LMIM's code, and is right when the reading folds to nothing too: None if all of them do, as those of a script do."""
+    pairs, dropped, near, letters = list(pairs), Counter(), [], 0                # near is 1 where equal, and only there
+    for label, reading in pairs:
         a, b = normalize(label, protocol), normalize(reading or "", protocol)
         long = protocol == "parseq36" and len(ascii_of(label)) > 25
         if reading is None or long or protocol == "parseq36" and not a:
             dropped["damaged" if reading is None else "longer than 25" if long else "no letter or digit"] += 1
-            continue
-        right += a == b
-        near += 1 if a == b else 1 - distance(a, b) / max(len(a), len(b))
-    left = n - dropped.total()
-    accuracy, ned = (100 * x / left if left else None for x in (right, near))
-    return {"n": n, "evaluated": left, "dropped": dict(dropped), "accuracy": accuracy, "ned": ned}
-
+        else:
+            near.append(1 if a == b else 1 - distance(a, b) / max(len(a), len(b)))
+            letters += len(a)
+    accuracy, ned = (100 * x / len(near) if letters else None for x in (near.count(1), sum(near)))
+    return {"n": len(pairs), "evaluated": len(near), "dropped": dict(dropped), "accuracy": accuracy, "ned": ned}
 
 def read_predictions(path):
     """(label, prediction) of lines label<TAB>prediction; further columns are passed over, but for our own `damaged`."""
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
-            rows = [line.removesuffix("\n").removesuffix("\r").split("\t") for line in file]
+            rows = [line.rstrip("\r\n").split("\t") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--score {path}: {getattr(error, 'strerror', None) or error}; expected UTF-8 text") from None
     short = [number for number, row in enumerate(rows, 1) if len(row) < 2]
     if short or not rows:
         raise UserError(f"--score {path}: line {[*short, 1][0]} has no tab; expected lines of label<TAB>prediction")
     return [(row[0], None if row[2:3] == ["damaged"] else row[1]) for row in rows]
-
 
 # ---- table
 
@@ -111,20 +104,17 @@ BENCHMARKS = [  # sets and their full size, for IC13-857 is not IC13-1015; figur
         "LMIM-20ep": "90.3 86.6 80.7 85.5 88.2 87.9 85.1 86.3", "MNSP": "- - - - - - - 86.2",
         "DSHM": "91.6 88.2 81.4 86.3 87.9 88.4 85.3 87.0"})]
 
-
 def loose(name):
     """A set's name whatever its style: Multi-Oriented, multi_oriented; ICDAR2013, IC13_1015."""
     return re.sub("ic(dar)?(20)?(?=1[35])", "ic", re.sub("[^a-z0-9]", "", name.lower()))
 
-
 def summary(sets, protocol):
     """{set: score} -> what --json holds: `average` over sets, `weighted` over their evaluated words. Sets without one
     stay out, and so does Union14M's Incomplete, which is reported as a drop."""
-    many = [one for name, one in sets.items() if one["evaluated"] and "incomplete" not in loose(name)]
+    many = [one for name, one in sets.items() if one["accuracy"] is not None and "incomplete" not in loose(name)]
     mean = lambda weights: sum(w * one["accuracy"] for w, one in zip(weights, many)) / sum(weights) if many else None
     return {"protocol": protocol, "sets": sets, "average": mean([1] * len(many)),
             "weighted": mean([one["evaluated"] for one in many])}
-
 
 def published(sets):
     """{method: {set or 'average': figure}} for sets of a benchmark's name and size; averages for its very sets only."""
@@ -137,30 +127,31 @@ def published(sets):
             columns.setdefault(method, {}).update({name: figures.split()[k] for name, k in place.items()})
     return {method: cells for method, cells in columns.items() if set(cells.values()) - {"-"}}
 
-
 def print_table(result):
     sets, columns, wide = result["sets"], published(result["sets"]), max(10, *map(len, result["sets"])) + 1
-    number = lambda x: "-" if x is None else f"{x:.2f}"
-    line = lambda name, *cells: print((f"{name:{wide}}" + "".join(f"{cell:>10}" for cell in cells)).rstrip())
     beside = lambda name: [cells.get(name, "") for cells in columns.values()]
+
+    def line(name, *cells):
+        cells = ("-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else cell for cell in cells)
+        print((f"{name:{wide}}" + "".join(f"{cell:>10}" for cell in cells)).rstrip())
+
     print(f"\nprotocol {result['protocol']}: {PROTOCOLS[result['protocol']]}")
     line("set", "n", "evaluated", "accuracy", "1-NED", "seconds", *columns)
     for name, one in sets.items():
         notes = [f"   {n:,} dropped: {why}" for why, n in one["dropped"].items()]
         notes += ["   not averaged"] * ("incomplete" in loose(name))
-        numbers = [number(one[key]) for key in ("accuracy", "ned", "seconds")]
-        line(name, one["n"], one["evaluated"], *numbers, *beside(name), *notes)
-    line("average", "", "", number(result["average"]), "", "", *beside("average"))
-    line("weighted", "", "", number(result["weighted"]))
+        notes += ["   no label has what counts"] * (one["accuracy"] is None and one["evaluated"] > 0)
+        line(name, *map(one.get, ("n", "evaluated", "accuracy", "ned", "seconds")), *beside(name), *notes)
+    line("average", "", "", result["average"], "", "", *beside("average"))
+    line("weighted", "", "", result["weighted"])
     other = "" if result["protocol"] == "waics" else f"; not comparable with {result['protocol']}"
     print(f"{', '.join(columns)}: as published, protocol waics, original labels{other}\n" if columns else "", end="")
     for kind in ("heights", "rotations"):
-        for value, other in result.get(kind, {}).items():
+        for value, view in result.get(kind, {}).items():
             print(f"\n{kind[:-1]} {value}, and the change")
-            rows = [(name, other["sets"][name]["accuracy"], one["accuracy"]) for name, one in sets.items()]
-            for name, a, b in [*rows, ("average", other["average"], result["average"])]:
-                line(name, "", "", number(a), "-" if None in (a, b) else f"{a - b:+.2f}")
-
+            for name in (*sets, "average"):
+                a, b = (each["sets"].get(name, {"accuracy": each["average"]})["accuracy"] for each in (view, result))
+                line(name, "", "", a, "-" if None in (a, b) else f"{a - b:+.2f}")
 
 # ---- reading
 
@@ -179,9 +170,7 @@ class Reader:
                 words += self.model.strings(*self.model.decode(data.normalize(batch.to(self.device))))
         return words
 
-
 load_recognizer = Reader
-
 
 def changed(images, kind, value):
     """heights: crops at `value` pixels, their shape kept, enlarged again as crops of that height would be, bicubically.
@@ -196,11 +185,10 @@ def changed(images, kind, value):
         return data.coarse_view(data.warp(F.interpolate(images, scale_factor=4), data.turned(angle, W / H)), (H, W))
     return images
 
-
-def read_source(reader, source, args, views=(("sets", 0),), rank=0, world=1):
-    """Every crop once over all ranks -> rows (label, a reading for each view), with None for the damaged; why they are;
-    seconds of each view. Words wait for the longest of their batch: how long one is shows only once it is read."""
-    rows, broken, seconds, clock = {}, [], [0.0] * len(views), time.perf_counter()
+def read_source(reader, source, args, view=("sets", 0), rank=0, world=1):
+    """Every crop once over all ranks -> rows (label, reading, confidence), ("", None, 0) for the damaged; why they are.
+    The order is the source's, for how long a word is shows only once it is read: `decode` drops what has ended."""
+    rows, broken = {}, []
     steps = data.read_all(source, args.batch_size, args.workers, rank, world)
     for ids, images, labels, damaged in tqdm(steps, source.name, disable=rank or None):
         for i, label in zip(ids, labels):
@@ -208,27 +196,22 @@ def read_source(reader, source, args, views=(("sets", 0),), rank=0, world=1):
                 raise UserError(f"{source.where(i)}: no label; --data scores readings, --images only reads")
             if args.predictions and set("\t\n") & set(label):
                 raise UserError(f"{source.where(i)}: {label!r} holds a tab or line end: no --predictions of it")
-        images, readings = images.to(reader.device), []
-        for k, view in enumerate(views):
-            readings.append(reader.read(changed(images, *view), args.batch_size) if ids else [])
-            clock, seconds[k] = time.perf_counter(), seconds[k] + time.perf_counter() - clock
-        rows.update(zip(ids, zip(labels, *readings)))
+        words = reader.read(changed(images.to(reader.device), *view), args.batch_size) if ids else []
+        rows.update((i, (label, *word)) for i, label, word in zip(ids, labels, words))
         broken += damaged
-    parts = [(rows, broken, seconds)] * world
+    parts = [(rows, broken)] * world
     if world > 1:
-        dist.all_gather_object(parts, (rows, broken, seconds))
-    rows, broken, seconds = zip(*parts)
-    rows, lost = {i: row for part in rows for i, row in part.items()}, ("", *[(None, 0.0)] * len(views))
-    return [rows.get(i, lost) for i in range(len(source))], sum(broken, []), [max(each) for each in zip(*seconds)]
-
+        dist.all_gather_object(parts, parts[0])
+    rows = {i: row for part, _ in parts for i, row in part.items()}
+    return [rows.get(i, ("", None, 0)) for i in range(len(source))], [why for _, part in parts for why in part]
 
 # ---- pictures
 
 RED, BLACK, GREY = (210, 30, 30), (0, 0, 0), (120, 120, 120)
 
-
 def draw_sheet(rows, path):
-    """rows of cells (picture uint8 (3, 32, 128) or None, [(text, colour), ...]): text is below a picture, or alone."""
+    """rows of cells (picture uint8 (3, 32, 128) or None, [(text, colour), ...]): text is below a picture, or alone, in
+    the first font that has all of it, else in Pillow's own, with boxes."""
     w, h = 2 * W + 12, 2 * H + 26
     sheet = Image.new("RGB", (w * max(map(len, rows)), h * len(rows)), "white")
     cells = ((x * w + 6, y * h, *cell) for y, row in enumerate(rows) for x, cell in enumerate(row))
@@ -238,7 +221,7 @@ def draw_sheet(rows, path):
             picture = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
             sheet.paste(picture.resize((2 * W, 2 * H), Image.NEAREST), (x, y + 4))
         able = (file for file in data.font_files() if all(data.glyph(file, size, 0, c) for c in line if c != " "))
-        file = next(able, None)                              # where no font has every letter: Pillow's own, with boxes
+        file = next(able, None)
         room = (w - 12) / max(1, data.face(file, size)[0].getlength(line))
         font = data.face(file, max(7, int(size * min(1, room))))[0]
         for text, colour in pieces:
@@ -246,14 +229,12 @@ def draw_sheet(rows, path):
             x += font.getlength(text)
     sheet.save(path)
 
-
 def marked(truth, reading, protocol):
     """The reading as it is compared, in pieces (text, colour): wrong letters red, each missing one a red _."""
     a, b, pieces = normalize(truth, protocol), normalize(reading, protocol), []
     for tag, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         pieces += [(b[k:m], BLACK if tag == "equal" else RED), ("_" * (j - i - m + k), RED)]
     return pieces
-
 
 @torch.inference_mode()
 def look(reader, source, path):
@@ -263,49 +244,41 @@ def look(reader, source, path):
     On rendered words, whose text pixels are known, returns over the first 256 the share of attention on text (even
     within a patch) and its entropy / log N (1: all over), for [cls], the mean patch and the mean letter; `text_area` is
     the share that blind attention has. Else None."""
-    net, (h, w), sums, area = reader.model, reader.model.encoder.grid, {}, []
-    for start in range(0, min(256, len(source)), 16):
-        crops = [data.Readable(source)[i] for i in range(start, min(start + 16, len(source)))]
-        crops = [crop for crop in crops if not isinstance(crop, str)]            # the table counts the damaged
-        if not crops:
-            continue
-        images = data.normalize(torch.stack([crop.image for crop in crops]).to(reader.device))
-        own = net.encoder.attention(images).mean(1)[:, :, 1:]                    # (B, 1+N, N)
-        own = own / own.sum(-1, keepdim=True)
-        ids, _, letters = net.decode(images, attention=True)                     # (B, T), (B, T, N)
-
-        if path:
-            words = [[net.charset[k] for k in row if k != net.end] for row in ids.tolist()]
-            maps = [torch.cat([a[:1], b[:len(word)]]).cpu() for a, b, word in zip(own, letters, words)]
-            full, rows = max(4 / h / w, torch.cat(maps).quantile(0.995).item()), []
-            for crop, weights, word in zip(crops, maps, words):
-                heat = F.interpolate((weights / full).clamp(max=1).view(-1, 1, h, w), size=(H, W))
-                grey = 127 + crop.image.float().mean(0).expand(len(heat), 3, H, W) / 2
-                heat = grey.lerp(torch.tensor(RED).view(3, 1, 1).float(), heat).byte()
-                cells = [(picture, [(name, GREY)]) for picture, name in zip(heat, ["[cls]", *word])]
-                cells = [(crop.image, [(crop.label or "", BLACK)]), *cells]
-                rows += [cells[k:k + 6] for k in range(0, len(cells), 6)]
-            draw_sheet(rows, path)
-            path = print(f"{path}: full red is {full * h * w:.1f} times an even spread")     # None: drawn once
-        if crops[0].mask is None:
-            return None
-
-        text = torch.stack([crop.mask for crop in crops]).to(reader.device) > 0
-        text = F.avg_pool2d(text[:, None].float(), net.encoder.patch).flatten(1)   # (B, N) text's part of a patch
-        area += text.mean(1).tolist()
-        for name, seen in {"cls": own[:, :1], "patches": own[:, 1:], "decoder": letters}.items():
-            asked = ids != net.end if name == "decoder" else torch.ones_like(seen[..., 0], dtype=torch.bool)
-            entropy = -torch.xlogy(seen, seen).sum(-1) / math.log(h * w)
-            each = torch.stack([(seen * text[:, None]).sum(-1), entropy, asked])             # (3, B, queries)
-            sums[name] = sums.get(name, 0) + each[:, asked].sum(1)
-    if not area:
+    images, labels, masks, _, _ = data.read_batch(range(min(256, len(source))), source, masks=True)
+    if not masks.any():                                                          # not rendered
+        images, labels = images[:16], labels[:16]
+    if not labels:
         return None
-    means = {name: dict(share=(a / n).item(), entropy=(b / n).item()) for name, (a, b, n) in sums.items() if n}
-    print(f"attention on {len(area)} rendered words of {source.name}; text is {sum(area) / len(area):.3f} of the area")
-    for who, one in means.items():
-        print(f"  {who:8} {one['share']:.3f} on text, entropy {one['entropy']:.3f}")
-    return {"n": len(area), "text_area": sum(area) / len(area), **means}
+    net, (h, w), rows = reader.model, reader.model.encoder.grid, []
+    batch = data.normalize(images.to(reader.device))
+    own = net.encoder.attention(batch).mean(1)[:, :, 1:]                         # (B, 1+N, N)
+    own = own / own.sum(-1, keepdim=True)
+    ids, _, letters = net.decode(batch, attention=True)                          # (B, T), (B, T, N)
 
+    words = [[net.charset[k] for k in row if k != net.end] for row in ids[:16].tolist()]
+    maps = [torch.cat([a[:1], b[:len(word)]]).cpu() for a, b, word in zip(own, letters, words)]
+    full = max(4 / h / w, torch.cat(maps).quantile(0.995).item())
+    for image, label, weights, word in zip(images, labels, maps, words):
+        heat = F.interpolate((weights / full).clamp(max=1).view(-1, 1, h, w), size=(H, W))
+        grey = 127 + image.float().mean(0).expand(len(heat), 3, H, W) / 2
+        heat = grey.lerp(torch.tensor(RED).view(3, 1, 1).float(), heat).byte()
+        cells = [(image, [(label or "", BLACK)]), *((x, [(c, GREY)]) for x, c in zip(heat, ["[cls]", *word]))]
+        rows += [cells[k:k + 6] for k in range(0, len(cells), 6)]
+    draw_sheet(rows, path)
+    print(f"{path}: full red is {full * h * w:.1f} times an even spread")
+    if not masks.any():
+        return None
+
+    text = F.avg_pool2d((masks[:, None] > 0).float(), net.encoder.patch).flatten(1).to(own)  # (B, N) part of a patch
+    found = {"n": len(text), "text_area": text.mean().item()}
+    print(f"attention on {found['n']} rendered words of {source.name}; text is {found['text_area']:.3f} of the area")
+    for name, seen in {"cls": own[:, :1], "patches": own[:, 1:], "decoder": letters}.items():
+        asked = (ids if name == "decoder" else torch.full(seen.shape[:2], -1)) != net.end    # (B, queries)
+        share, entropy = (seen * text[:, None]).sum(-1), -torch.xlogy(seen, seen).sum(-1) / math.log(h * w)
+        if asked.any():
+            found[name] = dict(share=share[asked].mean().item(), entropy=entropy[asked].mean().item())
+            print(f"  {name:8} {found[name]['share']:.3f} on text, entropy {found[name]['entropy']:.3f}")
+    return found
 
 # ---- main
 
@@ -317,7 +290,8 @@ def parse():
     what.add_argument("--images", nargs="+", metavar="FILE", help="image files to read: prints path, text, confidence")
     what.add_argument("--score", metavar="FILE", help="lines of label<TAB>prediction, from any system; needs no --ckpt")
     add("--ckpt", metavar="FILE", help="best.pt or last.pt of finetune.py; it holds charset and sizes")
-    add("--protocol", choices=PROTOCOLS, default="waics", help="how labels and readings are compared; papers use waics")
+    add("--protocol", choices=PROTOCOLS, help="how labels and readings are compared; left out: waics, as in papers, "
+        "but exact for a checkpoint with your own charset")
     add("--json", metavar="FILE", help="write the results here")
     add("--predictions", metavar="FILE", help="write label, reading, confidence, place here; --score reads it back")
     add("--heights", nargs="+", type=int, default=[], help="read crops reduced to these heights too; 8 is hard")
@@ -332,7 +306,7 @@ def parse():
     add("--rotate_tall", action="store_true", help="turn crops much taller than wide; for data with vertical words")
     args = parser.parse_args()
     given = [flag for flag in ("predictions", "heights", "rotations", "attention", "errors") if getattr(args, flag)]
-    given += ["json"] if args.json and args.images else []
+    given += ["json"] * bool(args.json and args.images)
     for wrong, message in (
             (not args.score and not args.ckpt, "--ckpt is missing; type finetune.py's, such as out/finetune/best.pt"),
             (given and not args.data, f"--{' --'.join(given)} needs --data"),
@@ -343,43 +317,44 @@ def parse():
             parser.error(message)
     return args
 
-
 def evaluate(reader, sources, args, rank, world):
-    """{name: source} -> what --json holds. Every set is read as it is, at --heights and at --rotations, in one pass."""
-    views = [("sets", 0), *(("heights", v) for v in args.heights), *(("rotations", v) for v in args.rotations)]
-    scores, wrong, looks = {view: {} for view in views}, [], {}
-    for name, source in sources.items():
-        rows, broken, seconds = read_source(reader, source, args, views, rank, world)
-        if rank:
-            continue
-        for k, view in enumerate(views):
-            one = score(((row[0], row[k + 1][0]) for row in rows), args.protocol)
-            scores[view][name] = dict(one, seconds=seconds[k])
-        if args.predictions:
-            with open(args.predictions, "a", encoding="utf-8", newline="\n") as file:
-                for i, (label, (text, sure), *_) in enumerate(rows):
-                    sure = "damaged" if text is None else f"{sure:.6g}"
-                    print(label, text or "", sure, source.where(i), sep="\t", file=file)
-        wrong += [(sure, source, i, label, text) for i, (label, (text, sure), *_) in enumerate(rows)
-                  if score([(label, text)], args.protocol)["accuracy"] == 0]
-        print("".join(f"damaged: {line}\n" for line in broken[:5]), end="")
-        if args.attention:
-            looks[name] = look(reader, source, os.path.join(args.attention, re.sub(r"[^\w.-]", "_", name) + ".png"))
+    """{name: source} -> what --json holds. Every set is read as it is, then at --heights and at --rotations."""
+    def read(*view):
+        rows, sets = {}, {}
+        for name, source in sources.items():
+            start = time.perf_counter()
+            rows[name], broken = read_source(reader, source, args, view, rank, world)
+            one = score([row[:2] for row in rows[name]], args.protocol)
+            sets[name] = dict(one, seconds=time.perf_counter() - start)
+            print("".join(f"damaged: {why}\n" for why in broken[:5] if view[0] == "sets" and not rank), end="")
+        return summary(sets, args.protocol), rows
+
+    result, rows = read("sets", 0)
+    for kind in ("heights", "rotations"):
+        for value in getattr(args, kind):
+            result.setdefault(kind, {})[f"{value:g}"] = read(kind, value)[0]
     if rank:
         return None
-    result = summary(scores.pop(views[0]), args.protocol)
-    for (kind, value), sets in scores.items():
-        result.setdefault(kind, {})[f"{value:g}"] = summary(sets, args.protocol)
-    result.update({"attention": {name: one for name, one in looks.items() if one}} if args.attention else {})
+    rows = [(*row, sources[name], i) for name in sources for i, row in enumerate(rows[name])]
+    if args.predictions:
+        with open(args.predictions, "w", encoding="utf-8", newline="\n") as file:
+            for label, text, sure, source, i in rows:
+                sure = "damaged" if text is None else f"{sure:.6g}"
+                print(label, text or "", sure, source.where(i), sep="\t", file=file)
     if args.errors:
-        rows = [[(None, [(title, GREY)]) for title in ("image", "truth", "reading")]]
-        for sure, source, i, label, text in sorted(wrong, key=lambda row: -row[0])[:48]:
-            rows.append([(source.get(i).image, [(f"{source.where(i)}   {sure:.3f}", GREY)]), (None, [(label, BLACK)]),
-                         (None, marked(label, text, args.protocol))])
-        draw_sheet(rows, args.errors)
-        print(f"{args.errors}: the {len(rows) - 1} most confident of {len(wrong):,} errors")
+        wrong = [row for row in rows if score([row[:2]], args.protocol)["evaluated"]
+                 and normalize(row[0], args.protocol) != normalize(row[1], args.protocol)]
+        sheet = [[(None, [(title, GREY)]) for title in ("image", "truth", "reading")]]
+        for label, text, sure, source, i in sorted(wrong, key=lambda row: -row[2])[:48]:
+            sheet.append([(source.get(i).image, [(f"{source.where(i)}   {sure:.3f}", GREY)]), (None, [(label, BLACK)]),
+                          (None, marked(label, text, args.protocol))])
+        draw_sheet(sheet, args.errors)
+        print(f"{args.errors}: the {len(sheet) - 1} most confident of {len(wrong):,} errors")
+    if args.attention:
+        paths = [os.path.join(args.attention, re.sub(r"[^\w.-]", "_", name) + ".png") for name in sources]
+        looks = {name: look(reader, sources[name], path) for name, path in zip(sources, paths)}
+        result["attention"] = {name: one for name, one in looks.items() if one}
     return result
-
 
 def main():
     args, start = parse(), time.perf_counter()
@@ -392,6 +367,7 @@ def main():
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
     if args.score:
+        args.protocol = args.protocol or "waics"
         one = dict(score(read_predictions(args.score), args.protocol), seconds=time.perf_counter() - start)
         result = summary({os.path.basename(args.score): one}, args.protocol)
     else:
@@ -402,18 +378,19 @@ def main():
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
         reader, sources = Reader(args.ckpt, device, args.dtype), {}
+        args.protocol = args.protocol or ("waics" if reader.model.charset in data.CHARSETS.values() else "exact")
     if args.images:
         source = data.Files([(path, None) for path in args.images], "", "--images", args.rotate_tall)
-        rows, broken, _ = read_source(reader, source, args)
-        for path, (_, (text, sure)) in zip(args.images, rows):
+        rows, broken = read_source(reader, source, args)
+        for path, (_, text, sure) in zip(args.images, rows):
             print(f"{path}\t{text}\t{sure:.6g}\n" if text is not None else "", end="")
         if broken:
             raise UserError(f"{len(broken)} of {len(args.images)} could not be read: " + "; ".join(broken))
         return
+    for src in args.data or ():
+        source = data.open_source(src, fonts=args.fonts, rotate_tall=args.rotate_tall, chars=reader.model.charset)
+        sources[src.rstrip("/") if source.name in sources else source.name] = source
     if args.data:
-        for src in args.data:
-            source = data.open_source(src, fonts=args.fonts, rotate_tall=args.rotate_tall, chars=reader.model.charset)
-            sources[src.rstrip("/") if source.name in sources else source.name] = source
         if min(len(sources), len({*args.data})) < len(args.data):
             raise UserError(f"--data {' '.join(args.data)}: one set twice; each is one row of the table")
         if world > 1:
@@ -428,7 +405,6 @@ def main():
     if result and args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1, ensure_ascii=False)
-
 
 if __name__ == "__main__":
     data.run(main)

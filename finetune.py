@@ -28,7 +28,6 @@ RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's: lr 
     "vit_base": dict(blr=1e-4),
 }
 
-
 # ---- labels
 
 def encode(labels, model):
@@ -39,19 +38,16 @@ def encode(labels, model):
         row[:len(word) + 1] = torch.tensor([model.index[c] for c in word] + [model.end])
     return ids
 
-
 def under_patches(masks, targets, model):
     """Class of the character under each patch (B, N), padding where there is none or it is not known (real crops)."""
     k = torch.nn.functional.max_pool2d(masks.float()[:, None], model.encoder.patch).flatten(1).long()
     # k = 1 is the first character
     return torch.where(k > 0, targets.gather(1, (k - 1).clamp(min=0)), model.pad)
 
-
 def label_fraction(source, share, seed):
     """A random `share` of a source's crops, the same for the same seed."""
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
     return Parts([source], source.name, order[:max(1, round(share * len(source)))].sort().values)
-
 
 # ---- model and optimizer
 
@@ -81,7 +77,6 @@ def build(args, chars):
         encoder.requires_grad_(False)
     return model, f"--init {args.init}: {said}"
 
-
 def layer_groups(model, weight_decay, layer_decay):
     """AdamW's groups. Encoder layer i of n learns at layer_decay^(n + 1 - i) of the rate, what is above it at the full
     rate (BEiT's rule); biases, norms, tokens and embeddings do not decay."""
@@ -96,7 +91,6 @@ def layer_groups(model, weight_decay, layer_decay):
         group["params"].append(p)
         group["lr_scale"] = layer_decay ** (n + 1 - layer)
     return list(groups.values())
-
 
 # ---- validation
 
@@ -119,8 +113,10 @@ def validate(training, source, protocol):
         training.say(f"--val: {lost} crops are damaged and were not read")
     if not pairs:
         raise UserError(f"--val {' '.join(args.val)}: no crop of it can be read; see python data.py check")
-    return evaluate.score(pairs, protocol), pairs[:4]
-
+    result = evaluate.score(pairs, protocol)
+    if result["accuracy"] is None:
+        raise UserError(f"--val {' '.join(training.args.val)}: no label of it keeps a letter under the protocol {protocol}")
+    return result, pairs[:4]
 
 # ---- main
 
@@ -199,7 +195,6 @@ def main():
                 training.save("best.pt")
     best = training.more["best"]
     training.say(f"checkpoint {os.path.join(args.out_dir, 'last.pt' if best < 0 else f'best.pt  best val {best:.1f}')}")
-
 
 if __name__ == "__main__":
     run(main)

@@ -28,18 +28,15 @@ MODELS = {  # encoder; patch in pixels (h, w); `decoder` of pre-training; `reade
                      reader=dict(layers=6, width=512, heads=8, ffn=256)),
 }
 
-
 def encoder_config(name):
     """What ViT is made of: a row of MODELS without its two decoders."""
     return {k: v for k, v in MODELS[name].items() if k not in ("decoder", "reader")}
-
 
 # ---- tensors
 
 def take(x, ids):
     """Rows `ids` (B, K) of every crop's tokens x (B, N, D) -> (B, K, D)."""
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
-
 
 def patchify(images, patch):
     """(B, 3, H, W) -> (B, N, 3*p*q): pixels of each patch in the order of a convolution's weight (channel, row, column)."""
@@ -48,12 +45,10 @@ def patchify(images, patch):
     x = images.reshape(B, c, H // p, p, W // q, q).permute(0, 2, 4, 1, 3, 5)
     return x.reshape(B, (H // p) * (W // q), c * p * q)
 
-
 def unpatchify(x, grid, patch):
     """The inverse of `patchify`: (B, N, 3*p*q) -> (B, 3, H, W)."""
     (h, w), (p, q) = grid, patch
     return x.reshape(-1, h, w, 3, p, q).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, h * p, w * q)
-
 
 def patch_norm(x):
     """Pixels (B, N, 3*p*q) less each channel's mean in the patch, over the patch's standard deviation -> normalised, mean, std.
@@ -66,7 +61,6 @@ def patch_norm(x):
     std = (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt()
     return centred / std, mean.expand_as(channels).flatten(-2), std
 
-
 def sincos(width, grid, fine):
     """Fixed position embedding (h*w, width) of patch centres, in units of patches of the grid `fine` = (h, w).
 
@@ -78,7 +72,6 @@ def sincos(width, grid, fine):
     angles = [place.reshape(-1, 1) * omega for place in (x, y)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
 
-
 def random_mask(noise, ratio):
     """Uniform noise (B, N) -> ids_keep (B, K), ids_mask (B, M): the N - round(ratio*N) patches of least noise are kept.
 
@@ -87,7 +80,6 @@ def random_mask(noise, ratio):
     K = min(max(N - round(ratio * N), 1), N - 1)
     ids = noise.argsort(dim=1)
     return ids[:, :K], ids[:, K:]
-
 
 def block_noise(noise, grid, block):
     """Makes `random_mask` hide whole blocks of `block` = (rows, columns) patches: one number a block, its corner drawn anew.
@@ -98,7 +90,6 @@ def block_noise(noise, grid, block):
     x = (torch.arange(w, device=noise.device) + (noise[:, 1:2] * b).long()) // b            # (B, w)
     cell = (y[:, :, None] * (w // b + 1) + x[:, None, :]).flatten(1) % noise.shape[1]       # (B, N)
     return noise.gather(1, cell) + 1e-4 * noise
-
 
 # ---- attention and block
 
@@ -111,7 +102,6 @@ def attend(q, k, v, dropout=0.0, causal=False):
     if causal:
         scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1)
     return F.dropout(scores.softmax(-1), dropout) @ v                                        # (B, heads, T, d)
-
 
 class Attention(nn.Module):
     """The encoder's self-attention, with timm's parameter names."""
@@ -129,7 +119,6 @@ class Attention(nn.Module):
         out = attend(*self.split(x).unbind(0), self.dropout if self.training else 0.0)
         return F.dropout(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
-
 class Mlp(nn.Module):
     def __init__(self, width, hidden, dropout=0.0, bias=True):
         super().__init__()
@@ -138,7 +127,6 @@ class Mlp(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training))
-
 
 class Block(nn.Module):
     """Pre-norm Transformer block. `drop_path` skips a branch for whole crops in training (stochastic depth, 1603.09382)."""
@@ -159,7 +147,6 @@ class Block(nn.Module):
         x = x + self.skip(self.attn(self.norm1(x)))
         return x + self.skip(self.mlp(self.norm2(x)))
 
-
 # ---- encoder
 
 class PatchEmbed(nn.Module):
@@ -171,7 +158,6 @@ class PatchEmbed(nn.Module):
         # one matrix product with the convolution's own weights: faster than a strided convolution on every device
         x = patchify(images, self.proj.kernel_size)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)                      # (B, N, D)
-
 
 class ViT(nn.Module):
     """Encoder E. images (B, 3, H, W), normalised to [-1, 1] -> (B, 1+N, D): [cls], then the patches in row order;
@@ -230,7 +216,6 @@ class ViT(nn.Module):
         q, k, _ = self.blocks[-1].attn.split(self.blocks[-1].norm1(x)).float().unbind(0)
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
 
-
 def init_weights(module):
     """MAE's: Xavier for matrices (the patch projection as one), zeros for biases, N(0, 0.02) for tokens."""
     for name, p in module.named_parameters():
@@ -240,7 +225,6 @@ def init_weights(module):
             nn.init.xavier_uniform_(p.data.flatten(1))
         elif name.endswith("bias"):
             nn.init.zeros_(p)
-
 
 # ---- decoder
 
@@ -266,7 +250,6 @@ class CrossAttention(nn.Module):
 
     def weights(self, x, keys):
         return (self.queries(x) @ keys[0].transpose(-2, -1) * keys.shape[-1] ** -0.5).float().softmax(-1).mean(1)
-
 
 class DecoderLayer(nn.Module):
     """Self-attention -> cross-attention -> FFN. Post-norm in pre-training, pre-norm in the recognizer: both LMIM's.
@@ -294,7 +277,6 @@ class DecoderLayer(nn.Module):
         if self.cross_attn is not None:
             x = residual(x, self.norm2, lambda x: self.cross_attn(x, memory))
         return residual(x, self.norm3, lambda x: F.dropout(self.mlp(x), self.dropout, self.training)), keys
-
 
 class Decoder(nn.Module):
     """D of pre-training: predicts the target of hidden patches from visible tokens, places, and the tokens of a guidance view.
@@ -331,7 +313,6 @@ class Decoder(nn.Module):
             x, _ = layer(x, keys, last=M if layer is self.layers[-1] else None)
         return self.pred(self.norm(x))                                                       # (B, M, C)
 
-
 # ---- methods: a fifth is a fifth row
 
 METHODS = {  # guidance: none | full (moved, bent, recoloured) | coarse (recoloured, at every scale); then the terms' weights
@@ -341,10 +322,8 @@ METHODS = {  # guidance: none | full (moved, bent, recoloured) | coarse (recolou
     "mnsp": dict(guidance="coarse", mim=1.0, nsp=1.0, align=0.1, form="infonce"),
 }
 
-
 def mse(pred, target):
     return (pred.float() - target.float()).square().mean()
-
 
 class Gather(torch.autograd.Function):
     """Rows of all ranks, in rank order; each rank's rows get the gradients of every rank's loss."""
@@ -360,11 +339,9 @@ class Gather(torch.autograd.Function):
         dist.all_reduce(grad := grad.contiguous())
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
-
 def align_mse(a, b, crops=None):
     """LMIM's: mean square difference, gradients through both sides. Alone it lets [cls] collapse: watch `spread`."""
     return mse(a, b)
-
 
 def align_infonce(a, b, crops=None, temperature=0.2):
     """A crop's two [cls] tokens (B, D) find each other among those of all crops of all ranks (InfoNCE, 1807.03748), both
@@ -379,7 +356,6 @@ def align_infonce(a, b, crops=None, temperature=0.2):
         logits = [(x @ everyone(y).T / temperature).masked_fill(nobody, -math.inf) for x, y in ((a, b), (b, a))]
         return sum(F.cross_entropy(x, truth) for x in logits) / 2
 
-
 def among(cls, others=None):
     """A step's [cls], each (crops of this rank, D), from one micro-batch's, with gradients, and those of the others, without: GradCache
     (2101.06983), which makes accumulated gradients of a loss over pairs of crops those of one large batch."""
@@ -388,14 +364,11 @@ def among(cls, others=None):
     place, parts = others
     return [torch.cat([*(part[i] for part in parts[:place]), own, *(part[i] for part in parts[place + 1:])]) for i, own in enumerate(cls)]
 
-
 ALIGN = {"mse": align_mse, "infonce": align_infonce}
-
 
 def spread(cls):
     """How far unit [cls] tokens (B, D) lie from their mean, 0 (all the same: collapsed) to 1."""
     return (1 - F.normalize(cls.detach().float(), dim=-1).mean(0).square().sum()).clamp(min=0).sqrt()
-
 
 class Pretrainer(nn.Module):
     """One model and one loss path for every row of METHODS."""
@@ -460,7 +433,6 @@ class Pretrainer(nn.Module):
         terms = {name: weight[name] * term for name, term in terms.items()}
         return sum(terms.values()), dict(terms, spread=spread(cls[-1])), pred
 
-
 # ---- checkpoints
 
 def read_checkpoint(path):
@@ -478,7 +450,6 @@ def read_checkpoint(path):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a dict with 'model', or a state dict")
     return state
 
-
 def load_state(module, state, path, hint=""):
     """Strict load; a UserError says how many tensors match and names the first that do not."""
     own = module.state_dict()
@@ -492,10 +463,8 @@ def load_state(module, state, path, hint=""):
     module.load_state_dict(state)
     return len(own)
 
-
 ENCODER_PREFIXES = ("", "module.", "model_maeenc.", "module.model_maeenc.", "encoder.", "backbone.")
 NOT_ENCODER = ("decoder", "mask_token", "model_maeenc_momentum", "head", "fc_norm", "linear_norm")
-
 
 def load_encoder(path, **options):
     """ViT of a checkpoint: this project's (any method, or a recognizer), or MAE's, MAERec's, LMIM's, with or without {"model": ...}.
@@ -518,7 +487,6 @@ def load_encoder(path, **options):
                   heads=ours["heads"] if ours else max(width // 64, 1), patch=(p, q), **options)
     encoder.matched = load_state(encoder, state, path, f"; expected 32x128 crops in patches of {p}x{q}")
     return encoder
-
 
 # ---- recognizer
 
@@ -607,7 +575,6 @@ class Recognizer(nn.Module):
         """Texts and confidences: [(text, product of the probabilities of its characters, end included)]."""
         words = ["".join(self.charset[i] if i < len(self.charset) else "" for i in row if i != self.end) for row in ids.tolist()]
         return list(zip(words, probs.cpu().double().prod(dim=1).tolist()))
-
 
 def load_recognizer(path, device="cpu"):
     """Checkpoint of finetune.py -> Recognizer, ready to read; size, charset and length are in it. UserError when it is not one."""

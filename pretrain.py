@@ -34,7 +34,6 @@ RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's (10 
     "vit_tiny": dict(blr=5e-4),
 }
 
-
 # ---- flags (fine-tuning adds its own to these)
 
 def within(interval, kind=float):
@@ -47,7 +46,6 @@ def within(interval, kind=float):
             raise argparse.ArgumentTypeError(f"{text}: expected a number in {interval}")
         return value
     return number
-
 
 def training_flags(parser):
     add, count, positive, share = parser.add_argument, within("[1, inf)", int), within("(0, inf)"), within("[0, inf)")
@@ -81,14 +79,12 @@ def training_flags(parser):
     add("--save_every", type=count, default=500, help="steps between checkpoints")
     add("--sample_every", type=count, default=1000, help="steps between pictures or readings of a few crops")
 
-
 def parse(parser, recipes, argv=None):
     """Parses with the defaults of the --model that is named, so that --help shows them too."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default="vit_small")
     parser.set_defaults(**recipes.get(first.parse_known_args(argv)[0].model, {}))
     return parser.parse_args(argv)
-
 
 # ---- ranks
 
@@ -106,7 +102,6 @@ def meet(rank, world):
                 store.set(f"corner/{store.get(f'hello/{r}').decode()}", corner)
         time.sleep(0.05)
     return dist.PrefixStore(corner, store)
-
 
 # ---- one run: device, ranks, steps, checkpoints, logs (fine-tuning uses the same)
 
@@ -406,14 +401,12 @@ class Run:
             with self.writing(path), open(path, "a") as f:
                 f.write(json.dumps(row) + "\n")
 
-
 def weight_groups(model, weight_decay):
     """AdamW's two groups: matrices decay; biases, norms and tokens do not (MAE)."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in named if p.dim() < 2 or n.endswith(("cls_token", "mask_token", "scale_embed"))]
     decay = [p for n, p in named if not any(p is q for q in plain)]
     return [dict(params=decay, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)]
-
 
 # ---- views, masks and pictures of pre-training
 
@@ -424,14 +417,12 @@ def make_views(images, method, scales, generator, rows=None):
     look = guidance_view(images, generator, rows, geometry=method["guidance"] == "full")      # (B, 3, H, W) in [0, 1]
     return [normalize(coarse_view(look, s)) for s in scales] or [normalize(look)]
 
-
 def make_mask(n, args, encoder, generator, rows=None):
     """ids_keep (n, K), ids_mask (n, M) of --mask and --mask_ratio; blocks are of 16 x 16 pixels."""
     noise = uniform(generator, n, encoder.grid[0] * encoder.grid[1], rows=rows)
     if args.mask == "block":
         noise = block_noise(noise, encoder.grid, [max(1, 16 // p) for p in encoder.patch])
     return random_mask(noise, args.mask_ratio)
-
 
 @torch.no_grad()
 def draw_samples(run, images, path):
@@ -472,7 +463,6 @@ def draw_samples(run, images, path):
     with run.writing(path):
         sheet.resize((sheet.width * 2, sheet.height * 2), Image.NEAREST).save(path)
         run.say(f"picture    {path}")
-
 
 # ---- main
 
@@ -534,7 +524,6 @@ def main():
                 if run.rank == 0 and len(few):
                     draw_samples(run, few, sheet)
     run.say(f"checkpoint {os.path.join(args.out_dir, 'last.pt')}")
-
 
 if __name__ == "__main__":
     run(main)

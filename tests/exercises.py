@@ -5,7 +5,6 @@
 """
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 
@@ -13,6 +12,7 @@ ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 sys.path.insert(0, ROOT)
 import torch
 
+import finetune
 import model
 import pretrain
 from data import charset, normalize, open_source
@@ -88,8 +88,9 @@ def alphabet():
     chars = charset("charset.txt")
     assert not chars.isascii(), "charset.txt has only ASCII"
     with tempfile.TemporaryDirectory() as out:
-        subprocess.run([sys.executable, os.path.join(ROOT, "finetune.py"), "--model", "vit_nano", "--charset", "charset.txt", "--data",
-                        "synth:64", "--val", "synth:16:1", "--max_steps", "4", "--batch_size", "16", "--workers", "0", "--out_dir", out], check=True)
+        sys.argv = ["finetune.py", *"--model vit_nano --charset charset.txt --data synth:64 --val synth:16:1 --max_steps 4".split(),
+                    *"--batch_size 16 --workers 0 --out_dir".split(), out]
+        finetune.main()
         reader = model.load_recognizer(os.path.join(out, "last.pt"))
     assert reader.charset == chars
 
