@@ -537,16 +537,28 @@ FROM_YIQ = torch.tensor([[1, .956, .619], [1, -.272, -.647], [1, -1.106, 1.703]]
 QUARTER = FROM_YIQ @ torch.tensor([[0., 0, 0], [0, 0, -1], [0, 1, 0]]) @ FROM_YIQ.inverse()     # turns hues 90 degrees
 SQUARE = torch.tensor([[-1., -1], [1, -1], [1, 1], [-1, 1]])            # a picture's corners, top left and on clockwise
 
+@cache
+def fixed(constant, device):
+    """A tensor that never changes, copied to a device once: the host waits for such a copy."""
+    return constant.to(device)
+
 def uniform(generator, n, *shape, rows=None, device="cpu"):
     """Numbers in [0, 1), (n, *shape). rows=(indices, total) draws for `total` crops and keeps those of n, so that a
     rank or a micro-batch gets the very numbers of the one large batch."""
     kept, total = rows or (slice(n), n)
     return torch.rand(total, *shape, generator=generator, device=generator.device)[kept].to(device, non_blocking=True)
 
-# uint8 or float in [0, 1] -> float32 in [0, 1]; -> float32 in [-1, 1]; (B, 3, H, W) -> (B, 3, *size), area averages
-def unit(images): return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-def normalize(images): return unit(images) * 2 - 1
-def coarse_view(images, size): return F.interpolate(unit(images), size=size, mode="area")
+def unit(images):
+    """uint8 or float in [0, 1] -> float32 in [0, 1]."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+def normalize(images):
+    """uint8 or float in [0, 1] -> float32 in [-1, 1]."""
+    return unit(images) * 2 - 1
+
+def coarse_view(images, size):
+    """Area averages: (B, 3, H, W) -> (B, 3, *size), float32 in [0, 1]."""
+    return F.interpolate(unit(images), size=size, mode="area")
 
 def turned(angle, aspect, corners=SQUARE):
     """The corners (B, 4, 2) through which a picture of that width / height is seen rotated by `angle` (B,) radians
@@ -588,7 +600,7 @@ def focus(images, sigma, sharpen):
 def recolour(images, bright, contrast, fade, saturation, hue):
     """Brightness, contrast about the crop's mean grey, contrast about mid-grey, saturation (factors (B,)) and hue
     (turns): one 3 x 4 colour matrix for each crop."""
-    grey, quarter = GREY.to(images.device), QUARTER.to(images.device)
+    grey, quarter = fixed(GREY, images.device), fixed(QUARTER, images.device)
     column = lambda numbers: numbers[:, None, None]
     cos, sin = column(torch.cos(2 * math.pi * hue)), column(torch.sin(2 * math.pi * hue))
     onto = grey.expand(3, 3)                                            # a colour's grey, which the next line keeps
@@ -602,7 +614,7 @@ TAPE = torch.rand(2 ** 20, generator=torch.Generator().manual_seed(0)) - .5
 def noise(images, seed, sd):
     """Add noise of standard deviation `sd` (B,), in place. A crop's seed (B,) in [0, 1) says where on one long tape of
     numbers its noise begins, so that it is the same whatever batch, rank or device the crop is in."""
-    windows = TAPE.to(images.device).unfold(0, images[0].numel(), 1)
+    windows = fixed(TAPE, images.device).unfold(0, images[0].numel(), 1)
     value = windows[(seed * len(windows)).long()].view_as(images)
     return images.addcmul_(value, (sd * 12 ** .5)[:, None, None, None]).clamp_(0, 1)
 
@@ -620,7 +632,7 @@ def distort(images, numbers, on):
         inward = (on["tilt"] * between(.02, .06))[:, None, None] * inward.view(b, 4, 2) * 4     # shares of half a side
         bend = column(on["bend"] * between(.03, .05)) * (bend.view(b, 2, 4, 4) - .5) * 4 * 3 ** .5
         angle = on["rotate"] * between(-1, 1) * math.radians(15)
-        corners = turned(angle, w / h, SQUARE.to(images.device) * (1 - inward))
+        corners = turned(angle, w / h, fixed(SQUARE, images.device) * (1 - inward))
         images = warp(images, corners * (1 - before - after) + before - after, bend)
     if "low" in on:                         # a picture of 10 x 42 pixels, enlarged
         low = F.interpolate(coarse_view(images, (h // 3, w // 3)), size=(h, w), mode="bilinear")

@@ -93,15 +93,23 @@ def block_noise(noise, grid, block):
 
 # ---- attention and block
 
+def drop(x, rate, training=True):
+    """Dropout. CPUs draw Bernoulli numbers slowly, so that there one random byte an element decides: `rate` in 256ths."""
+    if not training or rate == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, rate, training)
+    cut = round(256 * rate)
+    numbers = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-2 ** 63, None).view(torch.uint8)
+    return x * ((numbers[:x.numel()] >= cut).view(x.shape).to(x.dtype) * (256 / (256 - cut)))
+
 def attend(q, k, v, dropout=0.0, causal=False):
-    """softmax(q k' / sqrt(d)) v on (B, heads, T, d). GPUs, and CPUs that only read, take the fused kernel; a training CPU takes
-    the three lines written out, whose backward pass is faster there."""
-    if q.is_cuda or not torch.is_grad_enabled():
+    """softmax(q k' / sqrt(d)) v on (B, heads, T, d). GPUs take the fused kernel; CPUs the three lines written out, which are faster
+    there, backwards in training and for the single queries of reading."""
+    if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                 # (B, heads, T, S)
     if causal:
         scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1)
-    return F.dropout(scores.softmax(-1), dropout) @ v                                        # (B, heads, T, d)
+    return drop(scores.softmax(-1), dropout) @ v                                             # (B, heads, T, d)
 
 class Attention(nn.Module):
     """The encoder's self-attention, with timm's parameter names."""
@@ -117,7 +125,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         out = attend(*self.split(x).unbind(0), self.dropout if self.training else 0.0)
-        return F.dropout(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        return drop(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 class Mlp(nn.Module):
     def __init__(self, width, hidden, dropout=0.0, bias=True):
@@ -126,7 +134,7 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, hidden, bias=bias), nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x):
-        return self.fc2(F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training))
+        return self.fc2(drop(F.gelu(self.fc1(x)), self.dropout, self.training))
 
 class Block(nn.Module):
     """Pre-norm Transformer block. `drop_path` skips a branch for whole crops in training (stochastic depth, 1603.09382)."""
@@ -238,7 +246,8 @@ class CrossAttention(nn.Module):
 
     def keys(self, y):
         B, S, D = y.shape
-        return self.kv(y).view(B, S, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (2, B, heads, S, d)
+        keys = self.kv(y).view(B, S, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (2, B, heads, S, d)
+        return keys.contiguous()                                                             # read by every query
 
     def queries(self, x):
         B, T, D = x.shape
@@ -246,7 +255,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, keys, causal=False):
         out = attend(self.queries(x), *keys.unbind(0), self.dropout if self.training else 0.0, causal)
-        return F.dropout(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        return drop(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
     def weights(self, x, keys):
         return (self.queries(x) @ keys[0].transpose(-2, -1) * keys.shape[-1] ** -0.5).float().softmax(-1).mean(1)
@@ -276,7 +285,7 @@ class DecoderLayer(nn.Module):
         x = residual(x, self.norm1, lambda x: self.self_attn(x, keys, causal))
         if self.cross_attn is not None:
             x = residual(x, self.norm2, lambda x: self.cross_attn(x, memory))
-        return residual(x, self.norm3, lambda x: F.dropout(self.mlp(x), self.dropout, self.training)), keys
+        return residual(x, self.norm3, lambda x: drop(self.mlp(x), self.dropout, self.training)), keys
 
 class Decoder(nn.Module):
     """D of pre-training: predicts the target of hidden patches from visible tokens, places, and the tokens of a guidance view.
@@ -319,7 +328,7 @@ METHODS = {  # guidance: none | full (moved, bent, recoloured) | coarse (recolou
     "mim":  dict(guidance="none",   mim=1.0, nsp=0.0, align=0.0, form="none"),
     "nsp":  dict(guidance="coarse", mim=0.0, nsp=1.0, align=0.0, form="none"),
     "lmim": dict(guidance="full",   mim=1.0, nsp=0.0, align=1.0, form="mse"),
-    "mnsp": dict(guidance="coarse", mim=1.0, nsp=1.0, align=0.1, form="infonce"),
+    "mnsp": dict(guidance="coarse", mim=1.0, nsp=1.0, align=0.02, form="infonce"),
 }
 
 def mse(pred, target):
@@ -522,7 +531,7 @@ class Recognizer(nn.Module):
         """ids (B, T) continue what `caches` hold -> logits (B, T, V) and the new caches."""
         past = 0 if caches is None else caches[0].shape[3]
         x = self.embed(ids) + self.pos[:, past:past + ids.shape[1]]
-        x, kept = F.dropout(x, self.dropout, self.training), []
+        x, kept = drop(x, self.dropout, self.training), []
         for i, layer in enumerate(self.layers):
             x, keys = layer(x, memory[i], caches and caches[i], causal=caches is None)
             kept.append(keys)

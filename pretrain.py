@@ -486,7 +486,7 @@ def main():
         if h % p or w % q or not (0 < h < H and 0 < w < W):
             parser.error(f"--scales {h}x{w}: expected multiples of the patch, {p}x{q}, below {H}x{W}")
     if args.align and method["guidance"] != "none":
-        method.update(form=args.align, align=0.0 if args.align == "none" else method["align"] or 0.1)
+        method.update(form=args.align, align=0.0 if args.align == "none" else method["align"] or METHODS["mnsp"]["align"])
     method.update(align=args.align_weight if args.align_weight is not None else method["align"])
     tokens = {"none": 0, "full": 1, "coarse": len(scales)}[method["guidance"]] + (method["mim"] > 0)   # [cls] tokens
     if (args.align or args.align_weight) and (tokens < 2 or method["form"] not in ALIGN and method["align"]):
@@ -508,7 +508,7 @@ def main():
         for images, _, _, rows in run.draw():
             views = make_views(images, method, model.scales, run.generator(0), rows)
             ids = make_mask(len(images), args, model.encoder, run.generator(1), rows)
-            parts.append((normalize(images), views, *(i.to(run.device) for i in ids)))
+            parts.append((normalize(images), views, *(i.to(run.device, non_blocking=True) for i in ids)))
         if args.accum_iter > 1 and method["align"] and method["form"] == "infonce":     # it compares crops of all parts
             with torch.no_grad(), run.autocast():
                 cls = [model.look(*part[:3])[2] for part in parts]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import model
 from data import UserError
-from model import METHODS, MODELS, Decoder, Pretrainer, Recognizer, ViT, random_mask, take
+from model import METHODS, MODELS, Decoder, Pretrainer, Recognizer, ViT, drop, random_mask, take
 
 CHARS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -113,6 +113,17 @@ def test_decoder_equals_plain_decoder(grid, cross):
     x = plain_linear(plain_norm(x, decoder.norm), decoder.pred)[:, 1:]
     torch.testing.assert_close(got, torch.stack([x[b, ids_mask[b]] for b in range(2)]), atol=1e-5, rtol=1e-4)
 
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_on_a_cpu(rate):
+    """Random bytes read as anything but even numbers: a share that is not `rate`, a mean that is not kept, the same mask twice."""
+    torch.manual_seed(0)
+    x = torch.full((1001, 33), 2.0)
+    one, two = drop(x, rate), drop(x, rate)
+    assert ((one == 0).double().mean() - rate).abs() < 0.006 and (one.mean() - 2).abs() < 0.03 and not torch.equal(one, two)
+    assert one.unique().numel() == 2 and torch.equal(drop(x, rate, training=False), x) and drop(x.bfloat16(), rate).dtype == torch.bfloat16
+    columns, rows = ((one == 0).double().mean(dim=d) for d in (0, 1))
+    assert (columns - rate).abs().max() < 0.08 and rows.min() < rate < rows.max()
 
 def test_encoding_does_not_depend_on_the_batch():
     """Statistics over the batch (a batch norm, a mean over the wrong axis) where there must be none."""

@@ -148,6 +148,24 @@ def test_one_ranks_failure_ends_all(tmp_path):
     assert done.returncode == 1 and "ValueError: planted" in done.stderr
 
 
+# ---- learning
+
+@pytest.mark.skipif("STR_SLOW" not in os.environ, reason="up to ten minutes a method: STR_SLOW=1 runs it")
+@pytest.mark.parametrize("method, share", [("mim", 0.95), ("nsp", 0.6), ("lmim", 0.8), ("mnsp", 0.6)])
+def test_overfits_2000_crops(go, method, share):
+    """A method that learns nothing, whatever its parts do by themselves: its loss on 2,000 rendered crops must fall below
+    this share of what the best constant gets. mim alone has 20 % of a crop to tell it by, and learns slowest."""
+    from data import normalize, open_source, read_batch
+    from model import Pretrainer
+    images, *_ = read_batch(range(2000), open_source("synth:2000"))
+    target = Pretrainer("mim", "vit_nano").target(normalize(images), (4, 16)).flatten(0, 1)
+    out = go(pretrain, "--method", method, "--data", "synth:2000", *"--max_steps 2000 --batch_size 64 --dtype auto".split())
+    rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))][-100:]
+    for term in {"mim", "nsp"} & set(rows[0]):
+        reached = sum(row[term] for row in rows) / len(rows)
+        assert reached < share * target.var(dim=0, correction=0).mean(), (method, term, reached)
+
+
 # ---- schedule
 
 def test_learning_rate(go):
