@@ -59,7 +59,8 @@ def run(main):
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         status = 2
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and (
+            status == 0 or torch.distributed.get_backend() != "nccl"):      # NCCL would wait for ranks that go on
         # Gloo's threads must end before Python does, or one of them may abort it; the training script's handlers hold them
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -97,7 +97,7 @@ def drop(x, rate, training=True):
     """Dropout. CPUs draw Bernoulli numbers slowly, so that there one random byte an element decides: `rate` in 256ths."""
     if not training or rate == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, rate, training)
-    cut = round(256 * rate)
+    cut = min(max(round(256 * rate), 1), 255)
     numbers = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-2 ** 63, None).view(torch.uint8)
     return x * ((numbers[:x.numel()] >= cut).view(x.shape).to(x.dtype) * (256 / (256 - cut)))
 
@@ -366,12 +366,9 @@ def align_infonce(a, b, crops=None, temperature=0.2):
         return sum(F.cross_entropy(x, truth) for x in logits) / 2
 
 def among(cls, others=None):
-    """A step's [cls], each (crops of this rank, D), from one micro-batch's, with gradients, and those of the others, without: GradCache
-    (2101.06983), which makes accumulated gradients of a loss over pairs of crops those of one large batch."""
-    if others is None:
-        return cls
-    place, parts = others
-    return [torch.cat([*(part[i] for part in parts[:place]), own, *(part[i] for part in parts[place + 1:])]) for i, own in enumerate(cls)]
+    """[cls] of a step, each (crops of this rank, D): a micro-batch's own, with gradients, then those of the others, without. GradCache
+    (2101.06983): so accumulated gradients of a loss that compares crops are those of one large batch."""
+    return cls if others is None else [torch.cat(pair) for pair in zip(cls, others[1])]
 
 ALIGN = {"mse": align_mse, "infonce": align_infonce}
 
@@ -419,7 +416,7 @@ class Pretrainer(nn.Module):
     def forward(self, image, views, ids_keep, ids_mask, others=None):
         """image (B, 3, H, W); views: guidance views coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms, pred).
 
-        others: (number of this micro-batch, [cls] of each micro-batch of the step) for an `align` that compares crops."""
+        others: (micro-batches in the step, [cls] of the others' crops) for an `align` that compares crops, else None."""
         weight, terms, pred = self.method, {}, None
         target = [self.target(image, grid) for grid in self.grids]           # (B, N, C) each, the fine scale last
         memory, seen, cls = self.look(image, views, ids_keep)
@@ -436,7 +433,7 @@ class Pretrainer(nn.Module):
         if weight["align"]:                                                  # [cls] of neighbouring scales agree (MLA)
             pairs = list(zip(among(cls, others), among(cls, others)[1:]))
             align = sum(ALIGN[weight["form"]](a, b, self.crops) for a, b in pairs) / len(pairs)
-            parts = 1 if others is None else len(others[1])                  # each gives its own part of one whole gradient
+            parts = 1 if others is None else others[0]                       # each gives its own part of one whole gradient
             terms["align"] = parts * align - (parts - 1) * align.detach()
 
         terms = {name: weight[name] * term for name, term in terms.items()}

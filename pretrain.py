@@ -96,10 +96,13 @@ def meet(rank, world):
         store.set(f"hello/{rank}", hello)
         corner = store.get(f"corner/{hello}").decode()                      # waits
         store.set(f"{corner}/{rank}", "here")
+    began = time.time()
     while rank == 0 and not store.check([f"{corner}/{r}" for r in range(1, world)]):
         for r in range(1, world):
             if store.check([f"hello/{r}"]):                                 # perhaps of a rank that is dead
                 store.set(f"corner/{store.get(f'hello/{r}').decode()}", corner)
+        if time.time() - began > 1800:
+            raise UserError(f"rank 0 waited half an hour for the other {world - 1}; were all of them started?")
         time.sleep(0.05)
     return dist.PrefixStore(corner, store)
 
@@ -115,7 +118,7 @@ class Run:
             run.update()                                     clips, steps, logs
     """
     MUST_MATCH = ("model data fonts rotate_tall seed dtype method scales teacher mask mask_ratio align align_weight "
-                  "weight_decay init layer_decay dropout drop_path spell charset max_length label_fraction "
+                  "objective weight_decay init layer_decay dropout drop_path spell charset max_length label_fraction "
                   "freeze_encoder").split()
 
     def __init__(self, args):
@@ -492,6 +495,7 @@ def main():
     if (args.align or args.align_weight) and (tokens < 2 or method["form"] not in ALIGN and method["align"]):
         parser.error(f"--align {args.align} --align_weight {args.align_weight}: --method {args.method} has no two "
                      "[cls] to align that way")
+    args.objective = method                                                 # --resume refuses another
     run = Run(args)
     source = open_sources(args.data, fonts=args.fonts, rotate_tall=args.rotate_tall)
     teacher = None
@@ -513,8 +517,9 @@ def main():
             with torch.no_grad(), run.autocast():
                 cls = [model.look(*part[:3])[2] for part in parts]
         for i, part in enumerate(run.micro_batches(parts)):                 # image, views, ids_keep, ids_mask
+            others = cls and (args.accum_iter, [torch.cat(views) for views in zip(*cls[:i], *cls[i + 1:])])
             with run.autocast():
-                loss, terms, _ = run.model(*part, others=cls and (i, cls))
+                loss, terms, _ = run.model(*part, others=others)
             run.backward(loss, terms)
         run.update()
 

@@ -176,12 +176,29 @@ def prefixes(net, images):
     return ids[:, 1:]
 
 
+class Planted(Recognizer):
+    """Random weights whose words end where those of the data do: `lengths` (B,), found again by each crop's memory."""
+    lengths = None
+
+    def step(self, ids, memory, caches=None):
+        logits, kept = super().step(ids, memory, caches)
+        mark = memory[0][0, :, :, 0].flatten(1).float()                 # (B, D)
+        if caches is None or caches[0].shape[3] == 0:
+            self.marks = mark if len(mark) == len(self.lengths) else self.marks
+        length = self.lengths[torch.cdist(mark, self.marks, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)]
+        at = torch.arange(kept[0].shape[3] - ids.shape[1], kept[0].shape[3], device=ids.device)
+        logits[:, :, self.end] = torch.where(at >= length[:, None], 1e4, -1e4).to(logits)
+        return logits, kept
+
+
 def read(args):
     source = data.open_sources(args.data)
     images = torch.stack([source[i][0] for i in range(args.batch_size)]).to(args.device)
     net = Recognizer(ViT(**encoder_config(args.model)), data.CHARSETS["94"], **MODELS[args.model]["reader"]).eval()
     net.classifier.bias.data[net.end] = -1e4                      # random weights: no word ends before it must
-    nets = {"random": net.to(args.device)} | ({"ckpt": load_recognizer(args.ckpt, args.device)} if args.ckpt else {})
+    planted = Planted(net.encoder, net.charset, **MODELS[args.model]["reader"]).eval().to(args.device)
+    planted.lengths = torch.tensor([len(source.label(i)) for i in range(args.batch_size)], device=args.device)
+    nets = {"random": net.to(args.device), "real lengths": planted} | ({"ckpt": load_recognizer(args.ckpt, args.device)} if args.ckpt else {})
     dtype = getattr(torch, args.dtype)
 
     def reading(how):
@@ -190,7 +207,7 @@ def read(args):
                 return how(data.normalize(images))
         return step
     found, steps = {}, {name: make() for name, make in peers(images, ["read"], args).items()}
-    pairs = [("random cached", name) for name in steps]
+    pairs = [(f"{kind} cached", name) for kind in ("random", "real lengths") for name in steps]
     for name, net in nets.items():
         cached, whole = reading(net.decode), reading(partial(prefixes, net))
         ids, other = cached()[0], whole()

@@ -26,7 +26,7 @@ PRETRAINING = {  # name: flags of pretrain.py; the first five are table 1's
     "mim": "--method mim", "nsp": "--method nsp", "lmim": "--method lmim", "mnsp": "--method mnsp",
     "mnsp_no_mla": "--method mnsp --align none",
     "mnsp_mse": "--method mnsp --align mse --align_weight 1", "mnsp_mse_.1": "--method mnsp --align mse --align_weight 0.1",
-    "mnsp_infonce": "--method mnsp --align infonce --align_weight 0.1", "mnsp_infonce_1": "--method mnsp --align infonce --align_weight 1",
+    "mnsp_infonce_.1": "--method mnsp --align infonce --align_weight 0.1", "mnsp_infonce_1": "--method mnsp --align infonce --align_weight 1",
     "mnsp_two_scales": "--method mnsp --scales 8x32 16x64",
     "lmim_no_align": "--method lmim --align none",
     "mim_.6": "--method mim --mask_ratio 0.6", "mim_.9": "--method mim --mask_ratio 0.9", "mim_block": "--method mim --mask block",
@@ -117,8 +117,10 @@ def work(job, out):
     for command in job.commands:
         with open(log, "a") as file:
             status = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
-        if status:
-            raise UserError(f"{job.name}: `{' '.join(command)}` ended with {status}; see {log}")
+        with open(log) as file:
+            stopped = "stopped by a signal" in "".join(file.readlines()[-3:])
+        if status or stopped:
+            raise UserError(f"{job.name}: `{' '.join(command)}` {'was stopped' if stopped else f'ended with {status}'}; see {log}")
     with open(os.path.join(job.folder(out), "done.json"), "w") as file:
         json.dump(dict(seconds=time.time() - start), file)
 
@@ -153,7 +155,7 @@ def result(out, run_name, *keys, file="real.json"):
         for key in keys:
             value = value[key]
         return value
-    except (OSError, KeyError):
+    except (OSError, KeyError, ValueError):
         return None
 
 
@@ -184,7 +186,7 @@ def tables(out):
     for name in first:
         of = lambda *keys, file="real.json": [result(out, f"{name}-s{seed}-all", *keys, file=file) for seed in SEEDS]
         drop = lambda *keys: spread([b - a if None not in (a, b) else None for a, b in zip(of("average"), of(*keys, "average"))])
-        looks = [spread(of("attention", "synth:256:9", who, what, file="synth.json"), "{:.3f}")
+        looks = [spread(of("attention", "synth", who, what, file="synth.json"), "{:.3f}")
                  for who in ("cls", "patches", "decoder") for what in ("share", "entropy")]
         body.append([f"`{name}`", *(drop("heights", h) for h in ("16", "12", "8")), *(drop("rotations", r) for r in ("15", "30")), *looks])
     table("Robustness: change of the average; attention: share on text, entropy", ["from", "16 px", "12 px", "8 px", "15°", "30°",
@@ -211,13 +213,14 @@ def main():
         for name in chosen:
             print(f"{'done' if every[name].done(args.out) else 'open'}  {name}: {every[name].line()}")
     elif args.what == "run":
+        ahead = lambda name: [first for need in every[name].needs for first in ahead(need)] + [name]
         for name in chosen:
-            for need in (*every[name].needs, name):
+            for need in ahead(name):
                 if not every[need].done(args.out):
                     work(every[need], args.out)
     text = tables(args.out) if args.what in ("run", "table") else ""
-    print(text)
-    if args.readme:
+    print(text, end="")
+    if args.readme and text:
         with open(args.readme, encoding="utf-8") as file:
             head, _, rest = file.read().partition("<!-- tables -->\n")
         _, mark, tail = rest.partition("<!-- /tables -->")
