@@ -77,6 +77,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
+def device(name):
+    """--device: auto takes a GPU if there is one, and `cuda` is that of this rank -> torch.device. UserError if it cannot be used."""
+    kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return found
+
 def size(text):
     """"16x64" -> (16, 64), height first."""
     if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", text):

@@ -371,12 +371,7 @@ def main():
         one = dict(score(read_predictions(args.score), args.protocol), seconds=time.perf_counter() - start)
         result = summary({os.path.basename(args.score): one}, args.protocol)
     else:
-        device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        device = data.device(args.device)
         reader, sources = Reader(args.ckpt, device, args.dtype), {}
         args.protocol = args.protocol or ("waics" if reader.model.charset in data.CHARSETS.values() else "exact")
     if args.images:

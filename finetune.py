@@ -115,7 +115,7 @@ def validate(training, source, protocol):
         raise UserError(f"--val {' '.join(args.val)}: no crop of it can be read; see python data.py check")
     result = evaluate.score(pairs, protocol)
     if result["accuracy"] is None:
-        raise UserError(f"--val {' '.join(training.args.val)}: no label of it keeps a letter under the protocol {protocol}")
+        raise UserError(f"--val {' '.join(args.val)}: no label of it keeps a letter under the protocol {protocol}")
     return result, pairs[:4]
 
 # ---- main

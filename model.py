@@ -365,12 +365,8 @@ def align_infonce(a, b, crops=None, temperature=0.2):
         logits = [(x @ everyone(y).T / temperature).masked_fill(nobody, -math.inf) for x, y in ((a, b), (b, a))]
         return sum(F.cross_entropy(x, truth) for x in logits) / 2
 
-def among(cls, others=None):
-    """[cls] of a step, each (crops of this rank, D): a micro-batch's own, with gradients, then those of the others, without. GradCache
-    (2101.06983): so accumulated gradients of a loss that compares crops are those of one large batch."""
-    return cls if others is None else [torch.cat(pair) for pair in zip(cls, others[1])]
-
 ALIGN = {"mse": align_mse, "infonce": align_infonce}
+COMPARES_CROPS = ("infonce",)           # those that need [cls] of the whole step, whatever micro-batches it is made of
 
 def spread(cls):
     """How far unit [cls] tokens (B, D) lie from their mean, 0 (all the same: collapsed) to 1."""
@@ -416,7 +412,8 @@ class Pretrainer(nn.Module):
     def forward(self, image, views, ids_keep, ids_mask, others=None):
         """image (B, 3, H, W); views: guidance views coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms, pred).
 
-        others: (micro-batches in the step, [cls] of the others' crops) for an `align` that compares crops, else None."""
+        others: (micro-batches in the step, [cls] of the others' crops, without gradients) for an `align` that compares crops. By
+        GradCache (2101.06983) accumulated gradients are then those of one large batch."""
         weight, terms, pred = self.method, {}, None
         target = [self.target(image, grid) for grid in self.grids]           # (B, N, C) each, the fine scale last
         memory, seen, cls = self.look(image, views, ids_keep)
@@ -431,10 +428,10 @@ class Pretrainer(nn.Module):
             pred = finer[-1] if pred is None else pred
 
         if weight["align"]:                                                  # [cls] of neighbouring scales agree (MLA)
-            pairs = list(zip(among(cls, others), among(cls, others)[1:]))
+            parts, whole = (1, cls) if others is None else (others[0], [torch.cat(pair) for pair in zip(cls, others[1])])
+            pairs = list(zip(whole, whole[1:]))
             align = sum(ALIGN[weight["form"]](a, b, self.crops) for a, b in pairs) / len(pairs)
-            parts = 1 if others is None else others[0]                       # each gives its own part of one whole gradient
-            terms["align"] = parts * align - (parts - 1) * align.detach()
+            terms["align"] = parts * align - (parts - 1) * align.detach()    # each part gives its own of one gradient
 
         terms = {name: weight[name] * term for name, term in terms.items()}
         return sum(terms.values()), dict(terms, spread=spread(cls[-1])), pred

@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from data import (H, W, DamageCount, Parser, UserError, batches, coarse_view, guidance_view, normalize, open_sources,
-                  read_batch, run, size, uniform)
-from model import (ALIGN, METHODS, MODELS, Pretrainer, block_noise, load_encoder, load_state, patch_norm, patchify,
+from data import (H, W, DamageCount, Parser, UserError, batches, coarse_view, device, guidance_view, normalize,
+                  open_sources, read_batch, run, size, uniform)
+from model import (ALIGN, COMPARES_CROPS, METHODS, MODELS, Pretrainer, block_noise, load_encoder, load_state, patch_norm, patchify,
                    random_mask, read_checkpoint, take, unpatchify)
 
 RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's (10 epochs on 8 GPUs of 64 crops)
@@ -126,12 +126,7 @@ class Run:
         self.step, self.position, self.more = 0, 0, {}                      # more: what else a checkpoint holds
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.crops = args.batch_size * args.accum_iter * self.world         # a step, all ranks
-        name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as e:
-            raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}")
+        self.device = device(args.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -367,7 +362,7 @@ class Run:
         if self.rank == 0 and os.path.exists(path):
             with self.writing(path):
                 with open(path) as f, open(path + ".tmp", "w") as new:
-                    new.writelines(x for x in f if row.fullmatch(x) and int(row.fullmatch(x)[1]) <= self.step)
+                    new.writelines(x for x in f if (found := row.fullmatch(x)) and int(found[1]) <= self.step)
                 os.replace(path + ".tmp", path)
 
     def peak(self):
@@ -513,7 +508,7 @@ def main():
             views = make_views(images, method, model.scales, run.generator(0), rows)
             ids = make_mask(len(images), args, model.encoder, run.generator(1), rows)
             parts.append((normalize(images), views, *(i.to(run.device, non_blocking=True) for i in ids)))
-        if args.accum_iter > 1 and method["align"] and method["form"] == "infonce":     # it compares crops of all parts
+        if args.accum_iter > 1 and method["align"] and method["form"] in COMPARES_CROPS:
             with torch.no_grad(), run.autocast():
                 cls = [model.look(*part[:3])[2] for part in parts]
         for i, part in enumerate(run.micro_batches(parts)):                 # image, views, ids_keep, ids_mask

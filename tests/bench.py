@@ -193,12 +193,14 @@ class Planted(Recognizer):
 
 def read(args):
     source = data.open_sources(args.data)
-    images = torch.stack([source[i][0] for i in range(args.batch_size)]).to(args.device)
+    images, labels, *_ = data.read_batch(range(args.batch_size), source)
+    images = images.to(args.device)
     net = Recognizer(ViT(**encoder_config(args.model)), data.CHARSETS["94"], **MODELS[args.model]["reader"]).eval()
     net.classifier.bias.data[net.end] = -1e4                      # random weights: no word ends before it must
     planted = Planted(net.encoder, net.charset, **MODELS[args.model]["reader"]).eval().to(args.device)
-    planted.lengths = torch.tensor([len(source.label(i)) for i in range(args.batch_size)], device=args.device)
-    nets = {"random": net.to(args.device), "real lengths": planted} | ({"ckpt": load_recognizer(args.ckpt, args.device)} if args.ckpt else {})
+    planted.lengths = torch.tensor(list(map(len, labels)), device=args.device)
+    nets = {"random": net.to(args.device), "real lengths": planted}
+    nets |= {"ckpt": load_recognizer(args.ckpt, args.device)} if args.ckpt else {}
     dtype = getattr(torch, args.dtype)
 
     def reading(how):

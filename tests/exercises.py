@@ -15,12 +15,12 @@ import torch
 import finetune
 import model
 import pretrain
-from data import charset, normalize, open_source
+from data import charset, normalize, open_source, read_batch
 from model import METHODS, Pretrainer, ViT, encoder_config, sincos
 
 
 def batch(n=8):
-    return normalize(torch.stack([open_source("synth")[i][0] for i in range(n)]))
+    return normalize(read_batch(range(n), open_source("synth"))[0])
 
 
 def step(net, image, views=None):

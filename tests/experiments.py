@@ -59,7 +59,7 @@ def jobs(args):
     fit, few, val = (os.path.join(out, "split", name) for name in ("fit", "tenth", "val"))
 
     def add(name, commands, *needs):
-        every[name] = Job(name, [command.split() if isinstance(command, str) else command for command in commands], needs)
+        every[name] = Job(name, list(map(str.split, commands)), needs)
 
     add("split", [f"tests/experiments.py split --real {args.real} --out {out}"])
     for seed in SEEDS:
@@ -127,11 +127,6 @@ def work(job, out):
 
 # ---- tables
 
-def rows(path):
-    with open(path) as file:
-        return [json.loads(line) for line in file]
-
-
 def spread(values, form="{:.1f}"):
     """Mean, and how far the seeds lie apart (standard deviation), of what is there."""
     values = [v for v in values if v is not None]
@@ -140,12 +135,13 @@ def spread(values, form="{:.1f}"):
     return form.format(statistics.mean(values)) + (f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else "")
 
 
-def final(out, run_name, key, last=100):
-    """Mean of `key` over the last logged steps of a run, or None if it is not done."""
+def final(out, run_name, key):
+    """Mean of `key` over the last 100 steps of a run, five logged lines, or None if it is not done."""
     if not os.path.exists(os.path.join(out, run_name, "done.json")):
         return None
-    values = [row[key] for row in rows(os.path.join(out, run_name, "log.jsonl")) if key in row]
-    return statistics.mean(values[-max(1, last // 20):]) if values else None
+    with open(os.path.join(out, run_name, "log.jsonl")) as file:
+        values = [row[key] for row in map(json.loads, file) if key in row]
+    return statistics.mean(values[-5:]) if values else None
 
 
 def result(out, run_name, *keys, file="real.json"):
@@ -177,7 +173,7 @@ def tables(out):
         table(f"Reading, real labels: {share}", ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "seeds"], body)
     body = []
     for name in PRETRAINING:
-        last = lambda key, of="": spread([final(out, f"{name}-s{seed}{of}", key) for seed in SEEDS], "{:.3f}")
+        last = lambda key: spread([final(out, f"{name}-s{seed}", key) for seed in SEEDS], "{:.3f}")
         probe = spread([x / 10 if x is not None else None for x in (final(out, f"{name}-s{seed}-probe", "spell") for seed in SEEDS)], "{:.3f}")
         tenth = spread([result(out, f"{name}-s{seed}-tenth", "average") for seed in SEEDS])
         body.append([f"`{name}`", last("mim"), last("nsp"), last("spread"), probe, tenth])

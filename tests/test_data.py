@@ -23,7 +23,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import multiprocessing
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
 from data import Damaged, UserError
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import model
 from data import UserError
-from model import METHODS, MODELS, Decoder, Pretrainer, Recognizer, ViT, drop, random_mask, take
+from model import METHODS, MODELS, Decoder, Pretrainer, Recognizer, ViT, drop, encoder_config, random_mask, take
 
 CHARS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -208,7 +208,7 @@ def test_loss_in_the_model_is_the_masked_mean():
 def test_teacher_gets_no_gradient_and_is_not_saved():
     """A teacher that moves with the student, or that doubles every checkpoint."""
     torch.manual_seed(0)
-    config = {k: v for k, v in MODELS["vit_nano"].items() if k not in ("decoder", "reader")}
+    config = encoder_config("vit_nano")
     teacher = ViT(**config)
     m, image, views, ids_keep, ids_mask = batch("lmim", teacher=teacher)
     loss, _, pred = m(image, views, ids_keep, ids_mask)
@@ -298,7 +298,7 @@ def test_compiled_step_has_no_graph_break_and_equals_eager(method):
 
 def test_parameter_counts_are_the_papers():
     """A missing bias or a wrong width: 21.4 M encoder, 35.8 M recognizer (LMIM)."""
-    config = {k: v for k, v in MODELS["vit_small"].items() if k not in ("decoder", "reader")}
+    config = encoder_config("vit_small")
     recognizer = Recognizer(ViT(**config), "a" * 94, **MODELS["vit_small"]["reader"])
     count = lambda m: sum(p.numel() for p in m.parameters()) / 1e6
     assert count(recognizer.encoder) == pytest.approx(21.4, rel=0.01) and count(recognizer) == pytest.approx(35.8, rel=0.01)
@@ -348,7 +348,7 @@ def test_bad_checkpoints_are_one_line(tmp_path):
 
 def recognizer(seed=0, n=6):
     torch.manual_seed(seed)
-    config = {k: v for k, v in MODELS["vit_nano"].items() if k not in ("decoder", "reader")}
+    config = encoder_config("vit_nano")
     m = Recognizer(ViT(**config), CHARS, max_length=8, **MODELS["vit_nano"]["reader"]).eval()
     m.classifier.weight.data *= 6                                            # sharp enough to read different things
     return m, torch.rand(n, 3, 32, 128) * 2 - 1
