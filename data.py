@@ -10,6 +10,7 @@ relative to it; a folder of images (unlabelled). What cannot be read raises Dama
 """
 import argparse
 import atexit
+import ctypes
 import gc
 import io
 import json
@@ -24,7 +25,7 @@ import sys
 import unicodedata
 import warnings
 from collections import Counter, namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache, partial, partialmethod, reduce
 from itertools import count
 
@@ -85,6 +86,10 @@ def device(name):
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if found.type == "cpu":         # glibc gives each large block back, and Linux clears it anew: half of a step's time
+        with suppress(OSError, AttributeError, TypeError):              # other systems
+            for option in (-4, 0), (-1, -1):                            # M_MMAP_MAX, M_TRIM_THRESHOLD
+                ctypes.CDLL(None).mallopt(*option)
     return found
 
 def size(text):
@@ -543,7 +548,7 @@ def open_sources(srcs, **options):
 
 # ---- two looks at a word
 
-GREY = torch.tensor([.299, .587, .114])
+LUMA = torch.tensor([.299, .587, .114])
 FROM_YIQ = torch.tensor([[1, .956, .619], [1, -.272, -.647], [1, -1.106, 1.703]])
 QUARTER = FROM_YIQ @ torch.tensor([[0., 0, 0], [0, 0, -1], [0, 1, 0]]) @ FROM_YIQ.inverse()     # turns hues 90 degrees
 SQUARE = torch.tensor([[-1., -1], [1, -1], [1, 1], [-1, 1]])            # a picture's corners, top left and on clockwise
@@ -611,7 +616,7 @@ def focus(images, sigma, sharpen):
 def recolour(images, bright, contrast, fade, saturation, hue):
     """Brightness, contrast about the crop's mean grey, contrast about mid-grey, saturation (factors (B,)) and hue
     (turns): one 3 x 4 colour matrix for each crop."""
-    grey, quarter = fixed(GREY, images.device), fixed(QUARTER, images.device)
+    grey, quarter = fixed(LUMA, images.device), fixed(QUARTER, images.device)
     column = lambda numbers: numbers[:, None, None]
     cos, sin = column(torch.cos(2 * math.pi * hue)), column(torch.sin(2 * math.pi * hue))
     onto = grey.expand(3, 3)                                            # a colour's grey, which the next line keeps
@@ -757,6 +762,28 @@ class DamageCount:
 
 # ---- show, check and pack
 
+RED, BLACK, GREY = (210, 30, 30), (0, 0, 0), (120, 120, 120)
+
+def draw_sheet(rows, path):
+    """rows of cells (picture uint8 (3, 32, 128) or None, [(text, colour), ...]): text is below a picture, or alone, in
+    the first font that has all of it, else in Pillow's own, with boxes."""
+    w, h = 2 * W + 12, 2 * H + (26 if any(text for row in rows for _, text in row) else 8)
+    sheet = Image.new("RGB", (w * max(map(len, rows), default=1), h * max(1, len(rows))), "white")
+    cells = ((x * w + 6, y * h, *cell) for y, row in enumerate(rows) for x, cell in enumerate(row))
+    for x, y, picture, pieces in cells:
+        base, size, line = *((46, 24) if picture is None else (84, 14)), "".join(text for text, _ in pieces)
+        if picture is not None:
+            picture = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+            sheet.paste(picture.resize((2 * W, 2 * H), Image.Resampling.NEAREST), (x, y + 4))
+        able = (file for file in font_files() if all(glyph(file, size, 0, c) for c in line if c != " "))
+        file = next(able, None)
+        room = (w - 12) / max(1, face(file, size)[0].getlength(line))
+        font = face(file, max(7, int(size * min(1, room))))[0]
+        for text, colour in pieces:
+            ImageDraw.Draw(sheet).text((x, y + base), text, colour, font, "ls")
+            x += font.getlength(text)
+    sheet.save(path)
+
 def show(args):
     source, generator = open_sources(args.src, fonts=args.fonts), torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(source), generator=generator)[:args.n].tolist()
@@ -764,14 +791,10 @@ def show(args):
     views = [unit(images)] + [guidance_view(images, generator, geometry=g) for g in (True, False) if args.guidance]
     views += [augment(images, generator) for _ in range(2) if args.augment]
     views += [F.interpolate(coarse_view(images, size(args.coarse)), size=(H, W))] if args.coarse else []
-    across, wide, high = max(1, 4 // len(views)), len(views) * 2 * W + 8, 2 * H + 16
-    sheet = Image.new("RGB", (across * wide, math.ceil(len(chosen) / across) * high), "white")
-    for k, (label, strip) in enumerate(zip(labels, torch.cat(views, 3))):
-        x, y = k % across * wide, k // across * high
-        strip = Image.fromarray((strip * 255).byte().permute(1, 2, 0).numpy())
-        sheet.paste(strip.resize((2 * strip.width, 2 * H), Image.Resampling.NEAREST), (x, y))
-        ImageDraw.Draw(sheet).text((x + 2, y + 2 * H + 1), label or "", "black")
-    sheet.save(args.out)
+    cells = [(x, [(label or "", BLACK)] * (k == 0)) for label, strip in zip(labels, (255 * torch.stack(views, 1)).byte())
+             for k, x in enumerate(strip)]
+    across = len(views) * max(1, 4 // len(views))
+    draw_sheet([cells[k:k + across] for k in range(0, len(cells), across)], args.out)
     print("".join(f"damaged: {line}\n" for line in damaged), end="")
     print(f"{args.out}: {len(images)} of the {len(source):,} crops of {source.name}")
 
@@ -786,7 +809,7 @@ def fingerprint(images):
     """Crops -> (n, 472) of length 1: differences of neighbours in the grey picture at 8 x 32. A product of two is over
     .9 if one is the other coded anew (all of 500 at JPEG quality 75, 98 % at 30) or resized (97 %), not cropped anew.
     Among 49 million pairs of training and test crops, no two with different labels came so near."""
-    small = coarse_view(torch.einsum("bchw,c->bhw", unit(images), GREY)[:, None], (8, 32))
+    small = coarse_view(torch.einsum("bchw,c->bhw", unit(images), LUMA)[:, None], (8, 32))
     edges = torch.cat([small.diff(dim=2).flatten(1), small.diff(dim=3).flatten(1)], 1)
     return F.normalize(edges - edges.mean(1, keepdim=True))
 

@@ -20,12 +20,11 @@ from collections import Counter
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
 import model
-from data import H, W, UserError
+from data import BLACK, GREY, H, RED, W, UserError, draw_sheet
 
 # ---- protocols
 
@@ -156,14 +155,22 @@ def print_table(result):
 # ---- reading
 
 class Reader:
-    """read: uint8 or float in [0, 1], (B, 3, 32, 128) -> [(text, confidence)]. In float32 a reading does not depend on
-    its batch; half precision gives no such promise. A checkpoint that is missing or foreign is a UserError."""
+    """A checkpoint of finetune.py, which holds size, charset and length; a UserError if it is none. In float32 a reading
+    does not depend on its batch; half precision gives no such promise."""
 
     def __init__(self, path, device="cpu", dtype="float32"):
-        self.model, self.device, self.dtype = model.load_recognizer(path, device), device, getattr(torch, dtype)
+        checkpoint, self.device, self.dtype = model.read_checkpoint(path), device, getattr(torch, dtype)
+        args = checkpoint.get("args")
+        if "charset" not in checkpoint or not isinstance(args, dict) or args.get("model") not in model.MODELS:
+            raise UserError(f"{path}: not a recognizer; expected a checkpoint of finetune.py")
+        sizes = model.MODELS[args["model"]]
+        self.model = model.Recognizer(model.ViT(**sizes["encoder"]), checkpoint["charset"], args["max_length"],
+                                      spell=args["spell"], **sizes["reader"]).to(device).eval()
+        model.load_state(self.model, checkpoint["model"], path)
 
     @torch.inference_mode()
     def read(self, images, batch_size=128):
+        """uint8 or float in [0, 1], (B, 3, 32, 128) -> [(text, confidence)]."""
         words = []
         with torch.autocast(torch.device(self.device).type, self.dtype, enabled=self.dtype != torch.float32):
             for batch in images.split(batch_size):
@@ -207,34 +214,25 @@ def read_source(reader, source, args, view=("sets", 0), rank=0, world=1):
 
 # ---- pictures
 
-RED, BLACK, GREY = (210, 30, 30), (0, 0, 0), (120, 120, 120)
-
-def draw_sheet(rows, path):
-    """rows of cells (picture uint8 (3, 32, 128) or None, [(text, colour), ...]): text is below a picture, or alone, in
-    the first font that has all of it, else in Pillow's own, with boxes."""
-    w, h = 2 * W + 12, 2 * H + 26
-    sheet = Image.new("RGB", (w * max(map(len, rows)), h * len(rows)), "white")
-    cells = ((x * w + 6, y * h, *cell) for y, row in enumerate(rows) for x, cell in enumerate(row))
-    for x, y, picture, pieces in cells:
-        base, size, line = *((46, 24) if picture is None else (84, 14)), "".join(text for text, _ in pieces)
-        if picture is not None:
-            picture = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-            sheet.paste(picture.resize((2 * W, 2 * H), Image.NEAREST), (x, y + 4))
-        able = (file for file in data.font_files() if all(data.glyph(file, size, 0, c) for c in line if c != " "))
-        file = next(able, None)
-        room = (w - 12) / max(1, data.face(file, size)[0].getlength(line))
-        font = data.face(file, max(7, int(size * min(1, room))))[0]
-        for text, colour in pieces:
-            ImageDraw.Draw(sheet).text((x, y + base), text, colour, font, "ls")
-            x += font.getlength(text)
-    sheet.save(path)
-
 def marked(truth, reading, protocol):
     """The reading as it is compared, in pieces (text, colour): wrong letters red, each missing one a red _."""
     a, b, pieces = normalize(truth, protocol), normalize(reading, protocol), []
     for tag, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         pieces += [(b[k:m], BLACK if tag == "equal" else RED), ("_" * (j - i - m + k), RED)]
     return pieces
+
+@torch.inference_mode()
+def attention(net, images):
+    """-> what is read, ids (B, T); where the encoder's last block looks (B, 1+N, 1+N) and, for each letter, the reader's
+    last cross-attention (B, T, N), means over heads, as seen when the net is given its own reading once more."""
+    own, cross, (ids, _), found = net.encoder.blocks[-1].attn, net.layers[-1].cross_attn, net.decode(images), {}
+    weights = lambda q, k: (q.float() @ k.float().mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)
+    hooks = [own.register_forward_pre_hook(lambda _, x: found.update(own=weights(*own.split(*x)[:2]))),
+             cross.register_forward_pre_hook(lambda _, x: found.update(cross=weights(cross.queries(x[0]), x[1][0])))]
+    net(images, ids)
+    for hook in hooks:
+        hook.remove()
+    return ids, found["own"], found["cross"]
 
 @torch.inference_mode()
 def look(reader, source, path):
@@ -251,9 +249,8 @@ def look(reader, source, path):
         return None
     net, (h, w), rows = reader.model, reader.model.encoder.grid, []
     batch = data.normalize(images.to(reader.device))
-    own = net.encoder.attention(batch).mean(1)[:, :, 1:]                         # (B, 1+N, N)
-    own = own / own.sum(-1, keepdim=True)
-    ids, _, letters = net.decode(batch, attention=True)                          # (B, T), (B, T, N)
+    ids, own, letters = attention(net, batch)                                    # (B, T), (B, 1+N, 1+N), (B, T, N)
+    own = own[:, :, 1:] / own[:, :, 1:].sum(-1, keepdim=True)                    # (B, 1+N, N)
 
     words = [[net.charset[k] for k in row if k != net.end] for row in ids[:16].tolist()]
     maps = [torch.cat([a[:1], b[:len(word)]]).cpu() for a, b, word in zip(own, letters, words)]

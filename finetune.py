@@ -17,7 +17,7 @@ import torch.distributed as dist
 import evaluate
 from data import (CHARSETS, Parser, Parts, UserError, augment, charset, fit_label, fit_labels, normalize, open_sources,
                   read_all, run, unit)
-from model import MODELS, Recognizer, ViT, encoder_config, load_encoder, load_state, read_checkpoint
+from model import MODELS, Recognizer, ViT, load_encoder, load_state, read_checkpoint
 from pretrain import Run, parse, training_flags, within
 
 RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's: lr 2e-4 at 512 words a step, 10 epochs
@@ -49,13 +49,13 @@ def label_fraction(source, share, seed):
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
     return Parts([source], source.name, order[:max(1, round(share * len(source)))].sort().values)
 
-# ---- model and optimizer
+# ---- model
 
 def build(args, chars):
     """Recognizer from --init: an encoder (ours or MAE's), or a whole recognizer; left out: random weights."""
     options = dict(dropout=args.dropout, drop_path=args.drop_path)
     start = read_checkpoint(args.init) if args.init else {}
-    config = encoder_config(args.model)
+    config = MODELS[args.model]["encoder"]
     encoder = load_encoder(args.init, **options) if args.init else ViT(**config, **options)
     reader = dict(MODELS[args.model]["reader"], dropout=args.dropout, spell=args.spell)
     model = Recognizer(encoder, chars, args.max_length, **reader)
@@ -76,21 +76,6 @@ def build(args, chars):
     if args.freeze_encoder:
         encoder.requires_grad_(False)
     return model, f"--init {args.init}: {said}"
-
-def layer_groups(model, weight_decay, layer_decay):
-    """AdamW's groups. Encoder layer i of n learns at layer_decay^(n + 1 - i) of the rate, what is above it at the full
-    rate (BEiT's rule); biases, norms, tokens and embeddings do not decay."""
-    groups, n = {}, len(model.encoder.blocks)
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        layer = int(name.split(".")[2]) + 1 if name.startswith("encoder.blocks") else n + 1
-        layer = 0 if name.startswith(("encoder.cls_token", "encoder.patch_embed")) else layer
-        plain = p.dim() < 2 or name.endswith(("cls_token", "embed.weight"))
-        group = groups.setdefault((layer, plain), dict(params=[], weight_decay=0.0 if plain else weight_decay))
-        group["params"].append(p)
-        group["lr_scale"] = layer_decay ** (n + 1 - layer)
-    return list(groups.values())
 
 # ---- validation
 
@@ -165,7 +150,7 @@ def main():
     model, said = build(args, chars)
     training.say(said)
     training.more = dict(charset=chars, best=-1.0)
-    training.prepare(model, source, layer_groups(model, args.weight_decay, args.layer_decay), masks=args.spell > 0)
+    training.prepare(model, source, args.layer_decay, masks=args.spell > 0)
 
     for step in training.steps():
         for images, labels, masks, (rows, total) in training.micro_batches():

@@ -17,20 +17,16 @@ import torch.nn.functional as F
 
 from data import UserError
 
-MODELS = {  # encoder; patch in pixels (h, w); `decoder` of pre-training; `reader` that spells words after fine-tuning
-    "vit_nano": dict(depth=6, width=128, heads=4, patch=(8, 8), decoder=dict(layers=2, width=128, heads=4, ffn=256, dropout=0.0),
-                     reader=dict(layers=2, width=128, heads=4, ffn=256)),
-    "vit_tiny": dict(depth=12, width=192, heads=3, patch=(4, 4), decoder=dict(layers=2, width=256, heads=8, ffn=1024),
-                     reader=dict(layers=3, width=256, heads=8, ffn=256)),
-    "vit_small": dict(depth=12, width=384, heads=6, patch=(4, 4), decoder=dict(layers=2, width=512, heads=16, ffn=2048),
-                      reader=dict(layers=6, width=512, heads=8, ffn=256)),
-    "vit_base": dict(depth=12, width=768, heads=12, patch=(4, 4), decoder=dict(layers=2, width=512, heads=16, ffn=2048),
-                     reader=dict(layers=6, width=512, heads=8, ffn=256)),
+MODELS = {  # encoder, its patch in pixels (h, w); reader, which spells words after fine-tuning; decoder of pre-training
+    "vit_nano": dict(encoder=dict(depth=6, width=128, heads=4, patch=(8, 8)), reader=dict(layers=2, width=128, heads=4, ffn=256),
+                     decoder=dict(layers=2, width=128, heads=4, ffn=256, dropout=0.0)),
+    "vit_tiny": dict(encoder=dict(depth=12, width=192, heads=3, patch=(4, 4)), reader=dict(layers=3, width=256, heads=8, ffn=256),
+                     decoder=dict(layers=2, width=256, heads=8, ffn=1024)),
+    "vit_small": dict(encoder=dict(depth=12, width=384, heads=6, patch=(4, 4)), reader=dict(layers=6, width=512, heads=8, ffn=256),
+                      decoder=dict(layers=2, width=512, heads=16, ffn=2048)),
+    "vit_base": dict(encoder=dict(depth=12, width=768, heads=12, patch=(4, 4)), reader=dict(layers=6, width=512, heads=8, ffn=256),
+                     decoder=dict(layers=2, width=512, heads=16, ffn=2048)),
 }
-
-def encoder_config(name):
-    """What ViT is made of: a row of MODELS without its two decoders."""
-    return {k: v for k, v in MODELS[name].items() if k not in ("decoder", "reader")}
 
 # ---- tensors
 
@@ -71,25 +67,6 @@ def sincos(width, grid, fine):
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = [place.reshape(-1, 1) * omega for place in (x, y)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
-
-def random_mask(noise, ratio):
-    """Uniform noise (B, N) -> ids_keep (B, K), ids_mask (B, M): the N - round(ratio*N) patches of least noise are kept.
-
-    The count is the same for every crop, so that all shapes are static; at least one patch is kept and one is hidden."""
-    N = noise.shape[1]
-    K = min(max(N - round(ratio * N), 1), N - 1)
-    ids = noise.argsort(dim=1)
-    return ids[:, :K], ids[:, K:]
-
-def block_noise(noise, grid, block):
-    """Makes `random_mask` hide whole blocks of `block` = (rows, columns) patches: one number a block, its corner drawn anew.
-
-    noise (B, N) -> (B, N). The block in which the ratio is reached is hidden in part, so that the count stays exact."""
-    (h, w), (a, b) = grid, block
-    y = (torch.arange(h, device=noise.device) + (noise[:, :1] * a).long()) // a             # (B, h) row of blocks
-    x = (torch.arange(w, device=noise.device) + (noise[:, 1:2] * b).long()) // b            # (B, w)
-    cell = (y[:, :, None] * (w // b + 1) + x[:, None, :]).flatten(1) % noise.shape[1]       # (B, N)
-    return noise.gather(1, cell) + 1e-4 * noise
 
 # ---- attention and block
 
@@ -146,10 +123,7 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(width, heads, dropout), Mlp(width, 4 * width, dropout)
 
     def skip(self, x):
-        if not self.training or self.drop_path == 0:
-            return x
-        keep = 1 - self.drop_path
-        return x * (torch.rand(len(x), 1, 1, device=x.device) < keep).to(x.dtype) / keep
+        return x * drop(x.new_ones(len(x), 1, 1), self.drop_path) if self.training and self.drop_path else x
 
     def forward(self, x):
         x = x + self.skip(self.attn(self.norm1(x)))
@@ -193,9 +167,8 @@ class ViT(nn.Module):
     def grid_of(self, size):
         return size[0] // self.patch[0], size[1] // self.patch[1]
 
-    def embed(self, images):
-        """Patch tokens with their places (B, N, D), and [cls] (B, 1, D)."""
-        x, size = self.patch_embed(images), tuple(images.shape[-2:])
+    def forward(self, images, ids_keep=None):
+        x, size = self.patch_embed(images), tuple(images.shape[-2:])                         # (B, N, D)
         if size == self.size:
             x = x + self.pos_embed[:, 1:]
         elif size in self.scales:
@@ -203,26 +176,13 @@ class ViT(nn.Module):
             x = x + getattr(self, f"pos_{i}") + self.scale_embed[i]
         else:
             x = x + sincos(self.width, self.grid_of(size), self.grid).to(x)
-        return x, (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype)
-
-    def forward(self, images, ids_keep=None):
-        x, cls = self.embed(images)
         x = x if ids_keep is None else take(x, ids_keep)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype)
         x = torch.cat([cls, x], dim=1)                                                       # (B, 1+K, D)
 
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
-
-    @torch.no_grad()
-    def attention(self, images):
-        """Softmax attention of the last block, (B, heads, 1+N, 1+N), float32."""
-        x, cls = self.embed(images)
-        x = torch.cat([cls, x], dim=1)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        q, k, _ = self.blocks[-1].attn.split(self.blocks[-1].norm1(x)).float().unbind(0)
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
 
 def init_weights(module):
     """MAE's: Xavier for matrices (the patch projection as one), zeros for biases, N(0, 0.02) for tokens."""
@@ -256,9 +216,6 @@ class CrossAttention(nn.Module):
     def forward(self, x, keys, causal=False):
         out = attend(self.queries(x), *keys.unbind(0), self.dropout if self.training else 0.0, causal)
         return drop(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
-
-    def weights(self, x, keys):
-        return (self.queries(x) @ keys[0].transpose(-2, -1) * keys.shape[-1] ** -0.5).float().softmax(-1).mean(1)
 
 class DecoderLayer(nn.Module):
     """Self-attention -> cross-attention -> FFN. Post-norm in pre-training, pre-norm in the recognizer: both LMIM's.
@@ -381,7 +338,7 @@ class Pretrainer(nn.Module):
         decoder = MODELS[model]["decoder"]
         self.method = METHODS[method] if isinstance(method, str) else method
         self.scales = [tuple(s) for s in scales] if self.method["guidance"] == "coarse" else []
-        self.encoder = ViT(**encoder_config(model), scales=self.scales)
+        self.encoder = ViT(**MODELS[model]["encoder"], scales=self.scales)
         self.__dict__["teacher"] = teacher and teacher.requires_grad_(False).eval()  # no part of the model: not trained, not saved
         out = teacher.width if teacher else 3 * math.prod(self.encoder.patch)
         if dropout is not None:
@@ -487,7 +444,7 @@ def load_encoder(path, **options):
     ours = MODELS.get(args.get("model")) if isinstance(args, dict) else None
     state.pop("scale_embed", None)
     encoder = ViT(depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")), width=width,
-                  heads=ours["heads"] if ours else max(width // 64, 1), patch=(p, q), **options)
+                  heads=ours["encoder"]["heads"] if ours else max(width // 64, 1), patch=(p, q), **options)
     encoder.matched = load_state(encoder, state, path, f"; expected 32x128 crops in patches of {p}x{q}")
     return encoder
 
@@ -545,17 +502,14 @@ class Recognizer(nn.Module):
         return sum(terms.values()), terms, logits
 
     @torch.no_grad()
-    def decode(self, images, attention=False):
+    def decode(self, images):
         """Greedy reading. images (B, 3, H, W), normalised -> ids (B, T), probs (B, T) of the classes chosen; a word that has ended goes
-        on with `end` at probability 1; T is the longest of the batch. With `attention` also the last layer's cross-attention, mean
-        over heads, (B, T, N)."""
+        on with `end` at probability 1; T is the longest of the batch."""
         _, memory = self.encode(images)
         ids = torch.full((len(images), self.max_length + 1), self.end, device=images.device)
         probs, rows = torch.ones_like(ids, dtype=torch.float32), torch.arange(len(ids), device=ids.device)
         last, going = torch.full_like(rows, self.start), torch.ones_like(rows, dtype=torch.bool)
-        caches, looks = [m[:, :, :, :0] for m in memory], []
-        cross = self.layers[-1].cross_attn
-        hook = attention and cross.register_forward_pre_hook(lambda _, inputs: looks.append(cross.weights(*inputs)))
+        caches = [m[:, :, :, :0] for m in memory]
         for t in range(self.max_length + 1):
             logits, caches = self.step(last[:, None], memory, caches)
             logits = logits[:, -1].float()
@@ -566,26 +520,12 @@ class Recognizer(nn.Module):
             left = going.sum().item()
             if left == 0:
                 break
-            if 2 * left <= len(rows) and not attention:                      # half have ended: the others go on without them
+            if 2 * left <= len(rows):                                        # half have ended: the others go on without them
                 memory, caches = ([x[:, going] for x in kept] for kept in (memory, caches))
                 rows, last, going = rows[going], last[going], going[going]
-        if not attention:
-            return ids[:, :t + 1], probs[:, :t + 1]
-        hook.remove()
-        return ids[:, :t + 1], probs[:, :t + 1], torch.cat(looks, dim=1)
+        return ids[:, :t + 1], probs[:, :t + 1]
 
     def strings(self, ids, probs):
         """Texts and confidences: [(text, product of the probabilities of its characters, end included)]."""
         words = ["".join(self.charset[i] if i < len(self.charset) else "" for i in row if i != self.end) for row in ids.tolist()]
         return list(zip(words, probs.cpu().double().prod(dim=1).tolist()))
-
-def load_recognizer(path, device="cpu"):
-    """Checkpoint of finetune.py -> Recognizer, ready to read; size, charset and length are in it. UserError when it is not one."""
-    checkpoint = read_checkpoint(path)
-    args = checkpoint.get("args")
-    if "charset" not in checkpoint or not isinstance(args, dict) or args.get("model") not in MODELS:
-        raise UserError(f"{path}: not a recognizer; expected a checkpoint of finetune.py")
-    model = Recognizer(ViT(**encoder_config(args["model"])), checkpoint["charset"], args["max_length"], spell=args["spell"],
-                       **MODELS[args["model"]]["reader"])
-    load_state(model, checkpoint["model"], path)
-    return model.to(device).eval()

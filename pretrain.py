@@ -22,12 +22,11 @@ import uuid
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 
-from data import (H, W, DamageCount, Parser, UserError, batches, coarse_view, device, guidance_view, normalize,
+from data import (H, W, DamageCount, Parser, UserError, batches, coarse_view, device, draw_sheet, guidance_view, normalize,
                   open_sources, read_batch, run, size, uniform)
-from model import (ALIGN, COMPARES_CROPS, METHODS, MODELS, Pretrainer, block_noise, load_encoder, load_state, patch_norm, patchify,
-                   random_mask, read_checkpoint, take, unpatchify)
+from model import (ALIGN, COMPARES_CROPS, METHODS, MODELS, Pretrainer, load_encoder, load_state, patch_norm, patchify,
+                   read_checkpoint, take, unpatchify)
 
 RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's (10 epochs on 8 GPUs of 64 crops)
     "vit_nano": dict(batch_size=64, max_steps=2000, blr=4e-3, warmup_epochs=0.5, sample_every=1000, clip_grad=1.0),
@@ -206,7 +205,7 @@ class Run:
         except OSError as e:
             raise UserError(f"--out_dir {self.out}: {e.strerror}; expected a folder that can be written")
 
-    def prepare(self, model, source, groups=None, masks=False):
+    def prepare(self, model, source, layer_decay=1.0, masks=False):
         """Puts model, optimizer and data in place, at the very step where the checkpoint is, if there is one."""
         args = self.args
         self.raw = model.to(self.device)
@@ -214,7 +213,7 @@ class Run:
         self.warmup = max(1, round(self.total * min(1, args.warmup_epochs / args.epochs)))
         self.lr = args.lr or args.blr * self.crops / 256
         betas = (0.9, 0.95) if hasattr(args, "method") else (0.9, 0.999)    # MAE's, and fine-tuning's
-        groups = groups or weight_groups(model, args.weight_decay)
+        groups = weight_groups(model, args.weight_decay, layer_decay)
         self.optimizer = torch.optim.AdamW(groups, self.lr, betas, fused=True)
         self.damage = DamageCount(args.max_damaged)
         self.bad = torch.zeros(2, device=self.device)                       # skipped steps: in a row, in all
@@ -287,7 +286,7 @@ class Run:
         while self.step < self.total and not self.over_ranks(self.stop)[0]:
             lr = self.learning_rate(self.step)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
+                group["lr"] = lr * group["lr_scale"]
             torch.manual_seed((self.args.seed * 1_000_003 + self.step) * 4096 + self.rank)  # dropout and drop-path
             self.sums = {}
 
@@ -379,7 +378,7 @@ class Run:
         seconds, top = time.perf_counter() - self.began, self.optimizer.param_groups[-1]
         *sums, damaged = self.over_ranks(*torch.stack(list(self.sums.values())).tolist(), self.damage.bad)
         means = dict(sorted(zip(self.sums, (total / self.world for total in sums))))
-        lr, ms, left = top["lr"] / top.get("lr_scale", 1.0), 1000 * seconds / self.since, self.total - self.step
+        lr, ms, left = top["lr"] / top["lr_scale"], 1000 * seconds / self.since, self.total - self.step
         row = dict(step=self.step, **means, lr=lr, crops_per_s=self.crops * self.since / seconds, ms_per_step=ms,
                    wait=self.waited / seconds, peak_gb=self.peak(), eta_s=ms / 1000 * left, bad_steps=int(self.bad[1]),
                    damaged=int(damaged))
@@ -399,12 +398,18 @@ class Run:
             with self.writing(path), open(path, "a") as f:
                 f.write(json.dumps(row) + "\n")
 
-def weight_groups(model, weight_decay):
-    """AdamW's two groups: matrices decay; biases, norms and tokens do not (MAE)."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    plain = [p for n, p in named if p.dim() < 2 or n.endswith(("cls_token", "mask_token", "scale_embed"))]
-    decay = [p for n, p in named if not any(p is q for q in plain)]
-    return [dict(params=decay, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)]
+def weight_groups(model, weight_decay, layer_decay=1.0):
+    """AdamW's groups. Matrices decay; biases, norms, tokens and the embedding of letters do not (MAE). Encoder layer i of n
+    learns at layer_decay^(n + 1 - i) of the rate, what is above it at the full rate (BEiT)."""
+    groups, n = {}, len(model.encoder.blocks)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            layer = int(name.split(".")[2]) + 1 if name.startswith("encoder.blocks") else n + 1
+            layer = 0 if name.startswith(("encoder.cls_token", "encoder.patch_embed")) else layer
+            plain = p.dim() < 2 or name.endswith(("cls_token", "mask_token", "scale_embed")) or name == "embed.weight"
+            kind = dict(lr_scale=layer_decay ** (n + 1 - layer), weight_decay=0.0 if plain else weight_decay)
+            groups.setdefault(tuple(kind.values()), dict(kind, params=[]))["params"].append(p)
+    return list(groups.values())
 
 # ---- views, masks and pictures of pre-training
 
@@ -416,11 +421,21 @@ def make_views(images, method, scales, generator, rows=None):
     return [normalize(coarse_view(look, s)) for s in scales] or [normalize(look)]
 
 def make_mask(n, args, encoder, generator, rows=None):
-    """ids_keep (n, K), ids_mask (n, M) of --mask and --mask_ratio; blocks are of 16 x 16 pixels."""
-    noise = uniform(generator, n, encoder.grid[0] * encoder.grid[1], rows=rows)
+    """-> ids_keep (n, K), ids_mask (n, M): of N patches the N - round(mask_ratio * N) of least noise are kept. The count is
+    every crop's, so that shapes are static; at least one patch is kept and one is hidden.
+
+    --mask block: the patches of a block, 16 x 16 pixels from a corner drawn anew, share their noise, so that they are
+    hidden together; only the block in which the ratio is reached is hidden in part."""
+    (h, w), N = encoder.grid, math.prod(encoder.grid)
+    noise = uniform(generator, n, N, rows=rows)
     if args.mask == "block":
-        noise = block_noise(noise, encoder.grid, [max(1, 16 // p) for p in encoder.patch])
-    return random_mask(noise, args.mask_ratio)
+        a, b = (max(1, 16 // p) for p in encoder.patch)
+        y = (torch.arange(h) + (noise[:, :1] * a).long()) // a                                # (n, h) row of blocks
+        x = (torch.arange(w) + (noise[:, 1:2] * b).long()) // b                               # (n, w)
+        cell = (y[:, :, None] * (w // b + 1) + x[:, None, :]).flatten(1) % N                  # (n, N)
+        noise = noise.gather(1, cell) + 1e-4 * noise
+    ids, K = noise.argsort(dim=1), min(max(N - round(args.mask_ratio * N), 1), N - 1)
+    return ids[:, :K], ids[:, K:]
 
 @torch.no_grad()
 def draw_samples(run, images, path):
@@ -455,11 +470,9 @@ def draw_samples(run, images, path):
         like = torch.cosine_similarity(pred, take(target, ids_mask), dim=-1)[..., None]
         columns += [fill(2 * like.expand(-1, -1, pixels.shape[-1]) - 1, torch.ones_like(pixels))]
     model.train()
-    sheet = torch.stack([*columns, image / 2 + 0.5], 1).clamp(0, 1).cpu()   # (B, columns, 3, H, W)
-    sheet = torch.nn.functional.pad(sheet, (2, 2, 2, 2), value=1).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    sheet = Image.fromarray((sheet * 255).byte().numpy())
+    sheet = (255 * torch.stack([*columns, image / 2 + 0.5], 1).clamp(0, 1)).byte().cpu()     # (B, columns, 3, H, W)
     with run.writing(path):
-        sheet.resize((sheet.width * 2, sheet.height * 2), Image.NEAREST).save(path)
+        draw_sheet([[(x, []) for x in row] for row in sheet], path)
         run.say(f"picture    {path}")
 
 # ---- main
@@ -479,7 +492,7 @@ def main():
     args = parse(parser, RECIPES)
     args.out_dir = args.out_dir or os.path.join("out", args.method)
 
-    method, (p, q), scales = dict(METHODS[args.method]), MODELS[args.model]["patch"], [size(s) for s in args.scales]
+    method, (p, q), scales = dict(METHODS[args.method]), MODELS[args.model]["encoder"]["patch"], [size(s) for s in args.scales]
     for h, w in scales:
         if h % p or w % q or not (0 < h < H and 0 < w < W):
             parser.error(f"--scales {h}x{w}: expected multiples of the patch, {p}x{q}, below {H}x{W}")

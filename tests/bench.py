@@ -33,9 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data
+import evaluate
 import pretrain
 from data import H, W
-from model import METHODS, MODELS, Pretrainer, Recognizer, ViT, encoder_config, load_recognizer
+from model import METHODS, MODELS, Pretrainer, Recognizer, ViT
 
 
 # ---- taking turns
@@ -86,7 +87,7 @@ def peers(images, names, args):
 def training_step(method, images, args, compiled=False):
     """-> a call that is one step of pretrain.py on these crops: views, masks, forward, backward, clipping, AdamW."""
     device, generator = images.device, torch.Generator().manual_seed(0)
-    teacher = ViT(**encoder_config(args.model)).to(device) if args.teacher else None
+    teacher = ViT(**MODELS[args.model]["encoder"]).to(device) if args.teacher else None
     model = Pretrainer(method, args.model, teacher=teacher).to(device)
     net, mask = torch.compile(model) if compiled else model, SimpleNamespace(mask="random", mask_ratio=0.8)
     optimizer = torch.optim.AdamW(pretrain.weight_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
@@ -195,12 +196,12 @@ def read(args):
     source = data.open_sources(args.data)
     images, labels, *_ = data.read_batch(range(args.batch_size), source)
     images = images.to(args.device)
-    net = Recognizer(ViT(**encoder_config(args.model)), data.CHARSETS["94"], **MODELS[args.model]["reader"]).eval()
+    net = Recognizer(ViT(**MODELS[args.model]["encoder"]), data.CHARSETS["94"], **MODELS[args.model]["reader"]).eval()
     net.classifier.bias.data[net.end] = -1e4                      # random weights: no word ends before it must
     planted = Planted(net.encoder, net.charset, **MODELS[args.model]["reader"]).eval().to(args.device)
     planted.lengths = torch.tensor(list(map(len, labels)), device=args.device)
     nets = {"random": net.to(args.device), "real lengths": planted}
-    nets |= {"ckpt": load_recognizer(args.ckpt, args.device)} if args.ckpt else {}
+    nets |= {"ckpt": evaluate.load_recognizer(args.ckpt, args.device).model} if args.ckpt else {}
     dtype = getattr(torch, args.dtype)
 
     def reading(how):
@@ -312,7 +313,10 @@ def main():
     add("--workers", type=int, default=min(4, os.cpu_count()), help="run, data: processes that read crops")
     add("--ckpt", metavar="FILE", help="read: a checkpoint of finetune.py, beside random weights")
     add("--memory", action="store_true", help="data: also an epoch of the loader; Linux only")
+    add("--plain_malloc", action="store_true", help="on a CPU, leave malloc as it is without our scripts: as peers run")
     args = parser.parse_args()
+    if not args.plain_malloc:
+        data.device(args.device)
     print(json.dumps(commands[args.command](args)))
 
 

@@ -12,11 +12,11 @@ ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 sys.path.insert(0, ROOT)
 import torch
 
+import evaluate
 import finetune
-import model
 import pretrain
 from data import charset, normalize, open_source, read_batch
-from model import METHODS, Pretrainer, ViT, encoder_config, sincos
+from model import METHODS, MODELS, Pretrainer, ViT, sincos
 
 
 def batch(n=8):
@@ -27,13 +27,13 @@ def step(net, image, views=None):
     """One forward pass of a method with drawn masks -> loss, terms, pred."""
     generator = torch.Generator().manual_seed(0)
     views = views if views is not None else pretrain.make_views((image + 1) / 2, net.method, net.scales, generator)
-    ids = model.random_mask(torch.rand(len(image), 64, generator=generator), 0.8)
+    ids = pretrain.make_mask(len(image), argparse.Namespace(mask="random", mask_ratio=0.8), net.encoder, generator)
     return net(image, views, *ids)
 
 
 def columns():
     """--mask column hides whole columns of patches."""
-    encoder = ViT(**encoder_config("vit_nano"))
+    encoder = ViT(**MODELS["vit_nano"]["encoder"])
     args = argparse.Namespace(mask="column", mask_ratio=0.75)
     _, hidden = pretrain.make_mask(5, args, encoder, torch.Generator().manual_seed(0))
     mask = torch.zeros(5, 64).scatter_(1, hidden, 1.0).view(5, *encoder.grid)
@@ -66,7 +66,7 @@ def cheat():
 
 def square():
     """Places on a square grid, as MAERec and LMIM store them for 8 x 32 patches: a row of the crop is two rows of places."""
-    encoder = ViT(**encoder_config("vit_small"))
+    encoder = ViT(**MODELS["vit_small"]["encoder"])
     assert torch.allclose(encoder.pos_embed[0, 1:], sincos(384, (16, 16), (16, 16)), atol=1e-6), "places are those of 8 x 32"
     assert Pretrainer("mnsp", "vit_small").encoder.grid == (8, 32), "the patches themselves must stay where they are"
 
@@ -91,7 +91,7 @@ def alphabet():
         sys.argv = ["finetune.py", *"--model vit_nano --charset charset.txt --data synth:64 --val synth:16:1 --max_steps 4".split(),
                     *"--batch_size 16 --workers 0 --out_dir".split(), out]
         finetune.main()
-        reader = model.load_recognizer(os.path.join(out, "last.pt"))
+        reader = evaluate.load_recognizer(os.path.join(out, "last.pt")).model
     assert reader.charset == chars
 
 

@@ -2,7 +2,8 @@
 
     python tests/experiments.py list  --real DIR                     every run with its state and its one command
     python tests/experiments.py run   --real DIR                     all of them; two cores need a night and a day
-    python tests/experiments.py run   --real DIR --only 'mnsp.*s0'   those whose names match
+    python tests/experiments.py run   --real DIR --only '.*-s0.*'    those whose names match: several such lines at once,
+                                                                     one a core (OMP_NUM_THREADS=1), share the work
     python tests/experiments.py table --real DIR --readme README.md  writes what is there between the README's marks
 
 DIR holds train/ and test/ (LMDBs of word crops: IIIT5k, SVT, IC13, IC15, IC03). Validation is split off train/ once. Every run's folder
@@ -22,8 +23,8 @@ from data import Parser, UserError, open_source, run
 
 SEEDS = (0, 1, 2)
 PRETRAINING = {  # name: flags of pretrain.py; the first five are table 1's
-    "scratch": None,
-    "mim": "--method mim", "nsp": "--method nsp", "lmim": "--method lmim", "mnsp": "--method mnsp",
+    "scratch": None, "mim": "--method mim", "nsp": "--method nsp", "lmim": "--method lmim", "mnsp": "--method mnsp",
+    "mim_x2": "--method mim --max_steps 8000",                              # the compute time of mnsp
     "mnsp_no_mla": "--method mnsp --align none",
     "mnsp_mse": "--method mnsp --align mse --align_weight 1", "mnsp_mse_.1": "--method mnsp --align mse --align_weight 0.1",
     "mnsp_infonce_.1": "--method mnsp --align infonce --align_weight 0.1", "mnsp_infonce_1": "--method mnsp --align infonce --align_weight 1",
@@ -32,7 +33,7 @@ PRETRAINING = {  # name: flags of pretrain.py; the first five are table 1's
     "mim_.6": "--method mim --mask_ratio 0.6", "mim_.9": "--method mim --mask_ratio 0.9", "mim_block": "--method mim --mask block",
     "mnsp_.6": "--method mnsp --mask_ratio 0.6", "mnsp_.9": "--method mnsp --mask_ratio 0.9", "mnsp_block": "--method mnsp --mask block",
 }
-STEPS, FINE_STEPS = 2000, 4000
+STEPS, FINE_STEPS = 4000, dict(tenth=2000, all=4000)
 MODEL = "--model vit_nano"
 
 
@@ -61,29 +62,29 @@ def jobs(args):
     def add(name, commands, *needs):
         every[name] = Job(name, list(map(str.split, commands)), needs)
 
+    def looks(folder):
+        return f"evaluate.py --ckpt {folder}/last.pt --data synth:256:9 --attention {folder}/attention --json {folder}/synth.json"
+
     add("split", [f"tests/experiments.py split --real {args.real} --out {out}"])
-    for seed in SEEDS:
-        for name, flags in PRETRAINING.items():
-            pre, table1 = f"{name}-s{seed}", name in list(PRETRAINING)[:5]
-            if seed and not table1:
-                continue                                             # one seed for what is compared in table 2
-            if flags:
-                data_of = f"--data synth:60000 {' '.join([fit] * 4)}"
-                folder = f"{out}/{pre}"
-                add(pre, [f"pretrain.py {flags} {MODEL} {data_of} --max_steps {STEPS} --seed {seed} --resume --out_dir {folder}"], "split")
-            # what the frozen encoder knows of letters: the linear head under each patch, trained on rendered words seen once
-            init = f"--init {out}/{pre}/last.pt " if flags else ""
-            needs = [pre] if flags else ["split"]
-            add(f"{pre}-probe", [f"finetune.py {init}{MODEL} --freeze_encoder --max_steps 1000 --seed {seed} --resume --out_dir {out}/{pre}-probe"], *needs)
-            for share, source, times in (("all", fit, 6), ("tenth", few, 60)):
-                if share == "all" and not table1:
-                    continue
-                folder = f"{out}/{pre}-{share}"
+    table1 = list(PRETRAINING)[:5]
+    for seed, name in [(seed, name) for seed in SEEDS for name in table1] + [(0, name) for name in PRETRAINING if name not in table1]:
+        pre, flags, init, needs = f"{name}-s{seed}", PRETRAINING[name], "", ["split"]
+        if flags:
+            add(pre, [f"pretrain.py {MODEL} --data synth:60000 {' '.join([fit] * 4)} --max_steps {STEPS} {flags} --seed {seed} --resume "
+                      f"--out_dir {out}/{pre}"], "split")
+            init, needs = f"--init {out}/{pre}/last.pt ", [pre]
+        for share, source, times in (("tenth", few, 60), ("all", fit, 6)):
+            folder = f"{out}/{pre}-{share}"
+            if share == "tenth" or name in table1:
                 add(f"{pre}-{share}", [
-                    f"finetune.py {init}{MODEL} --data synth:200000 {' '.join([source] * times)} --val {val} --max_steps {FINE_STEPS} "
+                    f"finetune.py {init}{MODEL} --data synth:200000 {' '.join([source] * times)} --val {val} --max_steps {FINE_STEPS[share]} "
                     f"--seed {seed} --resume --out_dir {folder}",
                     f"evaluate.py --ckpt {folder}/best.pt --data {' '.join(tests)} --heights 16 12 8 --rotations 15 30 --json {folder}/real.json",
-                    f"evaluate.py --ckpt {folder}/best.pt --data synth:256:9 --attention {folder}/attention --json {folder}/synth.json"], *needs)
+                    looks(folder)], *needs)
+        if name in table1:                                           # a recognizer of no training, to look at the encoder alone
+            folder = f"{out}/{pre}-before"
+            add(f"{pre}-before", [f"finetune.py {init}{MODEL} --freeze_encoder --data synth:64 --max_steps 1 --seed {seed} --workers 0 "
+                                  f"--resume --out_dir {folder}", looks(folder)], *needs)
     return every
 
 
@@ -135,13 +136,13 @@ def spread(values, form="{:.1f}"):
     return form.format(statistics.mean(values)) + (f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else "")
 
 
-def final(out, run_name, key):
+def final(out, run_name, key, mean=lambda values: statistics.mean(values[-5:])):
     """Mean of `key` over the last 100 steps of a run, five logged lines, or None if it is not done."""
     if not os.path.exists(os.path.join(out, run_name, "done.json")):
         return None
     with open(os.path.join(out, run_name, "log.jsonl")) as file:
         values = [row[key] for row in map(json.loads, file) if key in row]
-    return statistics.mean(values[-5:]) if values else None
+    return mean(values) if values else None
 
 
 def result(out, run_name, *keys, file="real.json"):
@@ -157,36 +158,41 @@ def result(out, run_name, *keys, file="real.json"):
 
 def tables(out):
     """Everything that is there, as Markdown."""
-    lines = []
+    lines, first = [], list(PRETRAINING)[:5]
 
     def table(title, head, body):
         lines.extend(["", f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)])
-        lines.extend("| " + " | ".join(map(str, row)) + " |" for row in body)
-    first = list(PRETRAINING)[:5]
-    for share in ("all", "tenth"):
+        lines.extend("| " + " | ".join(map(str, row)) + " |" for row in body if set(row[1:]) - {"-", 0})
+    for share in FINE_STEPS:
         body = []
         for name in first:
             of = lambda *keys: spread([result(out, f"{name}-s{seed}-{share}", *keys) for seed in SEEDS])
             sets = [of("sets", s, "accuracy") for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
             seeds = sum(result(out, f"{name}-s{seed}-{share}") is not None for seed in SEEDS)
             body.append([f"`{name}`", *sets, of("average"), seeds])
-        table(f"Reading, real labels: {share}", ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "seeds"], body)
+        table(f"Reading after fine-tuning on rendered words and, of the real labels, {share}: {FINE_STEPS[share]:,} steps",
+              ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "seeds"], body)
     body = []
     for name in PRETRAINING:
-        last = lambda key: spread([final(out, f"{name}-s{seed}", key) for seed in SEEDS], "{:.3f}")
-        probe = spread([x / 10 if x is not None else None for x in (final(out, f"{name}-s{seed}-probe", "spell") for seed in SEEDS)], "{:.3f}")
+        last = lambda key, form="{:.3f}", **how: spread([final(out, f"{name}-s{seed}", key, **how) for seed in SEEDS], form)
         tenth = spread([result(out, f"{name}-s{seed}-tenth", "average") for seed in SEEDS])
-        body.append([f"`{name}`", last("mim"), last("nsp"), last("spread"), probe, tenth])
-    table("What each change does", ["pre-training", "mim", "nsp", "spread", "letters: nats a patch, frozen", "tenth: average"], body)
-    body = []
+        body.append([f"`{name}`", last("mim"), last("nsp"), last("spread"), last("crops_per_s", "{:.0f}", mean=statistics.median),
+                     last("peak_gb", "{:.2f}", mean=max), tenth])
+    table("What each change does, and costs", ["pre-training", "mim", "nsp", "spread", "crops/s, one core", "GB", "tenth: average"], body)
+    body, before = [], []
     for name in first:
-        of = lambda *keys, file="real.json": [result(out, f"{name}-s{seed}-all", *keys, file=file) for seed in SEEDS]
+        of = lambda *keys, kind="tenth", file="real.json": [result(out, f"{name}-s{seed}-{kind}", *keys, file=file) for seed in SEEDS]
         drop = lambda *keys: spread([b - a if None not in (a, b) else None for a, b in zip(of("average"), of(*keys, "average"))])
-        looks = [spread(of("attention", "synth", who, what, file="synth.json"), "{:.3f}")
-                 for who in ("cls", "patches", "decoder") for what in ("share", "entropy")]
-        body.append([f"`{name}`", *(drop("heights", h) for h in ("16", "12", "8")), *(drop("rotations", r) for r in ("15", "30")), *looks])
-    table("Robustness: change of the average; attention: share on text, entropy", ["from", "16 px", "12 px", "8 px", "15°", "30°",
-          "[cls] share", "entropy", "patches share", "entropy", "decoder share", "entropy"], body)
+        body.append([f"`{name}`", *(drop("heights", h) for h in ("16", "12", "8")), *(drop("rotations", r) for r in ("15", "30"))])
+        looks = lambda kind, who: [spread(of("attention", "synth", who, what, kind=kind, file="synth.json"), "{:.3f}")
+                                   for what in ("share", "entropy")]
+        before.append([f"`{name}`", *looks("before", "cls"), *looks("before", "patches"),
+                       *looks("tenth", "cls"), *looks("tenth", "patches"), *looks("tenth", "decoder")])
+    table("Robustness (tenth): change of the average when crops are reduced or turned", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
+    area = next((x for name in first if (x := result(out, f"{name}-s0-before", "attention", "synth", "text_area", file="synth.json"))), 0)
+    table(f"Attention on 256 rendered words: share on text (blind: {area:.3f}) and entropy, before and after fine-tuning (tenth)",
+          ["from", "[cls] before", "entropy", "patches before", "entropy", "[cls] after", "entropy", "patches after", "entropy",
+           "letters after", "entropy"], before)
     return "\n".join(lines) + "\n"
 
 

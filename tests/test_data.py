@@ -606,7 +606,7 @@ def test_blur_colour_and_noise():
     assert torch.allclose((blurred.sum(1) * (torch.arange(128) - 64) ** 2).sum(1), b(.8, 1, 1.2) ** 2, rtol=.1)
     assert torch.allclose((blurred.sum(2) * (torch.arange(32) - 16) ** 2).sum(1), b(.8, 1, 1.2) ** 2, rtol=.1)
     assert data.focus(point, b(0, 0, 0), b(0, .5, 1))[:, 0, 16, 64].diff().min() > .1
-    grey = lambda x: (x * data.GREY.view(3, 1, 1)).sum(1)
+    grey = lambda x: (x * data.LUMA.view(3, 1, 1)).sum(1)
     middle = images * .2 + .4
     turned = data.recolour(middle, b(1, 1, 1, 1), b(1, 1, 1, 1), b(1, 1, 1, 1), b(1, 1, 0, .5), b(.1, -.3, 0, 0))
     assert torch.allclose(grey(turned), grey(middle), atol=1e-4) and not torch.allclose(turned[0], middle[0])
@@ -698,7 +698,7 @@ def test_check_counts(tmp_path, damaged, monkeypatch, capsys):
 
 def test_show(tmp_path, damaged, monkeypatch, capsys):
     """The sheet dies on a damaged crop, or on an unlabelled one."""
-    for options, width in (([], 4 * 264), (["--guidance", "--augment", "--coarse", "16x64"], 6 * 256 + 8)):
+    for options, width in (([], 4 * 268), (["--guidance", "--augment", "--coarse", "16x64"], 6 * 268)):
         said = call(monkeypatch, capsys, "show", damaged[0], "--n", 30, "--out", tmp_path / "sheet.png", *options)
         assert "22 of the 30 crops" in said and said.count("damaged: ") == 8
         assert Image.open(tmp_path / "sheet.png").width == width

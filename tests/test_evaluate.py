@@ -137,10 +137,8 @@ def bench(tmp_path_factory):
     """A folder with tiny.pt (random weights, short words) and set/labels.tsv of nine crops, the eighth of them torn."""
     root = tmp_path_factory.mktemp("bench")
     torch.manual_seed(0)
-    config = dict(model.MODELS["vit_nano"])
-    config.pop("decoder")
-    reader = config.pop("reader")
-    net = model.Recognizer(model.ViT(**config), data.CHARSETS["94"], 25, **reader)
+    sizes = model.MODELS["vit_nano"]
+    net = model.Recognizer(model.ViT(**sizes["encoder"]), data.CHARSETS["94"], 25, **sizes["reader"])
     with torch.no_grad():                   # louder: words differ, end at many lengths, and nothing is near a tie
         for layer in net.layers:
             layer.cross_attn.proj.weight.mul_(8)
@@ -438,10 +436,9 @@ def test_attention_on_text(bench, tmp_path, monkeypatch):
     point[:, 0], point[:, 1 + w] = 0.5, 0.5                                      # [cls]; the first patch of row 2
     ids = torch.tensor([[0, 1, net.end], [0, net.end, net.end], [2, 3, 4]])
     for weights, share, entropy in ((even, 0.25, 1), (point, 1, 0)):
-        monkeypatch.setattr(net.encoder, "attention", lambda x: weights[:, None, None].expand(-1, 2, 1 + h * w, -1))
         letters = (weights[:, 1:] / weights[:, 1:].sum(1, keepdim=True))[:, None].repeat(1, 3, 1)
         letters[ids == net.end] = torch.nn.functional.one_hot(torch.tensor(h * w - 1), h * w).float()
-        monkeypatch.setattr(net, "decode", lambda x, attention: (ids, ids, letters))
+        monkeypatch.setattr(evaluate, "attention", lambda *_: (ids, weights[:, None].expand(-1, 1 + h * w, -1), letters))
         got = evaluate.look(reader, Rendered(), str(tmp_path / "look.png"))
         assert got["n"] == 3 and got["text_area"] == pytest.approx(0.25)
         for who in ("cls", "patches", "decoder"):
@@ -455,13 +452,21 @@ def test_attention_on_text(bench, tmp_path, monkeypatch):
 
 
 def test_real_attention_maps_sum_to_one(bench):
-    """The recognizer's own maps, unpatched, are shares: rows sum to 1 over the patches, and entropy lies in [0, 1]."""
-    reader = evaluate.load_recognizer(str(bench / "tiny.pt"))
-    images = torch.rand(2, 3, 32, 128) * 2 - 1
-    ids, _, letters = reader.model.decode(images, attention=True)
-    own = reader.model.encoder.attention(images)
-    n = own.shape[-1] - 1
-    assert own.shape[2:] == (1 + n, 1 + n) and letters.shape == (*ids.shape, n)
-    assert n == np.prod(reader.model.encoder.grid)
+    """The recognizer's own maps, unpatched: of another layer, of keys that are not the crop's, or no shares; hooks that stay."""
+    net, images = evaluate.load_recognizer(str(bench / "tiny.pt")).model, torch.rand(2, 3, 32, 128) * 2 - 1
+    ids, own, letters = evaluate.attention(net, images)
+    n = np.prod(net.encoder.grid)
+    assert own.shape[1:] == (1 + n, 1 + n) and letters.shape == (*ids.shape, n) and torch.equal(ids, net.decode(images)[0])
     for weights in (own, letters):
         assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-4)
+    assert not net.layers[-1].cross_attn._forward_pre_hooks and not net.encoder.blocks[-1].attn._forward_pre_hooks
+    # the letters' maps by the definition: softmax of q k' in each head, of the last layer, one letter after the other
+    _, memory = net.encode(images)
+    layer, seen = net.layers[-1].cross_attn, []
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, -1:]))
+    for t in range(ids.shape[1]):
+        net.step(torch.cat([torch.full((2, 1), net.start), ids[:, :t]], 1), memory)
+    for t, x in enumerate(seen):
+        q, k = layer.q(x).view(2, layer.heads, -1), memory[-1][0]
+        heads = [torch.softmax((k[:, i] @ q[:, i, :, None])[..., 0] / q.shape[-1] ** 0.5, -1) for i in range(layer.heads)]
+        assert torch.allclose(sum(heads) / layer.heads, letters[:, t], atol=1e-5), t

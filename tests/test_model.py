@@ -1,16 +1,24 @@
 """The networks against plain code: an independent ViT and decoder, a boolean mask, hand-made cases, and what must not leak."""
 import argparse
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import model
+import pretrain
 from data import UserError
-from model import METHODS, MODELS, Decoder, Pretrainer, Recognizer, ViT, drop, encoder_config, random_mask, take
+from model import METHODS, MODELS, Decoder, Pretrainer, Recognizer, ViT, drop, take
 
 CHARS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+def hide(n, grid, ratio=0.8, mask="random", seed=0):
+    """ids_keep, ids_mask of n crops of so many 4 x 4 patches, as pretrain.py draws them."""
+    args, encoder = SimpleNamespace(mask=mask, mask_ratio=ratio), SimpleNamespace(grid=grid, patch=(4, 4))
+    return pretrain.make_mask(n, args, encoder, torch.Generator().manual_seed(seed))
 
 
 def batch(method="mnsp", n=4, scales=((16, 64),), teacher=None, seed=0, dropout=0.0, name="vit_nano"):
@@ -20,7 +28,7 @@ def batch(method="mnsp", n=4, scales=((16, 64),), teacher=None, seed=0, dropout=
     image = torch.rand(n, 3, 32, 128) * 2 - 1
     look = torch.rand(n, 3, 32, 128) * 2 - 1
     views = {"none": [], "full": [look], "coarse": [F.adaptive_avg_pool2d(look, s) for s in scales]}[m.method["guidance"]]
-    ids_keep, ids_mask = random_mask(torch.rand(n, math.prod(m.encoder.grid)), 0.8)
+    ids_keep, ids_mask = hide(n, m.encoder.grid, seed=seed)
     return m, image, views, ids_keep, ids_mask
 
 
@@ -96,7 +104,7 @@ def test_decoder_equals_plain_decoder(grid, cross):
     for p in decoder.parameters():
         p.data += 0.1 * torch.randn_like(p)
     N = math.prod(grid)
-    ids_keep, ids_mask = random_mask(torch.rand(2, N), 0.7)
+    ids_keep, ids_mask = hide(2, grid, 0.7)
     seen, memory = torch.randn(2, 1 + ids_keep.shape[1], 24), [torch.randn(2, 6, 24)]
     got = decoder(memory if cross else [], seen, ids_keep, ids_mask)
     # the plain way keeps every patch at its place and picks the hidden ones at the end
@@ -155,7 +163,7 @@ def test_coarse_places_lie_between_the_fine_ones_they_cover():
 @pytest.mark.parametrize("ratio, N, kept", [(0.8, 256, 51), (0.6, 256, 102), (0.9, 64, 6), (0.999, 64, 1), (0.001, 64, 63), (0.5, 2, 1)])
 def test_mask_counts(ratio, N, kept):
     """Off by one, or an empty side: a loss of 0/0."""
-    keep, hidden = random_mask(torch.rand(3, N), ratio)
+    keep, hidden = hide(3, (1, N), ratio)
     assert keep.shape == (3, kept) and hidden.shape == (3, N - kept)
     for a, b in zip(keep, hidden):
         assert sorted(a.tolist() + b.tolist()) == list(range(N))
@@ -163,10 +171,9 @@ def test_mask_counts(ratio, N, kept):
 
 def test_block_mask_hides_blocks():
     """Block noise that is no more than random noise: a hidden patch's right neighbour would be hidden no oftener than the ratio."""
-    noise = torch.rand(200, 256, generator=torch.Generator().manual_seed(0))
     shares = []
-    for n in (noise, model.block_noise(noise, (8, 32), (4, 4))):
-        _, hidden = random_mask(n, 0.6)
+    for kind in ("random", "block"):
+        _, hidden = hide(200, (8, 32), 0.6, kind)
         mask = torch.zeros(200, 256, dtype=torch.bool).scatter(1, hidden, True).view(200, 8, 32)
         assert (mask.flatten(1).sum(1) == 154).all()
         shares.append((mask[:, :, 1:] & mask[:, :, :-1]).sum() / mask[:, :, :-1].sum())
@@ -179,7 +186,7 @@ def test_gathered_loss_equals_boolean_mask():
     """Gathering the wrong rows, a mean over the wrong count, or gradients to visible patches."""
     torch.manual_seed(0)
     pred, target = torch.randn(3, 20, 7, requires_grad=True), torch.randn(3, 20, 7, requires_grad=True)
-    _, hidden = random_mask(torch.rand(3, 20), 0.8)
+    _, hidden = hide(3, (4, 5))
     mask = torch.zeros(3, 20, dtype=torch.bool).scatter(1, hidden, True)
     gathered = model.mse(take(pred, hidden), take(target, hidden))
     grads = torch.autograd.grad(gathered, (pred, target))
@@ -208,7 +215,7 @@ def test_loss_in_the_model_is_the_masked_mean():
 def test_teacher_gets_no_gradient_and_is_not_saved():
     """A teacher that moves with the student, or that doubles every checkpoint."""
     torch.manual_seed(0)
-    config = encoder_config("vit_nano")
+    config = MODELS["vit_nano"]["encoder"]
     teacher = ViT(**config)
     m, image, views, ids_keep, ids_mask = batch("lmim", teacher=teacher)
     loss, _, pred = m(image, views, ids_keep, ids_mask)
@@ -298,7 +305,7 @@ def test_compiled_step_has_no_graph_break_and_equals_eager(method):
 
 def test_parameter_counts_are_the_papers():
     """A missing bias or a wrong width: 21.4 M encoder, 35.8 M recognizer (LMIM)."""
-    config = encoder_config("vit_small")
+    config = MODELS["vit_small"]["encoder"]
     recognizer = Recognizer(ViT(**config), "a" * 94, **MODELS["vit_small"]["reader"])
     count = lambda m: sum(p.numel() for p in m.parameters()) / 1e6
     assert count(recognizer.encoder) == pytest.approx(21.4, rel=0.01) and count(recognizer) == pytest.approx(35.8, rel=0.01)
@@ -348,7 +355,7 @@ def test_bad_checkpoints_are_one_line(tmp_path):
 
 def recognizer(seed=0, n=6):
     torch.manual_seed(seed)
-    config = encoder_config("vit_nano")
+    config = MODELS["vit_nano"]["encoder"]
     m = Recognizer(ViT(**config), CHARS, max_length=8, **MODELS["vit_nano"]["reader"]).eval()
     m.classifier.weight.data *= 6                                            # sharp enough to read different things
     return m, torch.rand(n, 3, 32, 128) * 2 - 1
@@ -390,13 +397,3 @@ def test_teacher_forcing_equals_a_plain_decoder():
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     each = -expected.log_softmax(-1).gather(2, targets[..., None])[..., 0]
     torch.testing.assert_close(loss, each[:, :4].sum() / 6, atol=1e-4, rtol=1e-4)
-
-
-def test_attention_maps_are_distributions():
-    """Maps of the wrong layer's keys, or not normalised."""
-    m, images = recognizer()
-    ids, _, cross = m.decode(images, attention=True)
-    assert cross.shape == (*ids.shape, math.prod(m.encoder.grid))
-    torch.testing.assert_close(cross.sum(-1), torch.ones(ids.shape))
-    own = m.encoder.attention(images)
-    torch.testing.assert_close(own.sum(-1), torch.ones(own.shape[:3]))

@@ -178,13 +178,13 @@ def test_learning_rate(go):
 
 def test_decay_groups():
     """Decay on biases, norms or tokens; a parameter in two groups or in none; the layers' rates upside down."""
-    from model import MODELS, Pretrainer, Recognizer, ViT, encoder_config
+    from model import MODELS, Pretrainer, Recognizer, ViT
     model = Pretrainer("mnsp", "vit_nano")
     decay, plain = (len(g["params"]) for g in pretrain.weight_groups(model, 0.05))
     assert decay + plain == sum(p.requires_grad for p in model.parameters())
-    config = encoder_config("vit_nano")
+    config = MODELS["vit_nano"]["encoder"]
     reader = Recognizer(ViT(**config), "abc", **MODELS["vit_nano"]["reader"])
-    groups = finetune.layer_groups(reader, 0.05, 0.5)
+    groups = pretrain.weight_groups(reader, 0.05, 0.5)
     scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
     decays = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     named = dict(reader.named_parameters())
@@ -392,8 +392,8 @@ def test_fine_tuning_takes_over_the_encoder(go, tmp_path):
 
 def test_labels_become_classes():
     """A missing end, an end that counts as padding, or a patch that is given its neighbour's letter."""
-    from model import MODELS, Recognizer, ViT, encoder_config
-    config = encoder_config("vit_nano")
+    from model import MODELS, Recognizer, ViT
+    config = MODELS["vit_nano"]["encoder"]
     model = Recognizer(ViT(**config), "abc", **MODELS["vit_nano"]["reader"])
     targets = finetune.encode(["ab", "c"], model)
     assert targets.tolist() == [[0, 1, model.end, model.pad], [2, model.end, model.pad, model.pad]]
