@@ -97,17 +97,21 @@ def open_tests(real):
 
 
 def split(args):
-    """Packs every tenth labelled crop of train/ as `val`, the others as `fit`, and every tenth of those as `tenth`."""
-    source = open_source(os.path.join(args.real, "train"))
-    place, fit = os.path.join(args.out, "split"), [i for i in range(len(source)) if i % 10]
+    """Packs every tenth labelled crop of train/ as `val`, the others as `fit`, and every tenth of those as `tenth`; what a
+    test set holds too is left out."""
+    train, place = os.path.join(args.real, "train"), os.path.join(args.out, "split")
+    source, also = open_source(train), os.path.join(place, "also_in_test.tsv")
     os.makedirs(place, exist_ok=True)
-    for name, kept in dict(fit=fit, tenth=fit[::10], val=[i for i in range(len(source)) if not i % 10]).items():
+    subprocess.run([sys.executable, "data.py", "check", train, "--against", *open_tests(args.real), "--write_list", also], cwd=ROOT, check=True)
+    with open(also, encoding="utf-8") as file:
+        tested = {int(line.split("\t")[0]) for line in file}
+    fit = [i for i in range(len(source)) if i % 10 and i not in tested]
+    for name, kept in dict(fit=fit, tenth=fit[::10], val=[i for i in range(len(source)) if not i % 10 and i not in tested]).items():
         without, kept = os.path.join(place, name + ".tsv"), set(kept)
         with open(without, "w", encoding="utf-8") as file:
             file.writelines(f"{i}\t{source.where(i)}\n" for i in range(len(source)) if i not in kept)
         if not os.path.exists(os.path.join(place, name)):
-            subprocess.run([sys.executable, "data.py", "pack", os.path.join(args.real, "train"), os.path.join(place, name),
-                            "--without", without], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, "data.py", "pack", train, os.path.join(place, name), "--without", without], cwd=ROOT, check=True)
 
 
 def work(job, out):
