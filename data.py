@@ -855,7 +855,7 @@ def pack(args):
     if os.path.exists(args.out):
         raise UserError(f"{args.out}: exists already; type the name of a new folder")
     try:
-        skip = dict(line.split("\t")[:2] for line in open(args.without, encoding="utf-8")) if args.without else {}
+        skip = dict(line.rstrip("\n").split("\t")[:2] for line in open(args.without, encoding="utf-8")) if args.without else {}
         if any(source.where(int(i)) != where for i, where in skip.items()):
             raise ValueError("it names other entries")
     except (OSError, ValueError, IndexError) as error:
