@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 H, W = 32, 128                      # every crop, in this order everywhere
-SYNTH_N = 1_000_000                 # words in `synth`: drawn on the fly, so the number only says when an epoch ends
+SYNTH_N = 1_000_000                 # words in `synth`, drawn on the fly: beside 10,000 crops 99 in a hundred are rendered
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")      # not EPS and the like, which run other programs
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 Image.MAX_IMAGE_PIXELS = 2 ** 25    # 33 million pixels are no word; more is a decompression bomb
@@ -79,7 +79,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 def device(name):
-    """--device: auto takes a GPU if there is one, and `cuda` is that of this rank -> torch.device. UserError if it cannot be used."""
+    """--device: auto takes a GPU if there is one, and `cuda` is that of this rank -> torch.device. UserError if it cannot
+    be used. On a CPU this also tells the C library to keep the memory it has, for the whole process."""
     kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
@@ -234,7 +235,7 @@ def textures():
     return np.stack(maps).astype(np.float32), g.standard_normal((3, 64, 256), np.float32)
 
 def bend(rng, w, h, a):
-    """A word a times as wide as high, the middle half of an image (h, w), leans, tapers, sags, turns and is cropped.
+    """Leans, tapers, sags, turns and crops a word, a times as wide as high, that fills the middle half of an image (h, w).
     Returns the inverse, quads for Image.transform, and the crop's width / height. The unit is the word's height."""
     a *= np.exp(rng.gauss(0, .15))
     lean, taper = rng.gauss(rng.choice((0, 0, 0, 0, 0, .25)), .05), max(-.35, min(.35, rng.gauss(0, .1)))
@@ -671,7 +672,7 @@ def guidance_view(images, generator, rows=None, geometry=True, strength=1.0):
 
     LMIM's list: at least three of ten operations, then colour jitter with p = .8 and grey with p = .2. geometry=False
     leaves every pixel in its place and every edge its sign (no solarizing), or else what a coarse view has to predict
-    could not be known; it adds noise instead. `strength` scales every range: 0 changes nothing."""
+    could not be known: of the ten LOOK's four are left, and noise. `strength` scales every range: 0 changes nothing."""
     numbers = uniform(generator, len(images), 80, rows=rows, device=images.device)
     order, rest = numbers[:, :10].argsort(1).argsort(1), numbers[:, 10:14].unbind(1)
     chosen = strength * (order < 3 + (rest[0][:, None] * 8).floor())                # 3 to 10 of the ten
@@ -855,7 +856,8 @@ def pack(args):
     if os.path.exists(args.out):
         raise UserError(f"{args.out}: exists already; type the name of a new folder")
     try:
-        skip = dict(line.rstrip("\n").split("\t")[:2] for line in open(args.without, encoding="utf-8")) if args.without else {}
+        lines = pathlib.Path(args.without).read_text("utf-8").splitlines() if args.without else []
+        skip = dict(line.split("\t")[:2] for line in lines)
         if any(source.where(int(i)) != where for i, where in skip.items()):
             raise ValueError("it names other entries")
     except (OSError, ValueError, IndexError) as error:

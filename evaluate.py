@@ -94,7 +94,8 @@ def read_predictions(path):
 
 # ---- table
 
-BENCHMARKS = [  # sets and their full size, for IC13-857 is not IC13-1015; figures in that order, then their average
+BENCHMARKS = [  # sets and their full size, for IC13-857 is not IC13-1015; figures in that order, then their average; from
+    # LMIM's paper (CVPR 2025), those of MNSP and DSHM from their own (2605.14885, AAAI 2026)
     (dict(iiit5k=3000, ic13=1015, svt=647, ic15=2077, svtp=645, cute=288), {
         "LMIM": "98.5 98.0 97.7 88.7 94.0 98.6 95.9", "MNSP": "- - - - - - 96.7"}),
     (dict(curve=2426, multiori=1369, artistic=900, contextless=779, salient=1585, multiword=829, general=400000), {
@@ -108,8 +109,8 @@ def loose(name):
     return re.sub("ic(dar)?(20)?(?=1[35])", "ic", re.sub("[^a-z0-9]", "", name.lower()))
 
 def summary(sets, protocol):
-    """{set: score} -> what --json holds: `average` over sets, `weighted` over their evaluated words. Sets without one
-    stay out, and so does Union14M's Incomplete, which is reported as a drop."""
+    """{set: score} -> what --json holds: `average` over sets, `weighted` over their evaluated words. Sets without an
+    accuracy stay out, and so does Union14M's Incomplete, which is reported as a drop."""
     many = [one for name, one in sets.items() if one["accuracy"] is not None and "incomplete" not in loose(name)]
     mean = lambda weights: sum(w * one["accuracy"] for w, one in zip(weights, many)) / sum(weights) if many else None
     return {"protocol": protocol, "sets": sets, "average": mean([1] * len(many)),
@@ -194,7 +195,7 @@ def changed(images, kind, value):
 
 def read_source(reader, source, args, view=("sets", 0), rank=0, world=1):
     """Every crop once over all ranks -> rows (label, reading, confidence), ("", None, 0) for the damaged; why they are.
-    The order is the source's, for how long a word is shows only once it is read: `decode` drops what has ended."""
+    They are not sorted, since a word's length is known only once it is read: `decode` drops what has ended."""
     rows, broken = {}, []
     steps = data.read_all(source, args.batch_size, args.workers, rank, world)
     for ids, images, labels, damaged in tqdm(steps, source.name, disable=rank or None):
@@ -293,10 +294,10 @@ def parse():
     add("--predictions", metavar="FILE", help="write label, reading, confidence, place here; --score reads it back")
     add("--heights", nargs="+", type=int, default=[], help="read crops reduced to these heights too; 8 is hard")
     add("--rotations", nargs="+", type=float, default=[], help="read crops turned by these degrees too, leftwards")
-    add("--attention", metavar="DIR", help="draw where the network looks; take synth:256 for the share on text")
+    add("--attention", metavar="DIR", help="draw where the network looks; on synth:256 also its share on text")
     add("--errors", metavar="FILE", help="draw the 48 most confident errors here")
     add("--batch_size", type=int, default=128, help="crops read at once by each process; lower it if memory runs out")
-    add("--workers", type=int, default=min(4, os.cpu_count()), help="processes that decode images for a rank; 0 if few")
+    add("--workers", type=int, default=min(4, os.cpu_count()), help="processes that decode, for each rank; 0 for a handful")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="half is faster, less exact")
     add("--fonts", help="a folder of .ttf or .otf files for synth, besides those of the system")

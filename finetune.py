@@ -1,8 +1,8 @@
 """Fine-tunes a pre-trained encoder into a recognizer: labelled crops in, text out.
 
-    python finetune.py --init out/mnsp/last.pt --data synth IIIT5k SVT --val synth:1000:1           a laptop
-    python finetune.py --init out/mnsp/last.pt --data L/train --val L/val --compile                 one GPU
-    torchrun --nproc_per_node=8 finetune.py --init out/mnsp/last.pt --data L/train --val L/val      the papers' setting
+    python finetune.py --init out/mnsp/last.pt --data synth IIIT5k SVT --val synth:1000:1         a laptop
+    python finetune.py --init out/mnsp/last.pt --data L/train --val L/val --compile               one GPU
+    torchrun --nproc_per_node=8 finetune.py --init out/mnsp/last.pt --data L/train --val L/val    eight, LMIM's recipe
 
 Writes to --out_dir: last.pt, prev.pt, best.pt (highest accuracy on --val, which should never be a test set), log.jsonl.
 `evaluate.py --ckpt` needs nothing but such a file.
@@ -38,10 +38,9 @@ def encode(labels, model):
         row[:len(word) + 1] = torch.tensor([model.index[c] for c in word] + [model.end])
     return ids
 
-def under_patches(masks, targets, model):
+def under_patches(letters, targets, model):
     """Class of the character under each patch (B, N), padding where there is none or it is not known (real crops)."""
-    k = torch.nn.functional.max_pool2d(masks.float()[:, None], model.encoder.patch).flatten(1).long()
-    # k = 1 is the first character
+    k = torch.nn.functional.max_pool2d(letters.float()[:, None], model.encoder.patch).flatten(1).long()  # 1: the first
     return torch.where(k > 0, targets.gather(1, (k - 1).clamp(min=0)), model.pad)
 
 def label_fraction(source, share, seed):
@@ -59,7 +58,7 @@ def build(args, chars):
     encoder = load_encoder(args.init, **options) if args.init else ViT(**config, **options)
     reader = dict(MODELS[args.model]["reader"], dropout=args.dropout, spell=args.spell)
     model = Recognizer(encoder, chars, args.max_length, **reader)
-    want = tuple(config.values())
+    want = tuple(config[key] for key in ("depth", "width", "heads", "patch"))
     have = (len(encoder.blocks), encoder.width, encoder.blocks[0].attn.heads, encoder.patch)
     if want != have:
         raise UserError(f"--init {args.init}: depth, width, heads and patch are {have}, those of --model {args.model} "
@@ -117,8 +116,8 @@ def main():
     add("--layer_decay", type=share, default=0.75, help="each encoder layer learns at this share of the next's rate")
     add("--drop_path", type=within("[0, 1)"), default=0.1, help="share of encoder branches skipped; 0 for short runs")
     add("--dropout", type=within("[0, 1)"), default=0.1, help="in attention, FFN and embeddings; 0 for short runs")
-    add("--label_fraction", type=share, default=1.0, help="train on this share of the labels, drawn once by --seed")
-    add("--freeze_encoder", action="store_true", help="train the decoder only, to measure what the encoder holds")
+    add("--label_fraction", type=share, default=1.0, help="train on this share of --data, drawn once by --seed")
+    add("--freeze_encoder", action="store_true", help="train all but the encoder, to measure what it holds")
     add("--spell", type=within("[0, inf)"), default=0.0,
         help="weight of naming the character under each patch of rendered words, whose boxes are known: supervision "
         "beyond the labels, which gets small models off the ground")
@@ -150,18 +149,18 @@ def main():
     model, said = build(args, chars)
     training.say(said)
     training.more = dict(charset=chars, best=-1.0)
-    training.prepare(model, source, args.layer_decay, masks=args.spell > 0)
+    training.prepare(model, source, args.layer_decay, letters=args.spell > 0)
 
     for step in training.steps():
-        for images, labels, masks, (rows, total) in training.micro_batches():
+        for images, labels, letters, (rows, total) in training.micro_batches():
             words = [fit_label(label, chars, args.max_length)[0] for label in labels]
             targets = encode(words, model).to(training.device)
-            # rendered words come varied already, and their masks would have to move along: real crops are augmented
-            real = torch.arange(len(images)) if masks is None else (masks.flatten(1).amax(1) == 0).nonzero()[:, 0]
+            # with --spell rendered words stay as they are: they come varied, and their letters would have to move along
+            real = torch.arange(len(images)) if letters is None else (letters.flatten(1).amax(1) == 0).nonzero()[:, 0]
             images = unit(images)
             if len(real):
                 images[real] = augment(images[real], training.generator(), (rows[real], total))
-            named = None if masks is None else under_patches(masks.to(training.device), targets, model)
+            named = None if letters is None else under_patches(letters.to(training.device), targets, model)
             with training.autocast():
                 loss, terms, logits = training.model(normalize(images), targets, named)
             right = ((logits.argmax(-1) == targets) | (targets == model.pad)).all(1).float().mean()

@@ -1,9 +1,9 @@
 """The networks: a plain ViT, the pre-training objective of four methods, and a recognizer that reads.
 
 Read it top to bottom: attention and block, encoder (`ViT`), decoder, METHODS, the objective (`Pretrainer`), the recognizer.
-Nothing here reads files of data or knows of ranks; `pretrain.py` and `finetune.py` hold the loops.
+`pretrain.py` and `finetune.py` hold the loops; of ranks only `align_infonce` knows, which compares the crops of them all.
 
-    # B batch   H W pixels   h w patch grid   N = h*w patches   K kept   M masked (K + M = N)
+    # B batch   H W pixels   h w patch grid   N = h*w patches (N' of another view)   K kept   M masked (K + M = N)
     # D width   C channels of the target   T characters   V classes
 """
 import argparse
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from data import UserError
 
-MODELS = {  # encoder, its patch in pixels (h, w); reader, which spells words after fine-tuning; decoder of pre-training
+MODELS = {  # encoder, its patch in pixels (h, w); reader of words, after fine-tuning; decoder of pre-training
     "vit_nano": dict(encoder=dict(depth=6, width=128, heads=4, patch=(8, 8)), reader=dict(layers=2, width=128, heads=4, ffn=256),
                      decoder=dict(layers=2, width=128, heads=4, ffn=256, dropout=0.0)),
     "vit_tiny": dict(encoder=dict(depth=12, width=192, heads=3, patch=(4, 4)), reader=dict(layers=3, width=256, heads=8, ffn=256),
@@ -89,7 +89,7 @@ def attend(q, k, v, dropout=0.0, causal=False):
     return drop(scores.softmax(-1), dropout) @ v                                             # (B, heads, T, d)
 
 class Attention(nn.Module):
-    """The encoder's self-attention, with timm's parameter names."""
+    """The encoder's self-attention: one matrix for queries, keys and values, as in timm's checkpoints."""
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
@@ -142,7 +142,7 @@ class PatchEmbed(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)                      # (B, N, D)
 
 class ViT(nn.Module):
-    """Encoder E. images (B, 3, H, W), normalised to [-1, 1] -> (B, 1+N, D): [cls], then the patches in row order;
+    """The encoder. images (B, 3, H, W), normalised to [-1, 1] -> (B, 1+N, D): [cls], then the patches in row order;
     with ids_keep (B, K) only those patches are seen: (B, 1+K, D). LayerNormed.
 
     `size` is the fine scale (H, W); `scales` the coarse ones, coarse to fine. All share every weight but a learned offset each
@@ -171,11 +171,9 @@ class ViT(nn.Module):
         x, size = self.patch_embed(images), tuple(images.shape[-2:])                         # (B, N, D)
         if size == self.size:
             x = x + self.pos_embed[:, 1:]
-        elif size in self.scales:
+        else:
             i = self.scales.index(size)
             x = x + getattr(self, f"pos_{i}") + self.scale_embed[i]
-        else:
-            x = x + sincos(self.width, self.grid_of(size), self.grid).to(x)
         x = x if ids_keep is None else take(x, ids_keep)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype)
         x = torch.cat([cls, x], dim=1)                                                       # (B, 1+K, D)
@@ -196,8 +194,8 @@ def init_weights(module):
 
 # ---- decoder
 
-class CrossAttention(nn.Module):
-    """Queries from x, keys and values from y (y = x makes it self-attention). Keys can be kept and used again."""
+class CachedAttention(nn.Module):
+    """The decoders' attention, to themselves or to another's tokens: keys and values are made apart and can be used again."""
 
     def __init__(self, width, heads, dropout=0.0, bias=True):
         super().__init__()
@@ -221,14 +219,14 @@ class DecoderLayer(nn.Module):
     """Self-attention -> cross-attention -> FFN. Post-norm in pre-training, pre-norm in the recognizer: both LMIM's.
 
     x (B, T, D) -> (B, T, D). `memory`: keys and values of what is attended to, from `cross_attn.keys`, or None (no memory).
-    `cache`: keys and values of the words so far (2, B, heads, t, d), which x continues. `last`: only the last so many rows of x
-    ask (they still see all), so that nothing is computed that no loss reads. Returns x and the keys to keep."""
+    `cache`: keys and values of the characters so far (2, B, heads, t, d), which x continues. `last`: only the last so many rows of x
+    are queries (all are keys), since the others enter no loss. Returns x and the keys to keep."""
 
     def __init__(self, width, heads, ffn, dropout=0.0, pre_norm=False, bias=True, cross=True):
         super().__init__()
         self.pre_norm, self.dropout = pre_norm, dropout
-        self.self_attn = CrossAttention(width, heads, dropout, bias)
-        self.cross_attn = CrossAttention(width, heads, dropout, bias) if cross else None
+        self.self_attn = CachedAttention(width, heads, dropout, bias)
+        self.cross_attn = CachedAttention(width, heads, dropout, bias) if cross else None
         self.mlp = Mlp(width, ffn, dropout, bias)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=1e-6) if n else None for n in (1, cross, 1))
 
@@ -245,7 +243,7 @@ class DecoderLayer(nn.Module):
         return residual(x, self.norm3, lambda x: drop(self.mlp(x), self.dropout, self.training)), keys
 
 class Decoder(nn.Module):
-    """D of pre-training: predicts the target of hidden patches from visible tokens, places, and the tokens of a guidance view.
+    """The decoder of pre-training: predicts the target of hidden patches from visible tokens, places, and a guidance view's tokens.
 
     `grids` are the grids it can predict, the fine one last; places are in units of the fine grid, as in the encoder."""
 
@@ -253,18 +251,18 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(encoder_width, width) if seen else None
         self.embed_memory = nn.Linear(encoder_width, width) if cross else None
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token, self.scales = nn.Parameter(torch.zeros(1, 1, width)), len(grids)
         self.layers = nn.ModuleList(DecoderLayer(width, heads, ffn, dropout, cross=cross) for _ in range(layers))
         self.norm, self.pred = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, out)
         for i, grid in enumerate(grids):
             self.register_buffer(f"pos_{i}", sincos(width, grid, grids[-1])[None], persistent=False)
         init_weights(self)
 
-    def forward(self, memory, seen=None, ids_keep=None, ids_mask=None, grid=0):
+    def forward(self, memory, seen=None, ids_keep=None, ids_mask=None, scale=-1):
         """memory: list of (B, 1+N', D'), or []; seen (B, 1+K, D') with ids_keep and ids_mask -> (B, M, C), in ids_mask's order.
-        Without `seen` every patch of grid number `grid` is hidden: (B, N, C). No token is put back in its place, since places
-        are in the embedding: hidden ones stand last, and the head runs on nothing else."""
-        pos = getattr(self, f"pos_{grid}")                                                   # (1, N, D)
+        Without `seen` every patch of grids[scale] is hidden: (B, N, C). Tokens are not put back in order, as places are embedded:
+        hidden ones come last, and the head runs on them alone."""
+        pos = getattr(self, f"pos_{range(self.scales)[scale]}")                              # (1, N, D)
         if seen is None:
             x = (self.mask_token + pos).expand(len(memory[0]), -1, -1)                       # (B, N, D)
             M = x.shape[1]
@@ -281,7 +279,7 @@ class Decoder(nn.Module):
 
 # ---- methods: a fifth is a fifth row
 
-METHODS = {  # guidance: none | full (moved, bent, recoloured) | coarse (recoloured, at every scale); then the terms' weights
+METHODS = {  # guidance: none | full (moved, bent, recoloured) | coarse (recoloured, at each coarse scale); the terms' weights
     "mim":  dict(guidance="none",   mim=1.0, nsp=0.0, align=0.0, form="none"),
     "nsp":  dict(guidance="coarse", mim=0.0, nsp=1.0, align=0.0, form="none"),
     "lmim": dict(guidance="full",   mim=1.0, nsp=0.0, align=1.0, form="mse"),
@@ -311,7 +309,7 @@ def align_mse(a, b, crops=None):
 
 def align_infonce(a, b, crops=None, temperature=0.2):
     """A crop's two [cls] tokens (B, D) find each other among those of all crops of all ranks (InfoNCE, 1807.03748), both
-    ways. A rank with a damaged crop has fewer than `crops` rows: the rest are nobody's. Pictures are one rank's own."""
+    ways. A rank with a damaged crop has fewer than its `crops` rows and is padded. Without gradients nothing is gathered."""
     ranks = torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
     with torch.autocast(a.device.type, enabled=False):
         a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
@@ -334,7 +332,7 @@ class Pretrainer(nn.Module):
 
     def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None, dropout=None):
         super().__init__()
-        self.crops = None                                                    # of every rank in a step, for InfoNCE over ranks
+        self.crops = None                                                    # of one rank in a step, for InfoNCE over ranks
         decoder = MODELS[model]["decoder"]
         self.method = METHODS[method] if isinstance(method, str) else method
         self.scales = [tuple(s) for s in scales] if self.method["guidance"] == "coarse" else []
@@ -349,7 +347,7 @@ class Pretrainer(nn.Module):
 
     @torch.no_grad()
     def target(self, image, grid):
-        """T: each patch's pixels normalised (`patch_norm`), or a frozen teacher's tokens LayerNormed without parameters -> (B, N, C)."""
+        """Each patch's pixels normalised (`patch_norm`), or a frozen teacher's tokens LayerNormed without parameters -> (B, N, C)."""
         h, w = self.encoder.grid
         if self.teacher is None:
             p, q = self.encoder.patch
@@ -360,35 +358,37 @@ class Pretrainer(nn.Module):
             x = F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, self.teacher.grid), grid).flatten(2).transpose(1, 2)
         return F.layer_norm(x, x.shape[-1:])
 
-    def look(self, image, views, ids_keep):
-        """Tokens of each view (B, 1+N', D), of the visible patches (B, 1+K, D) or None, and [cls] of them all (B, D)."""
+    def encode(self, image, views, ids_keep):
+        """Tokens of each view (B, 1+N', D), of the visible patches (B, 1+K, D) or None; [cls] of them all (B, D), coarse to fine."""
         memory = [self.encoder(view) for view in views]
         seen = self.encoder(image, ids_keep) if self.method["mim"] else None
         return memory, seen, [tokens[:, 0] for tokens in (*memory, seen) if tokens is not None]
 
-    def forward(self, image, views, ids_keep, ids_mask, others=None):
-        """image (B, 3, H, W); views: guidance views coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms, pred).
+    def agree(self, cls, others):
+        """How far [cls] of neighbouring scales are from agreeing. `others`: (micro-batches in the step, [cls] of the other
+        ones, without gradients): by GradCache (2101.06983) each micro-batch adds its share of one large batch's gradient."""
+        parts, whole = (1, cls) if others is None else (others[0], [torch.cat(pair) for pair in zip(cls, others[1])])
+        pairs = list(zip(whole, whole[1:]))
+        align = sum(ALIGN[self.method["form"]](a, b, self.crops) for a, b in pairs) / len(pairs)
+        return parts * align - (parts - 1) * align.detach()
 
-        others: (micro-batches in the step, [cls] of the others' crops, without gradients) for an `align` that compares crops. By
-        GradCache (2101.06983) accumulated gradients are then those of one large batch."""
+    def forward(self, image, views, ids_keep, ids_mask, others=None):
+        """image (B, 3, H, W); views: guidance views coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms, pred)."""
         weight, terms, pred = self.method, {}, None
         target = [self.target(image, grid) for grid in self.grids]           # (B, N, C) each, the fine scale last
-        memory, seen, cls = self.look(image, views, ids_keep)
+        memory, seen, cls = self.encode(image, views, ids_keep)
 
         if weight["mim"]:                                                    # hidden patches from visible ones and memory
-            pred = self.decoder(memory, seen, ids_keep, ids_mask, grid=len(self.grids) - 1)      # (B, M, C)
+            pred = self.decoder(memory, seen, ids_keep, ids_mask)            # (B, M, C)
             terms["mim"] = mse(pred, take(target[-1], ids_mask))
 
-        if weight["nsp"]:                                                    # every patch of a scale from all coarser scales
-            finer = [self.decoder(memory[:i + 1], grid=i) for i in range(len(self.grids))]       # (B, N, C) each
+        if weight["nsp"]:                                                    # every patch of a scale from coarser scales alone
+            finer = [self.decoder(memory[:i + 1], scale=i) for i in range(len(self.grids))]      # (B, N, C) each
             terms["nsp"] = sum(map(mse, finer, target)) / len(finer)
             pred = finer[-1] if pred is None else pred
 
         if weight["align"]:                                                  # [cls] of neighbouring scales agree (MLA)
-            parts, whole = (1, cls) if others is None else (others[0], [torch.cat(pair) for pair in zip(cls, others[1])])
-            pairs = list(zip(whole, whole[1:]))
-            align = sum(ALIGN[weight["form"]](a, b, self.crops) for a, b in pairs) / len(pairs)
-            terms["align"] = parts * align - (parts - 1) * align.detach()    # each part gives its own of one gradient
+            terms["align"] = self.agree(cls, others)
 
         terms = {name: weight[name] * term for name, term in terms.items()}
         return sum(terms.values()), dict(terms, spread=spread(cls[-1])), pred
@@ -427,9 +427,10 @@ ENCODER_PREFIXES = ("", "module.", "model_maeenc.", "module.model_maeenc.", "enc
 NOT_ENCODER = ("decoder", "mask_token", "model_maeenc_momentum", "head", "fc_norm", "linear_norm")
 
 def load_encoder(path, **options):
-    """ViT of a checkpoint: this project's (any method, or a recognizer), or MAE's, MAERec's, LMIM's, with or without {"model": ...}.
-    Width, depth and patch are read off the tensors, the stored `pos_embed` is kept as it is, heads are 64 wide where the file does
-    not say, coarse scales are left behind. `options` go to ViT (drop_path, dropout). `encoder.matched` says how many tensors came from the file."""
+    """ViT of a checkpoint for crops of 32 x 128: this project's (any method, or a recognizer), or one in MAE's format, such as
+    MAERec's and LMIM's, with or without {"model": ...}. Width, depth and patch are read off the tensors, the stored `pos_embed`
+    is kept as it is, heads are 64 wide where the file does not say, coarse scales are left behind. `options` go to ViT.
+    `encoder.matched` says how many tensors came from the file."""
     checkpoint = read_checkpoint(path)
     state, args = checkpoint.get("model", checkpoint), checkpoint.get("args", {})
     key = "blocks.0.attn.qkv.weight"
@@ -451,9 +452,9 @@ def load_encoder(path, **options):
 # ---- recognizer
 
 class Recognizer(nn.Module):
-    """Encoder, Linear + LayerNorm, and a Transformer decoder that spells (LMIM's fine-tuning model). Classes: the charset, then
-    end, padding, unknown; one more embedding starts a word. `char_head` (only with a weight `spell`) names the character under each patch:
-    an auxiliary loss on rendered words, whose character boxes are known; it is not used in reading."""
+    """Encoder, Linear + LayerNorm, and a Transformer decoder that reads (LMIM's fine-tuning model). Classes: the charset, then
+    end, padding, unknown; one more embedding starts a word. `char_head` (only with a weight `spell`) names the character under
+    each patch: an auxiliary loss on rendered words, whose character boxes are known; it is not used in reading."""
 
     def __init__(self, encoder, charset, max_length=25, layers=6, width=512, heads=8, ffn=256, dropout=0.0, spell=0.0):
         super().__init__()
@@ -463,7 +464,8 @@ class Recognizer(nn.Module):
         self.end, self.pad, self.unknown, self.start = V - 3, V - 2, V - 1, V
         self.proj = nn.Sequential(nn.Linear(encoder.width, width), nn.LayerNorm(width))
         self.embed = nn.Embedding(V + 1, width)
-        self.register_buffer("pos", sincos(2 * width, (1, max_length + 1), (1, max_length + 1))[None, :, :width], persistent=False)
+        row = (1, max_length + 1)                                            # of places, of which sincos's first half, x, is taken
+        self.register_buffer("pos", sincos(2 * width, row, row)[None, :, :width], persistent=False)
         self.layers = nn.ModuleList(DecoderLayer(width, heads, ffn, dropout, pre_norm=True, bias=False) for _ in range(layers))
         self.norm, self.classifier = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, V)
         self.char_head = nn.Linear(encoder.width, V) if spell else None

@@ -3,8 +3,9 @@
     python pretrain.py --method mnsp --model vit_nano                        a laptop: rendered words, no download
     python pretrain.py --method mnsp --compile --batch_size 512              one GPU
     torchrun --nproc_per_node=8 pretrain.py --method mnsp --data U/book32_lmdb U/cc_lmdb U/openvino_lmdb \\
-             --teacher vit_small_checkpoint-19.pth                           eight GPUs, the paper's setting
+             --teacher vit_small_checkpoint-19.pth                           eight GPUs, LMIM's data and teacher
 
+Read `main` first, then `make_views` and `make_mask`; `Run` is the machinery that fine-tuning shares.
 Writes to --out_dir: last.pt (and prev.pt, the one before), log.jsonl (an object a logged step), samples/step_*.png.
 Every random number of a step is a function of --seed, the step and the crop's place in the global batch, so a resumed
 run, one on other processes and one with accumulated gradients go through the same numbers (dropout is each rank's own).
@@ -28,7 +29,7 @@ from data import (H, W, DamageCount, Parser, UserError, batches, coarse_view, de
 from model import (ALIGN, COMPARES_CROPS, METHODS, MODELS, Pretrainer, load_encoder, load_state, patch_norm, patchify,
                    read_checkpoint, take, unpatchify)
 
-RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's (10 epochs on 8 GPUs of 64 crops)
+RECIPES = {  # what --model changes in the flags' defaults, which are LMIM's for vit_small (10 epochs, 8 GPUs of 64 crops)
     "vit_nano": dict(batch_size=64, max_steps=2000, blr=4e-3, warmup_epochs=0.5, sample_every=1000, clip_grad=1.0),
     "vit_tiny": dict(blr=5e-4),
 }
@@ -59,10 +60,10 @@ def training_flags(parser):
     add("--accum_iter", type=count, default=1, help="micro-steps that add up to a step; raise it as --batch_size falls")
     add("--epochs", type=positive, default=10, help="passes over --data")
     add("--max_steps", type=count, help="steps in all, instead of --epochs")
-    add("--blr", type=positive, default=1.5e-4, help="learning rate at 256 crops a step; it is blr * crops / 256")
-    add("--lr", type=positive, help="learning rate as it is, instead of --blr")
+    add("--blr", type=positive, default=1.5e-4, help="the learning rate is blr * crops a step / 256")
+    add("--lr", type=positive, help="the learning rate itself, instead of --blr")
     add("--min_lr", type=share, default=0.0, help="where the cosine ends")
-    add("--warmup_epochs", type=share, default=1, help="of --epochs, rate rising; scales along with --max_steps")
+    add("--warmup_epochs", type=share, default=1, help="epochs of rising rate; with --max_steps the same share of them")
     add("--weight_decay", type=share, default=0.05, help="AdamW's; never on biases, norms and tokens")
     add("--clip_grad", type=share, default=0.0, help="largest norm of the gradient; 0 leaves it as it is")
     add("--max_bad_steps", type=count, default=10, help="stop after so many skipped (non-finite) steps in a row")
@@ -76,7 +77,7 @@ def training_flags(parser):
     add("--resume", action="store_true", help="go on from --out_dir's checkpoint, or start if there is none")
     add("--log_every", type=count, default=20, help="steps between lines of log.jsonl")
     add("--save_every", type=count, default=500, help="steps between checkpoints")
-    add("--sample_every", type=count, default=1000, help="steps between pictures or readings of a few crops")
+    add("--sample_every", type=count, default=1000, help="steps between pictures, or readings of all of --val")
 
 def parse(parser, recipes, argv=None):
     """Parses with the defaults of the --model that is named, so that --help shows them too."""
@@ -110,15 +111,16 @@ def meet(rank, world):
 class Run:
     """What every training loop needs, so that the loop itself reads as the method does.
 
-        for step in run.steps():                             sets the learning rate; saves, or leaves, after the body
-            for images, ..., rows in run.micro_batches():    `accum_iter` of them
-                with run.autocast(): loss, terms = run.model(...)
-                run.backward(loss, terms)
-            run.update()                                     clips, steps, logs
+        training.prepare(model, source)                           also takes up the checkpoint; `more` must be set before
+        for step in training.steps():                             sets the learning rate; saves, or leaves, after the body
+            for images, ..., rows in training.micro_batches():    `accum_iter` of them (pre-training draws them all first)
+                with training.autocast(): loss, terms = training.model(...)
+                training.backward(loss, terms)
+            training.update()                                     clips, steps, logs
     """
-    MUST_MATCH = ("model data fonts rotate_tall seed dtype method scales teacher mask mask_ratio align align_weight "
-                  "objective weight_decay init layer_decay dropout drop_path spell charset max_length label_fraction "
-                  "freeze_encoder").split()
+    MUST_MATCH = ("model data fonts rotate_tall seed dtype method scales teacher mask mask_ratio guidance_strength "
+                  "align align_weight objective weight_decay init layer_decay dropout drop_path spell charset max_length "
+                  "label_fraction freeze_encoder").split()
 
     def __init__(self, args):
         self.args, self.out, self.stop = args, args.out_dir, False
@@ -158,7 +160,7 @@ class Run:
             print(text, flush=True)
 
     def over_ranks(self, *numbers):
-        """Sums of numbers on the host. Decisions are taken on these, or ranks would part and wait for each other."""
+        """Sums of numbers, on the host. Ranks decide on these, or some would wait for others that have left."""
         numbers = torch.tensor(numbers, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(numbers, group=self.hosts)
@@ -166,7 +168,7 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self, path):
-        """A full or read-only disk is said, and training goes on."""
+        """A full or read-only disk is reported, and training goes on."""
         try:
             yield
         except (OSError, RuntimeError) as e:                                # torch's writer puts a RuntimeError on top
@@ -201,12 +203,13 @@ class Run:
         elif found:
             raise UserError(f"--resume: cannot read {' nor '.join(found)}; name another --out_dir to start anew")
         try:
-            os.makedirs(os.path.join(self.out, "samples"), exist_ok=True)
+            os.makedirs(self.out, exist_ok=True)
         except OSError as e:
             raise UserError(f"--out_dir {self.out}: {e.strerror}; expected a folder that can be written")
 
-    def prepare(self, model, source, layer_decay=1.0, masks=False):
-        """Puts model, optimizer and data in place, at the very step where the checkpoint is, if there is one."""
+    def prepare(self, model, source, layer_decay=1.0, letters=False):
+        """Puts model, optimizer and data in place, at the very step where the checkpoint is, if there is one. With
+        `letters` crops come with the pixels of each character, where they are known."""
         args = self.args
         self.raw = model.to(self.device)
         self.total = args.max_steps or max(1, round(args.epochs * len(source) / self.crops))
@@ -236,7 +239,7 @@ class Run:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = torch.nn.parallel.DistributedDataParallel(self.model, ids, gradient_as_bucket_view=True)
         self.batches = batches(source, args.batch_size, args.seed, self.position, self.rank, self.world, args.workers,
-                               masks)
+                               letters)
         parameters = sum(p.numel() for p in model.parameters())
         self.say(f"{args.model}  {parameters / 1e6:.2f} M parameters  {len(source)} crops  {self.crops} a step  "
                  f"{self.total} steps  lr {self.lr:.2e}  warm-up {self.warmup} steps  out {self.out}")
@@ -301,16 +304,16 @@ class Run:
             raise UserError(f"the last checkpoint could not be written to {self.out}; mend that and add --resume")
 
     def draw(self):
-        """The crops of a step, as `accum_iter` micro-batches: images, labels, masks, rows in the global batch."""
+        """The crops of a step, as `accum_iter` micro-batches: images, labels, letters, rows in the global batch."""
         for i in range(self.args.accum_iter):
             before = time.perf_counter()
-            images, labels, masks, damaged, taken = next(self.batches)
+            images, labels, letters, damaged, taken = next(self.batches)
             self.waited += time.perf_counter() - before
             self.damage.add(self.args.batch_size, damaged)
             if len(images) == 0:
                 raise UserError(f"no crop of a batch could be read, the first being {damaged[0]}; see data.py check")
             rows = ((i * self.world + self.rank) * self.args.batch_size + torch.as_tensor(taken), self.crops)
-            yield images.to(self.device, non_blocking=True), labels, masks, rows
+            yield images.to(self.device, non_blocking=True), labels, letters, rows
 
     def micro_batches(self, drawn=None):
         for i, part in enumerate(drawn or self.draw()):
@@ -399,8 +402,8 @@ class Run:
                 f.write(json.dumps(row) + "\n")
 
 def weight_groups(model, weight_decay, layer_decay=1.0):
-    """AdamW's groups. Matrices decay; biases, norms, tokens and the embedding of letters do not (MAE). Encoder layer i of n
-    learns at layer_decay^(n + 1 - i) of the rate, what is above it at the full rate (BEiT)."""
+    """AdamW's groups. Matrices decay; biases, norms, tokens and the embedding of letters do not (MAE). Encoder layer i of
+    n learns at layer_decay^(n + 1 - i) of the rate, what is above it at the full rate (BEiT)."""
     groups, n = {}, len(model.encoder.blocks)
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -413,16 +416,16 @@ def weight_groups(model, weight_decay, layer_decay=1.0):
 
 # ---- views, masks and pictures of pre-training
 
-def make_views(images, method, scales, generator, rows=None):
+def make_views(images, method, scales, generator, rows=None, strength=1.0):
     """The guidance views of METHODS[method], normalised: none, one at full scale, or one a coarse scale."""
     if method["guidance"] == "none":
         return []
-    look = guidance_view(images, generator, rows, geometry=method["guidance"] == "full")      # (B, 3, H, W) in [0, 1]
-    return [normalize(coarse_view(look, s)) for s in scales] or [normalize(look)]
+    view = guidance_view(images, generator, rows, method["guidance"] == "full", strength)    # (B, 3, H, W) in [0, 1]
+    return [normalize(coarse_view(view, s)) for s in scales] or [normalize(view)]
 
 def make_mask(n, args, encoder, generator, rows=None):
-    """-> ids_keep (n, K), ids_mask (n, M): of N patches the N - round(mask_ratio * N) of least noise are kept. The count is
-    every crop's, so that shapes are static; at least one patch is kept and one is hidden.
+    """-> ids_keep (n, K), ids_mask (n, M): keeps the N - round(mask_ratio * N) patches of least noise, as many in every
+    crop, so that shapes are static; at least one is kept and one is hidden.
 
     --mask block: the patches of a block, 16 x 16 pixels from a corner drawn anew, share their noise, so that they are
     hidden together; only the block in which the ratio is reached is hidden in part."""
@@ -438,21 +441,21 @@ def make_mask(n, args, encoder, generator, rows=None):
     return ids[:, :K], ids[:, K:]
 
 @torch.no_grad()
-def draw_samples(run, images, path):
+def draw_samples(training, images, path):
     """A sheet: rows are crops; columns are the crop, what is visible, the coarsest view, the prediction, and the truth.
 
     Pixel targets are normalised per patch, so the prediction is drawn twice: as the loss sees it (beside the truth so
     seen), and with the true mean and contrast of each hidden patch put back, as MAE draws it. Feature targets cannot be
     drawn: in their place stands the cosine similarity of prediction and target per patch, black 0 to white 1."""
-    model, args, generator = run.raw.eval(), run.args, torch.Generator().manual_seed(run.args.seed)
-    images = images.to(run.device)
-    views = make_views(images, model.method, model.scales, generator)
-    ids_keep, ids_mask = (ids.to(run.device) for ids in make_mask(len(images), args, model.encoder, generator))
+    model, args, generator = training.raw.eval(), training.args, torch.Generator().manual_seed(training.args.seed)
+    images = images.to(training.device)
+    views = make_views(images, model.method, model.scales, generator, strength=args.guidance_strength)
+    ids_keep, ids_mask = (ids.to(training.device) for ids in make_mask(len(images), args, model.encoder, generator))
     image, grid, patch = normalize(images), model.encoder.grid, model.encoder.patch
-    with run.autocast():
+    with training.autocast():
         _, _, pred = model(image, views, ids_keep, ids_mask)
     if not model.method["mim"]:
-        ids_keep, ids_mask = ids_mask[:, :0], torch.arange(pred.shape[1], device=run.device).expand(len(images), -1)
+        ids_keep, ids_mask = ids_mask[:, :0], torch.arange(pred.shape[1], device=training.device).expand(len(images), -1)
     pixels, target, pred = patchify(image, patch), model.target(image, grid), pred.float()
 
     def fill(values, ground):
@@ -471,9 +474,10 @@ def draw_samples(run, images, path):
         columns += [fill(2 * like.expand(-1, -1, pixels.shape[-1]) - 1, torch.ones_like(pixels))]
     model.train()
     sheet = (255 * torch.stack([*columns, image / 2 + 0.5], 1).clamp(0, 1)).byte().cpu()     # (B, columns, 3, H, W)
-    with run.writing(path):
+    with training.writing(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         draw_sheet([[(x, []) for x in row] for row in sheet], path)
-        run.say(f"picture    {path}")
+        training.say(f"picture    {path}")
 
 # ---- main
 
@@ -486,57 +490,60 @@ def main():
     add("--scales", nargs="+", default=["16x64"], help="coarse views of nsp and mnsp, height x width, coarse to fine")
     add("--mask_ratio", type=within("(0, 1)"), default=0.8, help="share of patches hidden")
     add("--mask", choices=["random", "block"], default="random", help="hide patches, or blocks of 16 x 16 pixels")
+    add("--guidance_strength", type=within("[0, inf)"), default=1.0,
+        help="how much the guidance view differs: at 0 it is the crop itself, 1 is LMIM's medium")
     add("--align", choices=[*ALIGN, "none"], help="how [cls] tokens are brought together; left out: the method's own")
-    add("--align_weight", type=float, help="weight of that term; left out: the method's own")
+    add("--align_weight", type=float, help="weight of that term; left out: the method's own, or mnsp's")
     add("--out_dir", help="where to write; left out: out/METHOD")
     args = parse(parser, RECIPES)
     args.out_dir = args.out_dir or os.path.join("out", args.method)
 
-    method, (p, q), scales = dict(METHODS[args.method]), MODELS[args.model]["encoder"]["patch"], [size(s) for s in args.scales]
+    method, (p, q) = dict(METHODS[args.method]), MODELS[args.model]["encoder"]["patch"]
+    scales = [size(s) for s in args.scales]
     for h, w in scales:
         if h % p or w % q or not (0 < h < H and 0 < w < W):
             parser.error(f"--scales {h}x{w}: expected multiples of the patch, {p}x{q}, below {H}x{W}")
     if args.align and method["guidance"] != "none":
         method.update(form=args.align, align=0.0 if args.align == "none" else method["align"] or METHODS["mnsp"]["align"])
     method.update(align=args.align_weight if args.align_weight is not None else method["align"])
-    tokens = {"none": 0, "full": 1, "coarse": len(scales)}[method["guidance"]] + (method["mim"] > 0)   # [cls] tokens
+    tokens = {"none": 0, "full": 1, "coarse": len(scales)}[method["guidance"]] + (method["mim"] > 0)   # of [cls]
     if (args.align or args.align_weight) and (tokens < 2 or method["form"] not in ALIGN and method["align"]):
         parser.error(f"--align {args.align} --align_weight {args.align_weight}: --method {args.method} has no two "
                      "[cls] to align that way")
     args.objective = method                                                 # --resume refuses another
-    run = Run(args)
+    training = Run(args)
     source = open_sources(args.data, fonts=args.fonts, rotate_tall=args.rotate_tall)
     teacher = None
     if args.teacher:
-        teacher = load_encoder(args.teacher).to(run.device)
-        run.say(f"--teacher {args.teacher}: all {teacher.matched} tensors loaded")
+        teacher = load_encoder(args.teacher).to(training.device)
+        training.say(f"--teacher {args.teacher}: all {teacher.matched} tensors loaded")
     model = Pretrainer(method, args.model, scales, teacher)
     model.crops = args.batch_size * args.accum_iter
-    run.prepare(model, source)
-    few = read_batch(range(min(64, len(source))), source)[0][:8]
+    training.prepare(model, source)
+    few = read_batch(range(min(64, len(source))), source)[0][:8]             # some may be damaged
 
-    for step in run.steps():
+    for step in training.steps():
         parts, cls = [], None
-        for images, _, _, rows in run.draw():
-            views = make_views(images, method, model.scales, run.generator(0), rows)
-            ids = make_mask(len(images), args, model.encoder, run.generator(1), rows)
-            parts.append((normalize(images), views, *(i.to(run.device, non_blocking=True) for i in ids)))
+        for images, _, _, rows in training.draw():
+            views = make_views(images, method, model.scales, training.generator(0), rows, args.guidance_strength)
+            ids = make_mask(len(images), args, model.encoder, training.generator(1), rows)
+            parts.append((normalize(images), views, *(i.to(training.device, non_blocking=True) for i in ids)))
         if args.accum_iter > 1 and method["align"] and method["form"] in COMPARES_CROPS:
-            with torch.no_grad(), run.autocast():
-                cls = [model.look(*part[:3])[2] for part in parts]
-        for i, part in enumerate(run.micro_batches(parts)):                 # image, views, ids_keep, ids_mask
-            others = cls and (args.accum_iter, [torch.cat(views) for views in zip(*cls[:i], *cls[i + 1:])])
-            with run.autocast():
-                loss, terms, _ = run.model(*part, others=others)
-            run.backward(loss, terms)
-        run.update()
+            with torch.no_grad(), training.autocast():
+                cls = [model.encode(*part[:3])[2] for part in parts]
+        for i, part in enumerate(training.micro_batches(parts)):            # image, views, ids_keep, ids_mask
+            others = cls and (args.accum_iter, [torch.cat(scale) for scale in zip(*cls[:i], *cls[i + 1:])])
+            with training.autocast():
+                loss, terms, _ = training.model(*part, others=others)
+            training.backward(loss, terms)
+        training.update()
 
-        if (step + 1) % args.sample_every == 0 or step + 1 == run.total:
-            with run.untimed():
+        if (step + 1) % args.sample_every == 0 or step + 1 == training.total:
+            with training.untimed():
                 sheet = os.path.join(args.out_dir, "samples", f"step_{step + 1:06d}.png")
-                if run.rank == 0 and len(few):
-                    draw_samples(run, few, sheet)
-    run.say(f"checkpoint {os.path.join(args.out_dir, 'last.pt')}")
+                if training.rank == 0 and len(few):
+                    draw_samples(training, few, sheet)
+    training.say(f"checkpoint {os.path.join(args.out_dir, 'last.pt')}")
 
 if __name__ == "__main__":
     run(main)
