@@ -7,9 +7,7 @@
 Writes to --out_dir: last.pt, prev.pt, best.pt (highest accuracy on --val, which should never be a test set), log.jsonl.
 `evaluate.py --ckpt` needs nothing but such a file.
 """
-import argparse
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -122,14 +120,7 @@ def main():
         help="weight of naming the character under each patch of rendered words, whose boxes are known: supervision "
         "beyond the labels, which gets small models off the ground")
     add("--out_dir", default=os.path.join("out", "finetune"), help="where to write")
-    first, argv = argparse.ArgumentParser(add_help=False, allow_abbrev=False), sys.argv[1:]
-    first.add_argument("--init")
-    first.add_argument("--model")
-    named, _ = first.parse_known_args(argv)
-    if named.init and not named.model:              # the size is in our own checkpoints; a foreign one needs --model
-        stored = read_checkpoint(named.init).get("args", {})
-        argv += ["--model", stored["model"]] if isinstance(stored, dict) and stored.get("model") in MODELS else []
-    args = parse(parser, RECIPES, argv)
+    args = parse(parser, RECIPES)
 
     training = Run(args)
     chars = charset(args.charset)

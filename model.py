@@ -287,7 +287,7 @@ METHODS = {  # guidance: none | full (moved, bent, recoloured) | coarse (recolou
 }
 
 def mse(pred, target):
-    return (pred.float() - target.float()).square().mean()
+    return F.mse_loss(pred.float(), target.float())
 
 class Gather(torch.autograd.Function):
     """Rows of all ranks, in rank order; each rank's rows get the gradients of every rank's loss."""

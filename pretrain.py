@@ -79,12 +79,18 @@ def training_flags(parser):
     add("--save_every", type=count, default=500, help="steps between checkpoints")
     add("--sample_every", type=count, default=1000, help="steps between pictures, or readings of all of --val")
 
-def parse(parser, recipes, argv=None):
-    """Parses with the defaults of the --model that is named, so that --help shows them too."""
+def parse(parser, recipes):
+    """Parses with the defaults of the --model that is named, or that --init was made with if it is ours, so that --help
+    shows them too."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--model", default="vit_small")
-    parser.set_defaults(**recipes.get(first.parse_known_args(argv)[0].model, {}))
-    return parser.parse_args(argv)
+    first.add_argument("--model")
+    first.add_argument("--init")
+    named, _ = first.parse_known_args()
+    stored = read_checkpoint(named.init).get("args") if named.init and not named.model else None
+    known = isinstance(stored, dict) and stored.get("model") in MODELS
+    model = stored["model"] if known else named.model or "vit_small"
+    parser.set_defaults(**dict(recipes.get(model, {}), model=model))
+    return parser.parse_args()
 
 # ---- ranks
 
