@@ -12,6 +12,7 @@ import pytest
 import torch
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
+import data
 import finetune
 import pretrain
 from data import UserError
@@ -363,11 +364,22 @@ def test_loader_processes_end_with_the_run(tmp_path):
     ("finetune.py", ["--label_fraction", "0"], "--label_fraction"),
     ("finetune.py", ["--charset", "nowhere.txt"], "nowhere.txt"),
 ])
-def test_wrong_commands_are_one_line(tmp_path, script, flags, said):
+def test_wrong_commands_are_one_line(tmp_path, monkeypatch, capsys, script, flags, said):
     """A traceback for what the person who typed it can mend."""
-    command = [sys.executable, script, *"--model vit_nano --max_steps 1 --out_dir".split(), str(tmp_path / "o"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    command = [script, *"--model vit_nano --max_steps 1 --out_dir".split(), str(tmp_path / "o"), *flags]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as left:
+        data.run({"pretrain.py": pretrain, "finetune.py": finetune}[script].main)
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and said in error and error.count("\n") == 1, error
+
+
+def test_a_wrong_command_ends_with_2(tmp_path):
+    """A status of 0 or 1, or a traceback on the way out, in a process of its own."""
+    command = [sys.executable, os.path.join(ROOT, "pretrain.py"), "--data", "nowhere", "--out_dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "nowhere" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 # ---- fine-tuning's own
