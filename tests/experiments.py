@@ -28,12 +28,13 @@ PRETRAINING = {  # name: flags of pretrain.py; the first five are table 1's
     "mnsp_no_mla": "--method mnsp --align none",
     "mnsp_mse": "--method mnsp --align mse --align_weight 1", "mnsp_mse_.1": "--method mnsp --align mse --align_weight 0.1",
     "mnsp_infonce_.1": "--method mnsp --align infonce --align_weight 0.1", "mnsp_infonce_1": "--method mnsp --align infonce --align_weight 1",
-    "mnsp_two_scales": "--method mnsp --scales 8x32 16x64",
+    "mnsp_two_scales": "--method mnsp --scales 8x32 16x64", "mnsp_8x32": "--method mnsp --scales 8x32",
+    "mnsp_weak": "--method mnsp --guidance_strength 0.5", "mnsp_strong": "--method mnsp --guidance_strength 1.5",
     "lmim_no_align": "--method lmim --align none",
     "mim_.6": "--method mim --mask_ratio 0.6", "mim_.9": "--method mim --mask_ratio 0.9", "mim_block": "--method mim --mask block",
     "mnsp_.6": "--method mnsp --mask_ratio 0.6", "mnsp_.9": "--method mnsp --mask_ratio 0.9", "mnsp_block": "--method mnsp --mask block",
 }
-STEPS, FINE_STEPS = 4000, dict(tenth=2000, all=4000)
+STEPS, FINE_STEPS = 4000, dict(tenth=2000, all=4000)                        # `all` has ten times as many real labels
 MODEL = "--model vit_nano"
 
 
