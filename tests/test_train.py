@@ -48,7 +48,7 @@ def same(a, b):
 
 # ---- one process, two, or accumulated gradients
 
-TWENTY = ["--max_steps", "20", "--clip_grad", "0"]
+TWENTY = "--max_steps 20 --clip_grad 0 --save_every 20".split()
 JOBS = {  # all without dropout
     "mim": (pretrain, ["--method", "mim", *TWENTY]),
     "nsp": (pretrain, ["--method", "nsp", *TWENTY]),
