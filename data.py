@@ -768,7 +768,7 @@ RED, BLACK, GREY = (210, 30, 30), (0, 0, 0), (120, 120, 120)
 def draw_sheet(rows, path):
     """rows of cells (picture uint8 (3, 32, 128) or None, [(text, colour), ...]): text is below a picture, or alone, in
     the first font that has all of it, else in Pillow's own, with boxes."""
-    w, h = 2 * W + 12, 2 * H + (26 if any(text for row in rows for _, text in row) else 8)
+    w, h, files = 2 * W + 12, 2 * H + (26 if any(text for row in rows for _, text in row) else 8), font_files()
     sheet = Image.new("RGB", (w * max(map(len, rows), default=1), h * max(1, len(rows))), "white")
     cells = ((x * w + 6, y * h, *cell) for y, row in enumerate(rows) for x, cell in enumerate(row))
     for x, y, picture, pieces in cells:
@@ -776,8 +776,7 @@ def draw_sheet(rows, path):
         if picture is not None:
             picture = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
             sheet.paste(picture.resize((2 * W, 2 * H), Image.Resampling.NEAREST), (x, y + 4))
-        able = (file for file in font_files() if all(glyph(file, size, 0, c) for c in line if c != " "))
-        file = next(able, None)
+        file = next((file for file in files if all(glyph(file, size, 0, c) for c in line if c != " ")), None)
         room = (w - 12) / max(1, face(file, size)[0].getlength(line))
         font = face(file, max(7, int(size * min(1, room))))[0]
         for text, colour in pieces:

@@ -34,6 +34,7 @@ PRETRAINING = {  # name: flags of pretrain.py; the first five are table 1's
     "mim_.6": "--method mim --mask_ratio 0.6", "mim_.9": "--method mim --mask_ratio 0.9", "mim_block": "--method mim --mask block",
     "mnsp_.6": "--method mnsp --mask_ratio 0.6", "mnsp_.9": "--method mnsp --mask_ratio 0.9", "mnsp_block": "--method mnsp --mask block",
 }
+TABLE1 = list(PRETRAINING)[:5]
 STEPS, FINE_STEPS = 4000, dict(tenth=2000, all=4000)                        # `all` has ten times as many real labels
 MODEL = "--model vit_nano"
 
@@ -67,8 +68,7 @@ def jobs(args):
         return f"evaluate.py --ckpt {folder}/last.pt --data synth:256:9 --attention {folder}/attention --json {folder}/synth.json"
 
     add("split", [f"tests/experiments.py split --real {args.real} --out {out}"])
-    table1 = list(PRETRAINING)[:5]
-    for seed, name in [(seed, name) for seed in SEEDS for name in table1] + [(0, name) for name in PRETRAINING if name not in table1]:
+    for seed, name in [(seed, name) for seed in SEEDS for name in TABLE1] + [(0, name) for name in PRETRAINING if name not in TABLE1]:
         pre, flags, init, needs = f"{name}-s{seed}", PRETRAINING[name], "", ["split"]
         if flags:
             add(pre, [f"pretrain.py {MODEL} --data synth:60000 {' '.join([fit] * 4)} --max_steps {STEPS} {flags} --seed {seed} --resume "
@@ -76,13 +76,13 @@ def jobs(args):
             init, needs = f"--init {out}/{pre}/last.pt ", [pre]
         for share, source, times in (("tenth", few, 60), ("all", fit, 6)):
             folder = f"{out}/{pre}-{share}"
-            if share == "tenth" or name in table1:
+            if share == "tenth" or name in TABLE1:
                 add(f"{pre}-{share}", [
                     f"finetune.py {init}{MODEL} --data synth:200000 {' '.join([source] * times)} --val {val} --max_steps {FINE_STEPS[share]} "
                     f"--seed {seed} --resume --out_dir {folder}",
                     f"evaluate.py --ckpt {folder}/best.pt --data {' '.join(tests)} --heights 16 12 8 --rotations 15 30 --json {folder}/real.json",
                     looks(folder)], *needs)
-        if name in table1:                                           # a recognizer of no training, to look at the encoder alone
+        if name in TABLE1:                                           # a recognizer of no training, to look at the encoder alone
             folder = f"{out}/{pre}-before"
             add(f"{pre}-before", [f"finetune.py {init}{MODEL} --freeze_encoder --data synth:64 --max_steps 1 --seed {seed} --workers 0 "
                                   f"--resume --out_dir {folder}", looks(folder)], *needs)
@@ -163,14 +163,14 @@ def result(out, run_name, *keys, file="real.json"):
 
 def tables(out):
     """Everything that is there, as Markdown."""
-    lines, first = [], list(PRETRAINING)[:5]
+    lines = []
 
     def table(title, head, body):
         lines.extend(["", f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)])
         lines.extend("| " + " | ".join(map(str, row)) + " |" for row in body if set(row[1:]) - {"-", 0})
     for share in FINE_STEPS:
         body = []
-        for name in first:
+        for name in TABLE1:
             of = lambda *keys: spread([result(out, f"{name}-s{seed}-{share}", *keys) for seed in SEEDS])
             sets = [of("sets", s, "accuracy") for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
             seeds = sum(result(out, f"{name}-s{seed}-{share}") is not None for seed in SEEDS)
@@ -185,7 +185,7 @@ def tables(out):
                      last("peak_gb", "{:.2f}", mean=max), tenth])
     table("What each change does, and costs", ["pre-training", "mim", "nsp", "spread", "crops/s, one core", "GB", "tenth: average"], body)
     body, before = [], []
-    for name in first:
+    for name in TABLE1:
         of = lambda *keys, kind="tenth", file="real.json": [result(out, f"{name}-s{seed}-{kind}", *keys, file=file) for seed in SEEDS]
         drop = lambda *keys: spread([b - a if None not in (a, b) else None for a, b in zip(of("average"), of(*keys, "average"))])
         body.append([f"`{name}`", *(drop("heights", h) for h in ("16", "12", "8")), *(drop("rotations", r) for r in ("15", "30"))])
@@ -194,7 +194,7 @@ def tables(out):
         before.append([f"`{name}`", *looks("before", "cls"), *looks("before", "patches"),
                        *looks("tenth", "cls"), *looks("tenth", "patches"), *looks("tenth", "decoder")])
     table("Robustness (tenth): change of the average when crops are reduced or turned", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
-    area = next((x for name in first if (x := result(out, f"{name}-s0-before", "attention", "synth", "text_area", file="synth.json"))), 0)
+    area = next((x for name in TABLE1 if (x := result(out, f"{name}-s0-before", "attention", "synth", "text_area", file="synth.json"))), 0)
     table(f"Attention on 256 rendered words: share on text (blind: {area:.3f}) and entropy, before and after fine-tuning (tenth)",
           ["from", "[cls] before", "entropy", "patches before", "entropy", "[cls] after", "entropy", "patches after", "entropy",
            "letters after", "entropy"], before)

@@ -133,6 +133,7 @@ def test_dropout_on_a_cpu(rate):
     columns, rows = ((one == 0).double().mean(dim=d) for d in (0, 1))
     assert (columns - rate).abs().max() < 0.08 and rows.min() < rate < rows.max()
 
+
 def test_encoding_does_not_depend_on_the_batch():
     """Statistics over the batch (a batch norm, a mean over the wrong axis) where there must be none."""
     torch.manual_seed(0)
