@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 def device(name):
-    """--device: auto takes a GPU if there is one, and `cuda` is that of this rank -> torch.device. UserError if it cannot
+    """--device: auto takes a CUDA GPU if there is one, that of this rank -> torch.device. UserError if it cannot
     be used. On a CPU this also tells the C library to keep the memory it has, for the whole process."""
     kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -298,7 +298,7 @@ def parse():
     add("--errors", metavar="FILE", help="draw the 48 most confident errors here")
     add("--batch_size", type=int, default=128, help="crops read at once by each process; lower it if memory runs out")
     add("--workers", type=int, default=min(4, os.cpu_count()), help="processes that decode, for each rank; 0 for a handful")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a CUDA GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="half is faster, less exact")
     add("--fonts", help="a folder of .ttf or .otf files for synth, besides those of the system")
     add("--rotate_tall", action="store_true", help="turn crops much taller than wide; for data with vertical words")
@@ -360,7 +360,7 @@ def main():
     try:                                                                         # now, not after an hour of reading
         for path in filter(None, (args.json, args.predictions, args.errors)):
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            open(path, "w").close()
+            open(path, "a").close()
         os.makedirs(args.attention or ".", exist_ok=True)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None

@@ -79,8 +79,8 @@ def drop(x, rate, training=True):
     return x * ((numbers[:x.numel()] >= cut).view(x.shape).to(x.dtype) * (256 / (256 - cut)))
 
 def attend(q, k, v, dropout=0.0, causal=False):
-    """softmax(q k' / sqrt(d)) v on (B, heads, T, d). GPUs take the fused kernel; CPUs the three lines written out, which are faster
-    there, backwards in training and for the single queries of reading."""
+    """softmax(q k' / sqrt(d)) v on (B, heads, T, d). CUDA takes the fused kernel. Elsewhere the lines are written
+    out: on a CPU that is faster in the backward pass, and for the single queries of reading."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                 # (B, heads, T, S)
@@ -202,25 +202,25 @@ class CachedAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.q, self.kv, self.proj = (nn.Linear(width, n * width, bias=bias) for n in (1, 2, 1))
 
-    def keys(self, y):
+    def keys_values(self, y):
         B, S, D = y.shape
-        keys = self.kv(y).view(B, S, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (2, B, heads, S, d)
-        return keys.contiguous()                                                             # read by every query
+        kv = self.kv(y).view(B, S, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)    # (2, B, heads, S, d)
+        return kv.contiguous()                                                               # read by every query
 
     def queries(self, x):
         B, T, D = x.shape
         return self.q(x).view(B, T, self.heads, D // self.heads).transpose(1, 2)             # (B, heads, T, d)
 
-    def forward(self, x, keys, causal=False):
-        out = attend(self.queries(x), *keys.unbind(0), self.dropout if self.training else 0.0, causal)
+    def forward(self, x, kv, causal=False):
+        out = attend(self.queries(x), *kv.unbind(0), self.dropout if self.training else 0.0, causal)
         return drop(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 class DecoderLayer(nn.Module):
     """Self-attention -> cross-attention -> FFN. Post-norm in pre-training, pre-norm in the recognizer: both LMIM's.
 
-    x (B, T, D) -> (B, T, D). `memory`: keys and values of what is attended to, from `cross_attn.keys`, or None (no memory).
-    `cache`: keys and values of the characters so far (2, B, heads, t, d), which x continues. `last`: only the last so many rows of x
-    are queries (all are keys), since the others enter no loss. Returns x and the keys to keep."""
+    x (B, T, D) -> (B, T, D). `memory`: keys and values of what is attended to, from `cross_attn.keys_values`, or None: no
+    cross-attention. `cache`: keys and values of the characters so far (2, B, heads, t, d), which x continues. `last`: only the last
+    so many rows of x are queries (all are keys), since the others enter no loss. Returns x and the keys and values to keep."""
 
     def __init__(self, width, heads, ffn, dropout=0.0, pre_norm=False, bias=True, cross=True):
         super().__init__()
@@ -234,13 +234,13 @@ class DecoderLayer(nn.Module):
         def residual(x, norm, branch):
             return x + branch(norm(x)) if self.pre_norm else norm(x + branch(x))
 
-        keys = self.self_attn.keys(self.norm1(x) if self.pre_norm else x)
-        keys = keys if cache is None else torch.cat([cache, keys], dim=3)
+        kv = self.self_attn.keys_values(self.norm1(x) if self.pre_norm else x)
+        kv = kv if cache is None else torch.cat([cache, kv], dim=3)
         x = x if last is None else x[:, -last:]
-        x = residual(x, self.norm1, lambda x: self.self_attn(x, keys, causal))
-        if self.cross_attn is not None:
+        x = residual(x, self.norm1, lambda x: self.self_attn(x, kv, causal))
+        if memory is not None:
             x = residual(x, self.norm2, lambda x: self.cross_attn(x, memory))
-        return residual(x, self.norm3, lambda x: drop(self.mlp(x), self.dropout, self.training)), keys
+        return residual(x, self.norm3, lambda x: drop(self.mlp(x), self.dropout, self.training)), kv
 
 class Decoder(nn.Module):
     """The decoder of pre-training: predicts the target of hidden patches from visible tokens, places, and a guidance view's tokens.
@@ -251,7 +251,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(encoder_width, width) if seen else None
         self.embed_memory = nn.Linear(encoder_width, width) if cross else None
-        self.mask_token, self.scales = nn.Parameter(torch.zeros(1, 1, width)), len(grids)
+        self.mask_token, self.n_grids = nn.Parameter(torch.zeros(1, 1, width)), len(grids)
         self.layers = nn.ModuleList(DecoderLayer(width, heads, ffn, dropout, cross=cross) for _ in range(layers))
         self.norm, self.pred = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, out)
         for i, grid in enumerate(grids):
@@ -262,7 +262,7 @@ class Decoder(nn.Module):
         """memory: list of (B, 1+N', D'), or []; seen (B, 1+K, D') with ids_keep and ids_mask -> (B, M, C), in ids_mask's order.
         Without `seen` every patch of grids[scale] is hidden: (B, N, C). Tokens are not put back in order, as places are embedded:
         hidden ones come last, and the head runs on them alone."""
-        pos = getattr(self, f"pos_{range(self.scales)[scale]}")                              # (1, N, D)
+        pos = getattr(self, f"pos_{range(self.n_grids)[scale]}")                              # (1, N, D)
         if seen is None:
             x = (self.mask_token + pos).expand(len(memory[0]), -1, -1)                       # (B, N, D)
             M = x.shape[1]
@@ -273,17 +273,18 @@ class Decoder(nn.Module):
 
         memory = self.embed_memory(torch.cat(memory, dim=1)) if memory else None             # (B, sum(1+N'), D)
         for layer in self.layers:
-            keys = None if memory is None else layer.cross_attn.keys(memory)
-            x, _ = layer(x, keys, last=M if layer is self.layers[-1] else None)
+            kv = None if memory is None else layer.cross_attn.keys_values(memory)
+            x, _ = layer(x, kv, last=M if layer is self.layers[-1] else None)
         return self.pred(self.norm(x))                                                       # (B, M, C)
 
 # ---- methods: a fifth is a fifth row
 
-METHODS = {  # guidance: none | full (moved, bent, recoloured) | coarse (recoloured, at each coarse scale); the terms' weights
-    "mim":  dict(guidance="none",   mim=1.0, nsp=0.0, align=0.0, form="none"),
-    "nsp":  dict(guidance="coarse", mim=0.0, nsp=1.0, align=0.0, form="none"),
-    "lmim": dict(guidance="full",   mim=1.0, nsp=0.0, align=1.0, form="mse"),
-    "mnsp": dict(guidance="coarse", mim=1.0, nsp=1.0, align=0.02, form="infonce"),
+METHODS = {  # guidance: none | full (moved, bent, recoloured) | coarse (recoloured, at each coarse scale); guided: mim's decoder
+    # sees it; then the terms' weights, and the form of align
+    "mim":  dict(guidance="none",   guided=False, mim=1.0, nsp=0.0, align=0.0, form="none"),
+    "nsp":  dict(guidance="coarse", guided=False, mim=0.0, nsp=1.0, align=0.0, form="none"),
+    "lmim": dict(guidance="full",   guided=True,  mim=1.0, nsp=0.0, align=1.0, form="mse"),
+    "mnsp": dict(guidance="coarse", guided=False, mim=1.0, nsp=1.0, align=0.02, form="infonce"),
 }
 
 def mse(pred, target):
@@ -343,20 +344,18 @@ class Pretrainer(nn.Module):
             decoder = dict(decoder, dropout=dropout)
         self.grids = [self.encoder.grid_of(s) for s in [*self.scales[1:], self.encoder.size]]  # those that are predicted
         self.decoder = Decoder(self.encoder.width, out, self.grids, seen=self.method["mim"] > 0,
-                               cross=self.method["guidance"] != "none", **decoder)
+                               cross=bool(self.method["nsp"] or self.method["guided"]), **decoder)
 
     @torch.no_grad()
-    def target(self, image, grid):
-        """Each patch's pixels normalised (`patch_norm`), or a frozen teacher's tokens LayerNormed without parameters -> (B, N, C)."""
-        h, w = self.encoder.grid
+    def target(self, image):
+        """Each patch's pixels normalised (`patch_norm`), or a frozen teacher's tokens LayerNormed without parameters: (B, N, C) for
+        each scale that is predicted, the fine one last."""
         if self.teacher is None:
-            p, q = self.encoder.patch
-            x = patchify(image if grid == (h, w) else F.adaptive_avg_pool2d(image, (grid[0] * p, grid[1] * q)), (p, q))
-            return patch_norm(x)[0]
-        x = self.teacher(image)[:, 1:].float()
-        if grid != self.teacher.grid:                                        # another scale, or a teacher of another patch
-            x = F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, self.teacher.grid), grid).flatten(2).transpose(1, 2)
-        return F.layer_norm(x, x.shape[-1:])
+            views = [F.adaptive_avg_pool2d(image, size) for size in self.scales[1:]] + [image]
+            return [patch_norm(patchify(view, self.encoder.patch))[0] for view in views]
+        x = self.teacher(image)[:, 1:].float().transpose(1, 2).unflatten(2, self.teacher.grid)               # (B, C, h, w)
+        grids = [F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2) for grid in self.grids]           # the same, if grid is its own
+        return [F.layer_norm(tokens, tokens.shape[-1:]) for tokens in grids]
 
     def encode(self, image, views, ids_keep):
         """Tokens of each view (B, 1+N', D), of the visible patches (B, 1+K, D) or None; [cls] of them all (B, D), coarse to fine."""
@@ -373,19 +372,20 @@ class Pretrainer(nn.Module):
         return parts * align - (parts - 1) * align.detach()
 
     def forward(self, image, views, ids_keep, ids_mask, others=None):
-        """image (B, 3, H, W); views: guidance views coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms, pred)."""
-        weight, terms, pred = self.method, {}, None
-        target = [self.target(image, grid) for grid in self.grids]           # (B, N, C) each, the fine scale last
+        """image (B, 3, H, W); views: guidance views coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms, pred): the
+        terms weighted, and what mim and nsp predict of the fine scale, (B, M, C) and (B, N, C)."""
+        weight, terms, pred = self.method, {}, {}
+        target = self.target(image)                                          # (B, N, C) each, the fine scale last
         memory, seen, cls = self.encode(image, views, ids_keep)
 
-        if weight["mim"]:                                                    # hidden patches from visible ones and memory
-            pred = self.decoder(memory, seen, ids_keep, ids_mask)            # (B, M, C)
-            terms["mim"] = mse(pred, take(target[-1], ids_mask))
+        if weight["mim"]:                                                    # hidden patches from visible ones; lmim's from memory too
+            guided = memory if weight["guided"] else []
+            pred["mim"] = self.decoder(guided, seen, ids_keep, ids_mask)     # (B, M, C)
+            terms["mim"] = mse(pred["mim"], take(target[-1], ids_mask))
 
         if weight["nsp"]:                                                    # every patch of a scale from coarser scales alone
             finer = [self.decoder(memory[:i + 1], scale=i) for i in range(len(self.grids))]      # (B, N, C) each
-            terms["nsp"] = sum(map(mse, finer, target)) / len(finer)
-            pred = finer[-1] if pred is None else pred
+            terms["nsp"], pred["nsp"] = sum(map(mse, finer, target)) / len(finer), finer[-1]
 
         if weight["align"]:                                                  # [cls] of neighbouring scales agree (MLA)
             terms["align"] = self.agree(cls, others)
@@ -478,7 +478,7 @@ class Recognizer(nn.Module):
         """(B, 3, H, W) -> patch tokens (B, N, D), and the keys and values of each layer's cross-attention."""
         tokens = self.encoder(images)[:, 1:]
         memory = self.proj(tokens)
-        return tokens, [layer.cross_attn.keys(memory) for layer in self.layers]
+        return tokens, [layer.cross_attn.keys_values(memory) for layer in self.layers]
 
     def step(self, ids, memory, caches=None):
         """ids (B, T) continue what `caches` hold -> logits (B, T, V) and the new caches."""
@@ -486,8 +486,8 @@ class Recognizer(nn.Module):
         x = self.embed(ids) + self.pos[:, past:past + ids.shape[1]]
         x, kept = drop(x, self.dropout, self.training), []
         for i, layer in enumerate(self.layers):
-            x, keys = layer(x, memory[i], caches and caches[i], causal=caches is None)
-            kept.append(keys)
+            x, kv = layer(x, memory[i], caches and caches[i], causal=caches is None)
+            kept.append(kv)
         return self.classifier(self.norm(x)), kept
 
     def forward(self, images, targets, chars=None):
@@ -529,5 +529,5 @@ class Recognizer(nn.Module):
 
     def strings(self, ids, probs):
         """Texts and confidences: [(text, product of the probabilities of its characters, end included)]."""
-        words = ["".join(self.charset[i] if i < len(self.charset) else "" for i in row if i != self.end) for row in ids.tolist()]
+        words = ["".join(self.charset[i] for i in row if i != self.end) for row in ids.tolist()]
         return list(zip(words, probs.cpu().double().prod(dim=1).tolist()))

@@ -12,6 +12,7 @@ run, one on other processes and one with accumulated gradients go through the sa
 """
 import argparse
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import uuid
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from data import (H, W, DamageCount, Parser, UserError, batches, coarse_view, device, draw_sheet, guidance_view, normalize,
                   open_sources, read_batch, run, size, uniform)
@@ -73,7 +75,7 @@ def training_flags(parser):
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="of matrix products; auto takes bfloat16 where the device has it")
     add("--compile", action="store_true", help="a minute's wait, then faster; on CPUs needs a C++ compiler")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a CUDA GPU if there is one")
     add("--resume", action="store_true", help="go on from --out_dir's checkpoint, or start if there is none")
     add("--log_every", type=count, default=20, help="steps between lines of log.jsonl")
     add("--save_every", type=count, default=500, help="steps between checkpoints")
@@ -125,12 +127,12 @@ class Run:
             training.update()                                     clips, steps, logs
     """
     MUST_MATCH = ("model data fonts rotate_tall seed dtype method scales teacher mask mask_ratio guidance_strength "
-                  "align align_weight objective weight_decay init layer_decay dropout drop_path spell charset max_length "
-                  "label_fraction freeze_encoder").split()
+                  "objective weight_decay init layer_decay dropout drop_path spell charset max_length label_fraction val "
+                  "freeze_encoder").split()
 
     def __init__(self, args):
         self.args, self.out, self.stop = args, args.out_dir, False
-        self.step, self.position, self.more = 0, 0, {}                      # more: what else a checkpoint holds
+        self.step, self.more = 0, {}                                        # more: what else a checkpoint holds
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.crops = args.batch_size * args.accum_iter * self.world         # a step, all ranks
         self.device = device(args.device)
@@ -201,7 +203,7 @@ class Run:
             if not {"args", "data", "optimizer", "step", "bad"} <= set(self.loaded):
                 raise UserError(f"--resume {path}: not a training checkpoint of this project; name another --out_dir")
             old, new, crops = self.loaded["args"], vars(self.args), self.loaded["data"]["crops"]
-            differ = [f"--{k} {old[k]} there, {new[k]} here" for k in self.MUST_MATCH
+            differ = [f"{'METHODS' * (k == 'objective') or '--' + k} {old[k]} there, {new[k]} here" for k in self.MUST_MATCH
                       if k in old and k in new and old[k] != new[k]]
             differ += [f"{crops} crops a step there, {self.crops} here"] if crops != self.crops else []
             if differ:
@@ -229,7 +231,7 @@ class Run:
         if self.loaded:
             load_state(self.raw, self.loaded["model"], self.loaded["path"])
             self.optimizer.load_state_dict(self.loaded["optimizer"])
-            self.step, self.position = self.loaded["step"], self.loaded["data"]["position"]
+            self.step = self.loaded["step"]
             self.more.update((k, self.loaded[k]) for k in self.more)
             self.bad += torch.tensor(self.loaded["bad"], device=self.device)
             if self.rank == 0:
@@ -244,8 +246,8 @@ class Run:
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = torch.nn.parallel.DistributedDataParallel(self.model, ids, gradient_as_bucket_view=True)
-        self.batches = batches(source, args.batch_size, args.seed, self.position, self.rank, self.world, args.workers,
-                               letters)
+        self.batches = batches(source, args.batch_size, args.seed, self.step * self.crops, self.rank, self.world,
+                               args.workers, letters)
         parameters = sum(p.numel() for p in model.parameters())
         self.say(f"{args.model}  {parameters / 1e6:.2f} M parameters  {len(source)} crops  {self.crops} a step  "
                  f"{self.total} steps  lr {self.lr:.2e}  warm-up {self.warmup} steps  out {self.out}")
@@ -258,7 +260,7 @@ class Run:
             return True
         state = dict(model=self.raw.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
                      args=vars(self.args), rng=dict(seed=self.args.seed, step=self.step), bad=self.bad.tolist(),
-                     data=dict(position=self.position, crops=self.crops, damage=damage),
+                     data=dict(position=self.step * self.crops, crops=self.crops, damage=damage),
                      scaler=self.scaler.state_dict(), **self.more)
         with self.writing(path):
             if not all(p.isfinite().all() for p in self.raw.parameters()):
@@ -344,7 +346,7 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.bad = torch.stack([(self.bad[0] + 1) * bad, self.bad[1] + bad])
-        self.step, self.position, self.since = self.step + 1, self.position + self.crops, self.since + 1
+        self.step, self.since = self.step + 1, self.since + 1
         due = self.step % self.args.log_every == 0 or self.step == self.total
         if due:
             self.log()
@@ -393,11 +395,10 @@ class Run:
                    damaged=int(damaged))
         terms = " + ".join(f"{n} {means[n]:.3f}" for n in means if n not in ("loss", "spread", "accuracy"))
         extra = "".join(f"  {n} {means[n]:.3f}" for n in ("spread", "accuracy") if n in means)
-        eta = time.strftime("%H:%M:%S", time.gmtime(row["eta_s"]))
         bad = f"  BAD {row['bad_steps']}" if row["bad_steps"] else ""
         self.say(f"step {self.step}  loss {means['loss']:.3f} = {terms}{extra}  lr {lr:.1e}  "
                  f"{row['crops_per_s']:.0f} img/s  {ms:.0f} ms  wait {100 * row['wait']:.0f}%  "
-                 f"{row['peak_gb']:.1f} GB  eta {eta}{bad}")
+                 f"{row['peak_gb']:.1f} GB  eta {datetime.timedelta(seconds=round(row['eta_s']))}{bad}")
         self.write(row)
         self.clock()
 
@@ -436,11 +437,12 @@ def make_mask(n, args, encoder, generator, rows=None):
     --mask block: the patches of a block, 16 x 16 pixels from a corner drawn anew, share their noise, so that they are
     hidden together; only the block in which the ratio is reached is hidden in part."""
     (h, w), N = encoder.grid, math.prod(encoder.grid)
-    noise = uniform(generator, n, N, rows=rows)
+    noise = uniform(generator, n, N + 2 * (args.mask == "block"), rows=rows)
     if args.mask == "block":
         a, b = (max(1, 16 // p) for p in encoder.patch)
-        y = (torch.arange(h) + (noise[:, :1] * a).long()) // a                                # (n, h) row of blocks
-        x = (torch.arange(w) + (noise[:, 1:2] * b).long()) // b                               # (n, w)
+        corner, noise = noise.split([2, N], dim=1)
+        y = (torch.arange(h) + (corner[:, :1] * a).long()) // a                               # (n, h) row of blocks
+        x = (torch.arange(w) + (corner[:, 1:] * b).long()) // b                               # (n, w)
         cell = (y[:, :, None] * (w // b + 1) + x[:, None, :]).flatten(1) % N                  # (n, N)
         noise = noise.gather(1, cell) + 1e-4 * noise
     ids, K = noise.argsort(dim=1), min(max(N - round(args.mask_ratio * N), 1), N - 1)
@@ -448,38 +450,41 @@ def make_mask(n, args, encoder, generator, rows=None):
 
 @torch.no_grad()
 def draw_samples(training, images, path):
-    """A sheet: rows are crops; columns are the crop, what is visible, the coarsest view, the prediction, and the truth.
-
-    Pixel targets are normalised per patch, so the prediction is drawn twice: as the loss sees it (beside the truth so
-    seen), and with the true mean and contrast of each hidden patch put back, as MAE draws it. Feature targets cannot be
-    drawn: in their place stands the cosine similarity of prediction and target per patch, black 0 to white 1."""
+    """A sheet: rows are crops. Columns: the crop; for mim what is visible, for nsp (and whatever else looks at one) the
+    coarsest view, and beside each what is predicted from it, twice: as the loss sees it, pixels normalised per patch,
+    and with the true mean and contrast of each hidden patch put back, as MAE draws it; last the truth as the loss sees
+    it. Features cannot be drawn: in place of a prediction stands its cosine similarity to the target, black 0 to white 1."""
     model, args, generator = training.raw.eval(), training.args, torch.Generator().manual_seed(training.args.seed)
     images = images.to(training.device)
     views = make_views(images, model.method, model.scales, generator, strength=args.guidance_strength)
     ids_keep, ids_mask = (ids.to(training.device) for ids in make_mask(len(images), args, model.encoder, generator))
     image, grid, patch = normalize(images), model.encoder.grid, model.encoder.patch
     with training.autocast():
-        _, _, pred = model(image, views, ids_keep, ids_mask)
-    if not model.method["mim"]:
-        ids_keep, ids_mask = ids_mask[:, :0], torch.arange(pred.shape[1], device=training.device).expand(len(images), -1)
-    pixels, target, pred = patchify(image, patch), model.target(image, grid), pred.float()
+        _, _, predicted = model(image, views, ids_keep, ids_mask)
+    pixels, target = patchify(image, patch), model.target(image)[-1]
+    _, mean, std = patch_norm(pixels)
+    everything = torch.arange(pixels.shape[1], device=training.device).expand(len(images), -1)
 
-    def fill(values, ground):
+    def fill(values, ids, ground):
         """Tokens with `values` at the hidden places, as a picture."""
-        x = ground.clone().scatter_(1, ids_mask[..., None].expand(-1, -1, ground.shape[-1]), values)
+        x = ground.clone().scatter_(1, ids[..., None].expand(-1, -1, ground.shape[-1]), values)
         return unpatchify(x, grid, patch) / 2 + 0.5
-    columns = [image / 2 + 0.5, fill(torch.zeros_like(pixels)[:, :ids_mask.shape[1]], pixels)]
-    columns += [torch.nn.functional.interpolate(views[0], images.shape[-2:]) / 2 + 0.5] if views else []
-    if model.teacher is None:
-        _, mean, std = patch_norm(pixels)
-        grey = torch.zeros_like(pixels)
-        columns += [fill(pred / 3, grey), fill(take(target, ids_mask) / 3, grey),
-                    fill(pred * take(std, ids_mask) + take(mean, ids_mask), pixels)]
-    else:
-        like = torch.cosine_similarity(pred, take(target, ids_mask), dim=-1)[..., None]
-        columns += [fill(2 * like.expand(-1, -1, pixels.shape[-1]) - 1, torch.ones_like(pixels))]
+
+    seen = {"mim": fill(torch.zeros_like(pixels)[:, :ids_mask.shape[1]], ids_mask, pixels)}
+    seen["nsp"] = F.interpolate(views[0], images.shape[-2:]) / 2 + 0.5 if views else None
+    columns = [image / 2 + 0.5]
+    for name, pred in predicted.items():
+        pred, ids = pred.float(), ids_mask if name == "mim" else everything
+        columns += [seen[name]] + [seen["nsp"]] * (name == "mim" and model.method["guided"])
+        if model.teacher is None:
+            columns += [fill(pred / 3, ids, torch.zeros_like(pixels)),
+                        fill(pred * take(std, ids) + take(mean, ids), ids, pixels)]
+        else:
+            like = torch.cosine_similarity(pred, take(target, ids), dim=-1)[..., None]
+            columns += [fill(2 * like.expand(-1, -1, pixels.shape[-1]) - 1, ids, torch.ones_like(pixels))]
+    columns += [unpatchify(target / 3, grid, patch) / 2 + 0.5] if model.teacher is None else []
     model.train()
-    sheet = (255 * torch.stack([*columns, image / 2 + 0.5], 1).clamp(0, 1)).byte().cpu()     # (B, columns, 3, H, W)
+    sheet = (255 * torch.stack(columns, 1).clamp(0, 1)).byte().cpu()                         # (B, columns, 3, H, W)
     with training.writing(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         draw_sheet([[(x, []) for x in row] for row in sheet], path)
@@ -498,8 +503,10 @@ def main():
     add("--mask", choices=["random", "block"], default="random", help="hide patches, or blocks of 16 x 16 pixels")
     add("--guidance_strength", type=within("[0, inf)"), default=1.0,
         help="how much the guidance view differs: at 0 it is the crop itself, 1 is LMIM's medium")
+    add("--guided", action=argparse.BooleanOptionalAction, default=None,
+        help="whether mim's decoder sees the guidance views too; left out: the method's own")
     add("--align", choices=[*ALIGN, "none"], help="how [cls] tokens are brought together; left out: the method's own")
-    add("--align_weight", type=float, help="weight of that term; left out: the method's own, or mnsp's")
+    add("--align_weight", type=within("[0, inf)"), help="weight of that term; left out: the method's own, or mnsp's")
     add("--out_dir", help="where to write; left out: out/METHOD")
     args = parse(parser, RECIPES)
     args.out_dir = args.out_dir or os.path.join("out", args.method)
@@ -509,13 +516,21 @@ def main():
     for h, w in scales:
         if h % p or w % q or not (0 < h < H and 0 < w < W):
             parser.error(f"--scales {h}x{w}: expected multiples of the patch, {p}x{q}, below {H}x{W}")
-    if args.align and method["guidance"] != "none":
+    if scales != sorted(set(scales)):
+        parser.error(f"--scales {' '.join(args.scales)}: expected coarse to fine, each once")
+    method.update(guided=method["guided"] if args.guided is None else args.guided)
+    if args.align:
         method.update(form=args.align, align=0.0 if args.align == "none" else method["align"] or METHODS["mnsp"]["align"])
-    method.update(align=args.align_weight if args.align_weight is not None else method["align"])
+    method.update(align=method["align"] if args.align_weight is None else args.align_weight)
     tokens = {"none": 0, "full": 1, "coarse": len(scales)}[method["guidance"]] + (method["mim"] > 0)   # of [cls]
-    if (args.align or args.align_weight) and (tokens < 2 or method["form"] not in ALIGN and method["align"]):
-        parser.error(f"--align {args.align} --align_weight {args.align_weight}: --method {args.method} has no two "
-                     "[cls] to align that way")
+    if method["align"] and (tokens < 2 or method["form"] not in ALIGN):
+        parser.error(f"--align {method['form']} --align_weight {method['align']}: --method {args.method} has no two [cls] "
+                     "to align that way")
+    sees, uses = method["guidance"] != "none", method["guided"] or method["nsp"] or method["align"]
+    if (sees != bool(uses) or method["nsp"] and method["guidance"] != "coarse"
+            or not method["mim"] and (method["guided"] or not method["nsp"])):
+        parser.error(f"--method {args.method}: {method}: expected mim, or nsp with coarse guidance, and guidance views "
+                     "only where guided, nsp or align looks at them")
     args.objective = method                                                 # --resume refuses another
     training = Run(args)
     source = open_sources(args.data, fonts=args.fonts, rotate_tall=args.rotate_tall)

@@ -28,6 +28,7 @@ PRETRAINING = {  # name: flags of pretrain.py; the first five are table 1's
     "mnsp_no_mla": "--method mnsp --align none",
     "mnsp_mse": "--method mnsp --align mse --align_weight 1", "mnsp_mse_.1": "--method mnsp --align mse --align_weight 0.1",
     "mnsp_infonce_.1": "--method mnsp --align infonce --align_weight 0.1", "mnsp_infonce_1": "--method mnsp --align infonce --align_weight 1",
+    "mnsp_guided": "--method mnsp --guided", "mnsp_guided_8x32": "--method mnsp --guided --scales 8x32",
     "mnsp_two_scales": "--method mnsp --scales 8x32 16x64", "mnsp_8x32": "--method mnsp --scales 8x32",
     "mnsp_weak": "--method mnsp --guidance_strength 0.5", "mnsp_strong": "--method mnsp --guidance_strength 1.5",
     "lmim_no_align": "--method lmim --align none",
