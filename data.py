@@ -43,8 +43,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 Image.MAX_IMAGE_PIXELS = 2 ** 25    # 33 million pixels are no word; more is a decompression bomb
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
-# image uint8 (3, 32, 128); mask uint8 (32, 128), rendered words only: k > 0 marks the pixels of the k-th character
-Crop = namedtuple("Crop", "image label mask")
+# image uint8 (3, 32, 128); char_map uint8 (32, 128), rendered words only: k > 0 marks the pixels of the k-th character
+Crop = namedtuple("Crop", "image label char_map")
 
 class UserError(Exception):
     """What the person who typed the command can mend. One line: what came, what was expected, what to type."""
@@ -144,7 +144,7 @@ def fit_label(label, chars, max_length):
     """-> (the label as it is trained on: NFC, lower case where the charset is 36; why it cannot be, or "")."""
     text = unicodedata.normalize("NFC", label or "")
     text = text.lower() if chars == CHARSETS["36"] else text
-    odd = text.strip(chars)                 # nothing is left of what the charset has all of
+    odd = text.strip(chars)                 # empty only if every character is in the charset
     return text, "outside the charset" if odd else "too long" if len(text) > max_length else "empty" * (not text)
 
 def fit_labels(source, chars, max_length):
@@ -152,7 +152,8 @@ def fit_labels(source, chars, max_length):
     blame). Entries whose label is damaged stay in, for the loader to name and count."""
     fits, why, odd = np.ones(len(source), bool), Counter(), Counter()
     for start, part in zip(source.starts, source.parts):
-        if isinstance(part, Synth) and set(part.charset) <= set(chars) and max_length >= MAX_LENGTH:
+        if (isinstance(part, Synth) and set(part.charset) <= set(chars) and max_length >= MAX_LENGTH
+                and not any(map(unicodedata.combining, chars))):        # NFC may join two to one that is not in it
             continue                        # a million drawn words need not be asked one by one
         for i in range(len(part)):
             try:
@@ -320,7 +321,7 @@ class Synth(Source):
 
     def word(self, i):
         """(label, the generator that draws its picture). Of 20 words 14 are English and 2 are numbers; so that no model
-        can do with language alone, 3 are random letters and 1 random signs."""
+        can do with language alone, 3 are random letters and 1 random characters."""
         rng = random.Random(f"{self.seed} {i}")
         kind, case, length = rng.random(), rng.random(), rng.choice(LENGTHS)
         if kind < .85:
@@ -349,22 +350,22 @@ class Synth(Source):
         left, top = min(x for x, *_ in spots), min(y for _, y, *_ in spots)
         right, bottom = max(x + ink.width for x, _, ink, _ in spots), max(y + ink.height for _, y, ink, _ in spots)
         w, h = max(right - left, size // 2) + 2, max(bottom - top, size // 2) + 2  # a lone "." does not fill its crop
-        cover, index = Image.new("L", (w, 2 * h)), Image.new("L", (w, 2 * h))  # index: which character a pixel is of
+        cover, char_map = Image.new("L", (w, 2 * h)), Image.new("L", (w, 2 * h))  # of which character a pixel is
         for k, (x, y, ink, solid) in enumerate(spots, 1):
             at = x + (w - right - left) // 2, y + (2 * h - bottom - top) // 2
             cover.paste(255, at, ink)
-            index.paste(k, at, solid)
+            char_map.paste(k, at, solid)
         if rng.random() < .12:  # the lines above and below can be seen
             line = cover.crop((0, h // 2, w, h // 2 + h))
             cover.paste(line, (w // 3, h // 2 - round(1.1 * h)))
             cover.paste(line, (-w // 3, h // 2 + round(1.1 * h)))
         small = min(w, 160), min(2 * h, 80)  # the warp reads single pixels: what is larger is averaged first
-        cover, index = cover.resize(small, Image.Resampling.BILINEAR), index.resize(small, Image.Resampling.NEAREST)
+        cover, char_map = cover.resize(small, Image.Resampling.BILINEAR), char_map.resize(small, Image.Resampling.NEAREST)
         quads, a = bend(rng, *small, w / h)
         cover = np.asarray(cover.transform((W, H), Image.Transform.MESH, quads, Image.Resampling.BILINEAR))
-        index = np.asarray(index.transform((W, H), Image.Transform.MESH, quads, Image.Resampling.NEAREST))
+        char_map = np.asarray(char_map.transform((W, H), Image.Transform.MESH, quads, Image.Resampling.NEAREST))
         image = worn(rng, paint(rng, cover * np.float32(1 / 255)), a)
-        return Crop(torch.from_numpy(image), label, torch.from_numpy(index * (cover > 96)))
+        return Crop(torch.from_numpy(image), label, torch.from_numpy(char_map * (cover > 96)))
 
 # ---- reading
 
@@ -691,31 +692,31 @@ def augment(images, generator, rows=None):
 
 # ---- batches
 
-def read_batch(indices, source, masks=False):
-    """Crops -> (images uint8 (b, 3, 32, 128), labels, masks uint8 (b, 32, 128) or None, damaged, taken). The damaged, a
-    line for each, leave a smaller batch; `taken` are the places of the others. A crop without a mask gets zeros."""
+def read_batch(indices, source, char_maps=False):
+    """Crops -> (images uint8 (b, 3, 32, 128), labels, char_maps uint8 (b, 32, 128) or None, damaged, taken). The
+    damaged, a line for each, leave a smaller batch; `taken` are the places of the others. A crop without a map gets zeros."""
     crops, damaged = {}, []
     for place, i in enumerate(indices):
         try:
             crops[place] = source.get(i)
         except Damaged as error:
             damaged.append(str(error))
-    images, letters = (torch.zeros(len(crops), *shape, dtype=torch.uint8) for shape in ((3, H, W), (H, W)))
+    images, maps = (torch.zeros(len(crops), *shape, dtype=torch.uint8) for shape in ((3, H, W), (H, W)))
     for k, crop in enumerate(crops.values()):
         images[k] = crop.image
-        letters[k] = 0 if crop.mask is None else crop.mask
-    return images, [crop.label for crop in crops.values()], letters if masks else None, damaged, list(crops)
+        maps[k] = 0 if crop.char_map is None else crop.char_map
+    return images, [crop.label for crop in crops.values()], maps if char_maps else None, damaged, list(crops)
 
 def start_worker(_):
     """Signals to the whole group are the training script's to handle: it saves, and its workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-def loader(source, batches, workers, masks=False):
+def loader(source, batches, workers, char_maps=False):
     """batches: lists of indices. The workers are handed indices alone, and read_batch is what they run on them."""
     return DataLoader(range(len(source)), batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
-                      collate_fn=partial(read_batch, source=source, masks=masks), pin_memory=torch.cuda.is_available(),
-                      prefetch_factor=4 if workers else None)
+                      collate_fn=partial(read_batch, source=source, char_maps=char_maps),
+                      pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
 
 def order(n, batch_size, seed, position=0, rank=0, world=1):
     """Yields for ever the indices of a rank's micro-batches: position p of the stream is crop perm[epoch](p % n) with
@@ -732,9 +733,9 @@ def order(n, batch_size, seed, position=0, rank=0, world=1):
             batch.append(int(perm[p % n]))
         yield batch
 
-def batches(source, batch_size, seed, position=0, rank=0, world=1, workers=0, masks=False):
+def batches(source, batch_size, seed, position=0, rank=0, world=1, workers=0, char_maps=False):
     """An endless stream of micro-batches as `read_batch` returns them, in the order that `order` says."""
-    stream = iter(loader(source, order(len(source), batch_size, seed, position, rank, world), workers, masks))
+    stream = iter(loader(source, order(len(source), batch_size, seed, position, rank, world), workers, char_maps))
     if workers:             # they ignore signals: told to end, or multiprocessing waits for them for ever
         atexit.register(stream._shutdown_workers)
     return stream
@@ -782,7 +783,10 @@ def draw_sheet(rows, path):
         for text, colour in pieces:
             ImageDraw.Draw(sheet).text((x, y + base), text, colour, font, "ls")
             x += font.getlength(text)
-    sheet.save(path)
+    try:
+        sheet.save(path)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; expected a picture's name, such as sheet.png") from None
 
 def show(args):
     source, generator = open_sources(args.src, fonts=args.fonts), torch.Generator().manual_seed(args.seed)

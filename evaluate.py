@@ -36,6 +36,9 @@ PROTOCOLS = {
     "zh": "FudanVI's: lower case, no spaces, full width to half; traditional is not made simplified, lacking a table"}
 HALF = {0x3000: " ", **{c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}}
 
+def default_protocol(charset):
+    return "waics" if charset in data.CHARSETS.values() else "exact"
+
 def ascii_of(text):
     """PARSeq's first steps, after which it measures the length: no whitespace, NFKD, then what is not ASCII goes."""
     return unicodedata.normalize("NFKD", "".join(text.split())).encode("ascii", "ignore").decode()
@@ -193,23 +196,23 @@ def changed(images, kind, value):
         return data.coarse_view(data.warp(F.interpolate(images, scale_factor=4), data.turned(angle, W / H)), (H, W))
     return images
 
-def read_source(reader, source, args, view=("sets", 0), rank=0, world=1):
+def read_source(read, source, args, rank=0, world=1, group=None):
     """Every crop once over all ranks -> rows (label, reading, confidence), ("", None, 0) for the damaged; why they are.
-    They are not sorted, since a word's length is known only once it is read: `decode` drops what has ended."""
+    `read`: crops -> [(text, confidence)]. Fine-tuning validates by this too. Crops are not sorted, since a word's length
+    is known only once it is read: `decode` drops what has ended."""
     rows, broken = {}, []
     steps = data.read_all(source, args.batch_size, args.workers, rank, world)
     for ids, images, labels, damaged in tqdm(steps, source.name, disable=rank or None):
         for i, label in zip(ids, labels):
             if args.data and label is None:
-                raise UserError(f"{source.where(i)}: no label; --data scores readings, --images only reads")
-            if args.predictions and set("\t\n") & set(label):
+                raise UserError(f"{source.where(i)}: no label; expected labelled crops: only --images reads without")
+            if vars(args).get("predictions") and set("\t\n") & set(label):
                 raise UserError(f"{source.where(i)}: {label!r} holds a tab or line end: no --predictions of it")
-        words = reader.read(changed(images.to(reader.device), *view), args.batch_size) if ids else []
-        rows.update((i, (label, *word)) for i, label, word in zip(ids, labels, words))
+        rows.update((i, (label, *word)) for i, label, word in zip(ids, labels, read(images) if ids else ()))
         broken += damaged
     parts = [(rows, broken)] * world
     if world > 1:
-        dist.all_gather_object(parts, parts[0])
+        dist.all_gather_object(parts, parts[0], group=group)
     rows = {i: row for part, _ in parts for i, row in part.items()}
     return [rows.get(i, ("", None, 0)) for i in range(len(source))], [why for _, part in parts for why in part]
 
@@ -243,8 +246,8 @@ def look(reader, source, path):
     On rendered words, whose text pixels are known, returns over the first 256 the share of attention on text (even
     within a patch) and its entropy / log N (1: all over), for [cls], the mean patch and the mean letter; `text_area` is
     the share that blind attention has. Else None."""
-    images, labels, masks, _, _ = data.read_batch(range(min(256, len(source))), source, masks=True)
-    if not masks.any():                                                          # not rendered
+    images, labels, maps, _, _ = data.read_batch(range(min(256, len(source))), source, char_maps=True)
+    if not maps.any():                                                           # not rendered
         images, labels = images[:16], labels[:16]
     if not labels:
         return None
@@ -254,9 +257,9 @@ def look(reader, source, path):
     own = own[:, :, 1:] / own[:, :, 1:].sum(-1, keepdim=True)                    # (B, 1+N, N)
 
     words = [[net.charset[k] for k in row if k != net.end] for row in ids[:16].tolist()]
-    maps = [torch.cat([a[:1], b[:len(word)]]).cpu() for a, b, word in zip(own, letters, words)]
-    full = max(4 / h / w, torch.cat(maps).quantile(0.995).item())
-    for image, label, weights, word in zip(images, labels, maps, words):
+    heats = [torch.cat([a[:1], b[:len(word)]]).cpu() for a, b, word in zip(own, letters, words)]
+    full = max(4 / h / w, torch.cat(heats).quantile(0.995).item())
+    for image, label, weights, word in zip(images, labels, heats, words):
         heat = F.interpolate((weights / full).clamp(max=1).view(-1, 1, h, w), size=(H, W))
         grey = 127 + image.float().mean(0).expand(len(heat), 3, H, W) / 2
         heat = grey.lerp(torch.tensor(RED).view(3, 1, 1).float(), heat).byte()
@@ -264,10 +267,10 @@ def look(reader, source, path):
         rows += [cells[k:k + 6] for k in range(0, len(cells), 6)]
     draw_sheet(rows, path)
     print(f"{path}: full red is {full * h * w:.1f} times an even spread")
-    if not masks.any():
+    if not maps.any():
         return None
 
-    text = F.avg_pool2d((masks[:, None] > 0).float(), net.encoder.patch).flatten(1).to(own)  # (B, N) part of a patch
+    text = F.avg_pool2d((maps[:, None] > 0).float(), net.encoder.patch).flatten(1).to(own)  # (B, N) part of a patch
     found = {"n": len(text), "text_area": text.mean().item()}
     print(f"attention on {found['n']} rendered words of {source.name}; text is {found['text_area']:.3f} of the area")
     for name, seen in {"cls": own[:, :1], "patches": own[:, 1:], "decoder": letters}.items():
@@ -308,6 +311,8 @@ def parse():
     for wrong, message in (
             (not args.score and not args.ckpt, "--ckpt is missing; type finetune.py's, such as out/finetune/best.pt"),
             (given and not args.data, f"--{' --'.join(given)} needs --data"),
+            (args.errors and not args.errors.lower().endswith(data.SUFFIXES),
+             f"--errors {args.errors}: expected a picture's name, such as errors.png"),
             (args.batch_size < 1 or args.workers < 0, "--batch_size, --workers: expected at least 1, at least 0"),
             (any(not 1 <= v <= H for v in args.heights), f"--heights {args.heights}: expected 1 to {H} pixels"),
             (any(abs(v) >= 90 for v in args.rotations), f"--rotations {args.rotations}: expected -90 to 90 degrees")):
@@ -321,7 +326,8 @@ def evaluate(reader, sources, args, rank, world):
         rows, sets = {}, {}
         for name, source in sources.items():
             start = time.perf_counter()
-            rows[name], broken = read_source(reader, source, args, view, rank, world)
+            look = lambda images: reader.read(changed(images.to(reader.device), *view), args.batch_size)
+            rows[name], broken = read_source(look, source, args, rank, world)
             one = score([row[:2] for row in rows[name]], args.protocol)
             sets[name] = dict(one, seconds=time.perf_counter() - start)
             print("".join(f"damaged: {why}\n" for why in broken[:5] if view[0] == "sets" and not rank), end="")
@@ -371,10 +377,10 @@ def main():
     else:
         device = data.device(args.device)
         reader, sources = Reader(args.ckpt, device, args.dtype), {}
-        args.protocol = args.protocol or ("waics" if reader.model.charset in data.CHARSETS.values() else "exact")
+        args.protocol = args.protocol or default_protocol(reader.model.charset)
     if args.images:
         source = data.Files([(path, None) for path in args.images], "", "--images", args.rotate_tall)
-        rows, broken = read_source(reader, source, args)
+        rows, broken = read_source(lambda images: reader.read(images, args.batch_size), source, args)
         for path, (_, text, sure) in zip(args.images, rows):
             print(f"{path}\t{text}\t{sure:.6g}\n" if text is not None else "", end="")
         if broken:

@@ -10,11 +10,10 @@ Writes to --out_dir: last.pt, prev.pt, best.pt (highest accuracy on --val, which
 import os
 
 import torch
-import torch.distributed as dist
 
 import evaluate
-from data import (CHARSETS, Parser, Parts, UserError, augment, charset, fit_label, fit_labels, normalize, open_sources,
-                  read_all, run, unit)
+from data import (Parser, Parts, UserError, augment, charset, fit_label, fit_labels, normalize, open_sources, run,
+                  unit)
 from model import MODELS, Recognizer, ViT, load_encoder, load_state, read_checkpoint
 from pretrain import Run, parse, training_flags, within
 
@@ -28,7 +27,7 @@ RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's: lr 
 
 # ---- labels
 
-def encode(labels, model):
+def encode_labels(labels, model):
     """Words -> classes (B, T): characters, end, then padding; T is the longest, rounded up: few shapes to compile."""
     T = min(-(-max(len(word) + 1 for word in labels) // 4) * 4, model.max_length + 1)
     ids = torch.full((len(labels), T), model.pad)
@@ -36,9 +35,10 @@ def encode(labels, model):
         row[:len(word) + 1] = torch.tensor([model.index[c] for c in word] + [model.end])
     return ids
 
-def under_patches(letters, targets, model):
-    """Class of the character under each patch (B, N), padding where there is none or it is not known (real crops)."""
-    k = torch.nn.functional.max_pool2d(letters.float()[:, None], model.encoder.patch).flatten(1).long()  # 1: the first
+def under_patches(char_maps, targets, model):
+    """Class of the character under each patch (B, N), the last if there are two; padding where there is none or it is not
+    known (real crops)."""
+    k = torch.nn.functional.max_pool2d(char_maps.float()[:, None], model.encoder.patch).flatten(1).long()  # 1: the first
     return torch.where(k > 0, targets.gather(1, (k - 1).clamp(min=0)), model.pad)
 
 def label_fraction(source, share, seed):
@@ -79,26 +79,20 @@ def build(args, chars):
 @torch.inference_mode()
 def validate(training, source, protocol):
     """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first few (label, reading)."""
-    args, model, pairs, lost = training.args, training.raw.eval(), {}, 0
-    for ids, images, labels, damaged in read_all(source, args.batch_size, args.workers, training.rank, training.world):
+    model = training.raw.eval()
+
+    def read(images):
         with training.autocast():
-            words = model.strings(*model.decode(normalize(images.to(training.device))))
-        pairs.update((i, (label, text)) for i, label, (text, _) in zip(ids, labels, words))
-        lost += len(damaged)
-    if training.world > 1:
-        parts = [None] * training.world
-        dist.all_gather_object(parts, pairs, group=training.hosts)
-        pairs = {i: pair for part in parts for i, pair in part.items()}
+            return model.strings(*model.decode(normalize(images.to(training.device))))
+    rows, broken = evaluate.read_source(read, source, training.args, training.rank, training.world, training.hosts)
     model.train()
-    lost, pairs = int(training.over_ranks(lost)[0]), [pairs[i] for i in sorted(pairs)]
-    if lost:
-        training.say(f"--val: {lost} crops are damaged and were not read")
-    if not pairs:
-        raise UserError(f"--val {' '.join(args.val)}: no crop of it can be read; see python data.py check")
-    result = evaluate.score(pairs, protocol)
+    if broken:
+        training.say(f"--val: {len(broken)} crops are damaged and were not read, the first being {broken[0]}")
+    result = evaluate.score([row[:2] for row in rows], protocol)
     if result["accuracy"] is None:
-        raise UserError(f"--val {' '.join(args.val)}: no label of it keeps a letter under the protocol {protocol}")
-    return result, pairs[:4]
+        raise UserError(f"--val {source.name}: {len(broken)} of its {len(source)} crops cannot be read, and no label of the "
+                        f"others keeps a letter under the protocol {protocol}")
+    return result, [row[:2] for row in rows if row[1] is not None][:4]
 
 # ---- main
 
@@ -124,7 +118,7 @@ def main():
 
     training = Run(args)
     chars = charset(args.charset)
-    protocol = "waics" if chars in CHARSETS.values() else "exact"
+    protocol = evaluate.default_protocol(chars)
     drawn = None if args.charset == "36" else chars     # labels are folded, but words of both cases are drawn
     options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall, chars=drawn)
     source, report = fit_labels(open_sources(args.data, **options), chars, args.max_length)
@@ -135,25 +129,25 @@ def main():
         raise UserError(f"--data {' '.join(args.data)}: no crop has a label that fits --charset {args.charset}")
     val = open_sources(args.val, **options) if args.val else None
     for part in val.parts if val is not None else []:
-        if part.label(0) is None:
+        if part.label(0) is None:                       # what lies deeper is found when it is read
             raise UserError(f"--val {part.name}: has no labels; expected labelled crops")
     model, said = build(args, chars)
     training.say(said)
     training.more = dict(charset=chars, best=-1.0)
-    training.prepare(model, source, args.layer_decay, letters=args.spell > 0)
+    training.prepare(model, source, args.layer_decay, char_maps=args.spell > 0)
 
     for step in training.steps():
-        for images, labels, letters, (rows, total) in training.micro_batches():
+        for images, labels, char_maps, (rows, total) in training.micro_batches():
             words = [fit_label(label, chars, args.max_length)[0] for label in labels]
-            targets = encode(words, model).to(training.device)
+            targets = encode_labels(words, model).to(training.device)
             # with --spell rendered words stay as they are: they come varied, and their letters would have to move along
-            real = torch.arange(len(images)) if letters is None else (letters.flatten(1).amax(1) == 0).nonzero()[:, 0]
+            real = torch.arange(len(images)) if char_maps is None else (char_maps.flatten(1).amax(1) == 0).nonzero()[:, 0]
             images = unit(images)
             if len(real):
                 images[real] = augment(images[real], training.generator(), (rows[real], total))
-            named = None if letters is None else under_patches(letters.to(training.device), targets, model)
+            chars_under = None if char_maps is None else under_patches(char_maps.to(training.device), targets, model)
             with training.autocast():
-                loss, terms, logits = training.model(normalize(images), targets, named)
+                loss, terms, logits = training.model(normalize(images), targets, chars_under)
             right = ((logits.argmax(-1) == targets) | (targets == model.pad)).all(1).float().mean()
             training.backward(loss, dict(terms, accuracy=right))
         training.update()

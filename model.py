@@ -354,7 +354,7 @@ class Pretrainer(nn.Module):
             views = [F.adaptive_avg_pool2d(image, size) for size in self.scales[1:]] + [image]
             return [patch_norm(patchify(view, self.encoder.patch))[0] for view in views]
         x = self.teacher(image)[:, 1:].float().transpose(1, 2).unflatten(2, self.teacher.grid)               # (B, C, h, w)
-        grids = [F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2) for grid in self.grids]           # the same, if grid is its own
+        grids = [F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2) for grid in self.grids]
         return [F.layer_norm(tokens, tokens.shape[-1:]) for tokens in grids]
 
     def encode(self, image, views, ids_keep):
@@ -490,17 +490,17 @@ class Recognizer(nn.Module):
             kept.append(kv)
         return self.classifier(self.norm(x)), kept
 
-    def forward(self, images, targets, chars=None):
-        """Teacher forcing. targets (B, T): a word's classes, end, then padding; chars (B, N): class under each patch, padding where
-        not known. Returns loss (cross-entropy, summed over a word, mean over words), terms, logits (B, T, V)."""
+    def forward(self, images, targets, chars_under=None):
+        """Teacher forcing. targets (B, T): a word's classes, end, then padding; chars_under (B, N): class of the character under each
+        patch, padding where not known. Returns loss (cross-entropy, summed over a word, mean over words), terms, logits (B, T, V)."""
         tokens, memory = self.encode(images)
         ids = torch.cat([torch.full_like(targets[:, :1], self.start), targets[:, :-1]], dim=1)
         logits, _ = self.step(ids, memory)                                   # (B, T, V)
         loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=self.pad, reduction="none")
         terms = {"read": loss.sum() / len(images)}                           # nats a word, as LMIM: no word weighs on another
-        if chars is not None:
-            loss = F.cross_entropy(self.char_head(tokens).float().transpose(1, 2), chars, ignore_index=self.pad, reduction="none")
-            terms["spell"] = self.spell * (loss.sum(1) / (chars != self.pad).sum(1).clamp(min=1)).mean()
+        if chars_under is not None:
+            loss = F.cross_entropy(self.char_head(tokens).float().transpose(1, 2), chars_under, ignore_index=self.pad, reduction="none")
+            terms["spell"] = self.spell * (loss.sum(1) / (chars_under != self.pad).sum(1).clamp(min=1)).mean()
         return sum(terms.values()), terms, logits
 
     @torch.no_grad()

@@ -203,7 +203,8 @@ class Run:
             if not {"args", "data", "optimizer", "step", "bad"} <= set(self.loaded):
                 raise UserError(f"--resume {path}: not a training checkpoint of this project; name another --out_dir")
             old, new, crops = self.loaded["args"], vars(self.args), self.loaded["data"]["crops"]
-            differ = [f"{'METHODS' * (k == 'objective') or '--' + k} {old[k]} there, {new[k]} here" for k in self.MUST_MATCH
+            flag = lambda k: "METHODS" if k == "objective" else f"--{k}"
+            differ = [f"{flag(k)} {old[k]} there, {new[k]} here" for k in self.MUST_MATCH
                       if k in old and k in new and old[k] != new[k]]
             differ += [f"{crops} crops a step there, {self.crops} here"] if crops != self.crops else []
             if differ:
@@ -215,9 +216,9 @@ class Run:
         except OSError as e:
             raise UserError(f"--out_dir {self.out}: {e.strerror}; expected a folder that can be written")
 
-    def prepare(self, model, source, layer_decay=1.0, letters=False):
+    def prepare(self, model, source, layer_decay=1.0, char_maps=False):
         """Puts model, optimizer and data in place, at the very step where the checkpoint is, if there is one. With
-        `letters` crops come with the pixels of each character, where they are known."""
+        `char_maps` crops come with the pixels of each character, where they are known."""
         args = self.args
         self.raw = model.to(self.device)
         self.total = args.max_steps or max(1, round(args.epochs * len(source) / self.crops))
@@ -247,7 +248,7 @@ class Run:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = torch.nn.parallel.DistributedDataParallel(self.model, ids, gradient_as_bucket_view=True)
         self.batches = batches(source, args.batch_size, args.seed, self.step * self.crops, self.rank, self.world,
-                               args.workers, letters)
+                               args.workers, char_maps)
         parameters = sum(p.numel() for p in model.parameters())
         self.say(f"{args.model}  {parameters / 1e6:.2f} M parameters  {len(source)} crops  {self.crops} a step  "
                  f"{self.total} steps  lr {self.lr:.2e}  warm-up {self.warmup} steps  out {self.out}")
@@ -262,9 +263,10 @@ class Run:
                      args=vars(self.args), rng=dict(seed=self.args.seed, step=self.step), bad=self.bad.tolist(),
                      data=dict(position=self.step * self.crops, crops=self.crops, damage=damage),
                      scaler=self.scaler.state_dict(), **self.more)
+        if not all(p.isfinite().all() for p in self.raw.parameters()):
+            self.say(f"step {self.step}: the weights are not finite and were not saved; lower --lr or --blr")
+            return False
         with self.writing(path):
-            if not all(p.isfinite().all() for p in self.raw.parameters()):
-                raise RuntimeError("weights are not finite")
             with open(path + ".tmp", "wb") as f:
                 torch.save(state, f)
                 f.flush()
@@ -309,19 +311,19 @@ class Run:
         if self.step < self.total:
             self.say(f"stopped by a signal at step {self.step}; add --resume to go on")
         if not saved:
-            raise UserError(f"the last checkpoint could not be written to {self.out}; mend that and add --resume")
+            raise UserError(f"{self.out}: the last checkpoint was not written; mend the reason above and add --resume")
 
     def draw(self):
-        """The crops of a step, as `accum_iter` micro-batches: images, labels, letters, rows in the global batch."""
+        """The crops of a step, as `accum_iter` micro-batches: images, labels, char_maps, rows in the global batch."""
         for i in range(self.args.accum_iter):
             before = time.perf_counter()
-            images, labels, letters, damaged, taken = next(self.batches)
+            images, labels, char_maps, damaged, taken = next(self.batches)
             self.waited += time.perf_counter() - before
             self.damage.add(self.args.batch_size, damaged)
             if len(images) == 0:
                 raise UserError(f"no crop of a batch could be read, the first being {damaged[0]}; see data.py check")
             rows = ((i * self.world + self.rank) * self.args.batch_size + torch.as_tensor(taken), self.crops)
-            yield images.to(self.device, non_blocking=True), labels, letters, rows
+            yield images.to(self.device, non_blocking=True), labels, char_maps, rows
 
     def micro_batches(self, drawn=None):
         for i, part in enumerate(drawn or self.draw()):
@@ -453,7 +455,7 @@ def draw_samples(training, images, path):
     """A sheet: rows are crops. Columns: the crop; for mim what is visible, for nsp (and whatever else looks at one) the
     coarsest view, and beside each what is predicted from it, twice: as the loss sees it, pixels normalised per patch,
     and with the true mean and contrast of each hidden patch put back, as MAE draws it; last the truth as the loss sees
-    it. Features cannot be drawn: in place of a prediction stands its cosine similarity to the target, black 0 to white 1."""
+    it. Features cannot be drawn: in place of a prediction stands its cosine similarity to the target, 0 black, 1 white."""
     model, args, generator = training.raw.eval(), training.args, torch.Generator().manual_seed(training.args.seed)
     images = images.to(training.device)
     views = make_views(images, model.method, model.scales, generator, strength=args.guidance_strength)
@@ -524,8 +526,8 @@ def main():
     method.update(align=method["align"] if args.align_weight is None else args.align_weight)
     tokens = {"none": 0, "full": 1, "coarse": len(scales)}[method["guidance"]] + (method["mim"] > 0)   # of [cls]
     if method["align"] and (tokens < 2 or method["form"] not in ALIGN):
-        parser.error(f"--align {method['form']} --align_weight {method['align']}: --method {args.method} has no two [cls] "
-                     "to align that way")
+        parser.error(f"--align {method['form']} --align_weight {method['align']}: --method {args.method} has no two "
+                     "[cls] to align that way")
     sees, uses = method["guidance"] != "none", method["guided"] or method["nsp"] or method["align"]
     if (sees != bool(uses) or method["nsp"] and method["guidance"] != "coarse"
             or not method["mim"] and (method["guided"] or not method["nsp"])):

@@ -323,7 +323,7 @@ def test_damage_is_counted(damaged, workers):
 def test_whole_batch_damaged(tmp_path):
     """torch.stack of nothing raises."""
     source = data.open_source(write_lmdb(tmp_path / "d", [(b"", b"x")] * 4))
-    images, labels, masks, named, taken = next(data.batches(source, 4, 0, masks=True))
+    images, labels, masks, named, taken = next(data.batches(source, 4, 0, char_maps=True))
     assert images.shape == (0, 3, 32, 128) and masks.shape == (0, 32, 128) and labels == taken == [] and len(named) == 4
 
 
@@ -492,10 +492,10 @@ def test_fork(words):
 def test_masks():
     """A loss on characters that looks at another crop's letters."""
     source = data.open_source("synth:9")
-    images, labels, masks, _, taken = next(data.batches(source, 9, 0, masks=True))
+    images, labels, masks, _, taken = next(data.batches(source, 9, 0, char_maps=True))
     assert masks.shape == (9, 32, 128) and masks.dtype == torch.uint8 and taken == list(range(9))
     for mask, label, i in zip(masks, labels, next(data.order(9, 9, 0))):
-        assert torch.equal(mask, source.get(i).mask) and mask.max() <= len(label)
+        assert torch.equal(mask, source.get(i).char_map) and mask.max() <= len(label)
 
 
 @pytest.mark.parametrize("world", [1, 3])

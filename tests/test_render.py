@@ -138,7 +138,7 @@ def test_greek_needs_a_font_that_has_it():
         assert "--fonts" in str(error) and "\n" not in str(error)
         return
     assert all(all(render.glyph(font, 40, 0, char) for char in GREEK) for font in synth.fonts)
-    assert all(set(synth.label(i)) <= set(GREEK) for i in range(100)) and synth.get(0).mask.any()
+    assert all(set(synth.label(i)) <= set(GREEK) for i in range(100)) and synth.get(0).char_map.any()
 
 
 def test_no_font_has_it():

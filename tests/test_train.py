@@ -335,7 +335,7 @@ def test_weights_that_are_not_finite_are_not_saved(go, monkeypatch, tmp_path):
     models, prepare = [], pretrain.Run.prepare
     monkeypatch.setattr(pretrain.Run, "prepare", lambda run, *rest: models.append(rest[0]) or prepare(run, *rest))
     interrupt(monkeypatch, 3, lambda: [p.data.fill_(math.nan) for p in models[0].parameters()])
-    with pytest.raises(UserError, match="last checkpoint could not be written"):
+    with pytest.raises(UserError, match="last checkpoint was not written"):
         go(pretrain, "--method", "mim")
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 2
 
@@ -407,7 +407,7 @@ def test_labels_become_classes():
     from model import MODELS, Recognizer, ViT
     config = MODELS["vit_nano"]["encoder"]
     model = Recognizer(ViT(**config), "abc", **MODELS["vit_nano"]["reader"])
-    targets = finetune.encode(["ab", "c"], model)
+    targets = finetune.encode_labels(["ab", "c"], model)
     assert targets.tolist() == [[0, 1, model.end, model.pad], [2, model.end, model.pad, model.pad]]
     masks = torch.zeros(2, 32, 128, dtype=torch.uint8)
     masks[0, 8:16, 0:8], masks[0, 0:8, 120:128] = 1, 2             # patch (1, 0) holds 'a', patch (0, 15) 'b'
