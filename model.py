@@ -279,12 +279,12 @@ class Decoder(nn.Module):
 
 # ---- methods: a fifth is a fifth row
 
-METHODS = {  # guidance: none | full (moved, bent, recoloured) | coarse (recoloured, at each coarse scale); guided: mim's decoder
-    # sees it; then the terms' weights, and the form of align
-    "mim":  dict(guidance="none",   guided=False, mim=1.0, nsp=0.0, align=0.0, form="none"),
-    "nsp":  dict(guidance="coarse", guided=False, mim=0.0, nsp=1.0, align=0.0, form="none"),
-    "lmim": dict(guidance="full",   guided=True,  mim=1.0, nsp=0.0, align=1.0, form="mse"),
-    "mnsp": dict(guidance="coarse", guided=False, mim=1.0, nsp=1.0, align=0.02, form="infonce"),
+METHODS = {  # guide: the view that mim's decoder sees: none, one of full or coarse size, moved, bent and recoloured, or those of nsp
+    # ("still"), which are coarse, recoloured and in place; then the terms' weights, and the form of align
+    "mim":  dict(guide="none",   mim=1.0, nsp=0.0, align=0.0,  form="none"),
+    "nsp":  dict(guide="none",   mim=0.0, nsp=1.0, align=0.0,  form="none"),
+    "lmim": dict(guide="full",   mim=1.0, nsp=0.0, align=1.0,  form="mse"),
+    "mnsp": dict(guide="coarse", mim=1.0, nsp=1.0, align=0.02, form="infonce"),
 }
 
 def mse(pred, target):
@@ -336,7 +336,8 @@ class Pretrainer(nn.Module):
         self.crops = None                                                    # of one rank in a step, for InfoNCE over ranks
         decoder = MODELS[model]["decoder"]
         self.method = METHODS[method] if isinstance(method, str) else method
-        self.scales = [tuple(s) for s in scales] if self.method["guidance"] == "coarse" else []
+        guide, nsp = self.method["guide"], self.method["nsp"]
+        self.scales = [tuple(s) for s in scales] if nsp or guide == "coarse" else []
         self.encoder = ViT(**MODELS[model]["encoder"], scales=self.scales)
         self.__dict__["teacher"] = teacher and teacher.requires_grad_(False).eval()  # no part of the model: not trained, not saved
         out = teacher.width if teacher else 3 * math.prod(self.encoder.patch)
@@ -344,7 +345,7 @@ class Pretrainer(nn.Module):
             decoder = dict(decoder, dropout=dropout)
         self.grids = [self.encoder.grid_of(s) for s in [*self.scales[1:], self.encoder.size]]  # those that are predicted
         self.decoder = Decoder(self.encoder.width, out, self.grids, seen=self.method["mim"] > 0,
-                               cross=bool(self.method["nsp"] or self.method["guided"]), **decoder)
+                               cross=bool(nsp or guide != "none"), **decoder)
 
     @torch.no_grad()
     def target(self, image):
@@ -357,14 +358,19 @@ class Pretrainer(nn.Module):
         grids = [F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2) for grid in self.grids]
         return [F.layer_norm(tokens, tokens.shape[-1:]) for tokens in grids]
 
+    def split(self, views):
+        """The views, or their tokens -> (mim's guide: one, nsp's own or none; nsp's coarse ones)."""
+        coarse = views[-len(self.scales):] if self.method["nsp"] else []
+        return (coarse if self.method["guide"] == "still" else views[:len(views) - len(coarse)]), coarse
+
     def encode(self, image, views, ids_keep):
-        """Tokens of each view (B, 1+N', D), of the visible patches (B, 1+K, D) or None; [cls] of them all (B, D), coarse to fine."""
+        """Tokens of each view (B, 1+N', D), of the visible patches (B, 1+K, D) or None; [cls] of them all (B, D)."""
         memory = [self.encoder(view) for view in views]
         seen = self.encoder(image, ids_keep) if self.method["mim"] else None
         return memory, seen, [tokens[:, 0] for tokens in (*memory, seen) if tokens is not None]
 
     def agree(self, cls, others):
-        """How far [cls] of neighbouring scales are from agreeing. `others`: (micro-batches in the step, [cls] of the other
+        """How far [cls] of neighbours, the guide, the coarse views, the masked crop, are from agreeing. `others`: (micro-batches in the step, [cls] of the other
         ones, without gradients): by GradCache (2101.06983) each micro-batch adds its share of one large batch's gradient."""
         parts, whole = (1, cls) if others is None else (others[0], [torch.cat(pair) for pair in zip(cls, others[1])])
         pairs = list(zip(whole, whole[1:]))
@@ -372,22 +378,23 @@ class Pretrainer(nn.Module):
         return parts * align - (parts - 1) * align.detach()
 
     def forward(self, image, views, ids_keep, ids_mask, others=None):
-        """image (B, 3, H, W); views: guidance views coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms, pred): the
+        """image (B, 3, H, W); views as `make_views` in pretrain.py orders them: mim's guide, if it has one of its own, then nsp's coarse
+        ones, coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms, pred): the
         terms weighted, and what mim and nsp predict of the fine scale, (B, M, C) and (B, N, C)."""
         weight, terms, pred = self.method, {}, {}
         target = self.target(image)                                          # (B, N, C) each, the fine scale last
         memory, seen, cls = self.encode(image, views, ids_keep)
+        guide, coarse = self.split(memory)                                   # what mim and nsp attend to
 
-        if weight["mim"]:                                                    # hidden patches from visible ones; lmim's from memory too
-            guided = memory if weight["guided"] else []
-            pred["mim"] = self.decoder(guided, seen, ids_keep, ids_mask)     # (B, M, C)
+        if weight["mim"]:                                                    # hidden patches from visible ones and the guide
+            pred["mim"] = self.decoder(guide, seen, ids_keep, ids_mask)      # (B, M, C)
             terms["mim"] = mse(pred["mim"], take(target[-1], ids_mask))
 
         if weight["nsp"]:                                                    # every patch of a scale from coarser scales alone
-            finer = [self.decoder(memory[:i + 1], scale=i) for i in range(len(self.grids))]      # (B, N, C) each
+            finer = [self.decoder(coarse[:i + 1], scale=i) for i in range(len(self.grids))]      # (B, N, C) each
             terms["nsp"], pred["nsp"] = sum(map(mse, finer, target)) / len(finer), finer[-1]
 
-        if weight["align"]:                                                  # [cls] of neighbouring scales agree (MLA)
+        if weight["align"]:                                                  # [cls] of neighbouring views agree (MLA)
             terms["align"] = self.agree(cls, others)
 
         terms = {name: weight[name] * term for name, term in terms.items()}

@@ -426,11 +426,14 @@ def weight_groups(model, weight_decay, layer_decay=1.0):
 # ---- views, masks and pictures of pre-training
 
 def make_views(images, method, scales, generator, rows=None, strength=1.0):
-    """The guidance views of METHODS[method], normalised: none, one at full scale, or one a coarse scale."""
-    if method["guidance"] == "none":
-        return []
-    view = guidance_view(images, generator, rows, method["guidance"] == "full", strength)    # (B, 3, H, W) in [0, 1]
-    return [normalize(coarse_view(view, s)) for s in scales] or [normalize(view)]
+    """The guidance views of a row of METHODS, normalised: mim's guide, moved and bent, at full scale or the finest coarse
+    one; then nsp's, at every coarse scale, which stay in place, or else what they have to predict could not be known."""
+    look = lambda geometry: guidance_view(images, generator, rows, geometry, strength)       # (B, 3, H, W) in [0, 1]
+    still = look(False) if method["nsp"] else None
+    coarse = [normalize(coarse_view(still, s)) for s in scales if method["nsp"]]
+    if method["guide"] == "coarse":
+        return [normalize(coarse_view(look(True), scales[-1]))] + coarse
+    return [normalize(look(True))] + coarse if method["guide"] == "full" else coarse
 
 def make_mask(n, args, encoder, generator, rows=None):
     """-> ids_keep (n, K), ids_mask (n, M): keeps the N - round(mask_ratio * N) patches of least noise, as many in every
@@ -452,10 +455,10 @@ def make_mask(n, args, encoder, generator, rows=None):
 
 @torch.no_grad()
 def draw_samples(training, images, path):
-    """A sheet: rows are crops. Columns: the crop; for mim what is visible, for nsp (and whatever else looks at one) the
-    coarsest view, and beside each what is predicted from it, twice: as the loss sees it, pixels normalised per patch,
-    and with the true mean and contrast of each hidden patch put back, as MAE draws it; last the truth as the loss sees
-    it. Features cannot be drawn: in place of a prediction stands its cosine similarity to the target, 0 black, 1 white."""
+    """A sheet: rows are crops. Columns: the crop; what mim sees (visible patches, its guide) and what it predicts, twice:
+    as the loss sees it, pixels normalised per patch, and with the true mean and contrast of each hidden patch put back,
+    as MAE draws it; the same of nsp, from its coarse views; last the truth as the loss sees it. Features cannot be
+    drawn: in place of a prediction stands its cosine similarity to the target, 0 black, 1 white."""
     model, args, generator = training.raw.eval(), training.args, torch.Generator().manual_seed(training.args.seed)
     images = images.to(training.device)
     views = make_views(images, model.method, model.scales, generator, strength=args.guidance_strength)
@@ -472,12 +475,13 @@ def draw_samples(training, images, path):
         x = ground.clone().scatter_(1, ids[..., None].expand(-1, -1, ground.shape[-1]), values)
         return unpatchify(x, grid, patch) / 2 + 0.5
 
-    seen = {"mim": fill(torch.zeros_like(pixels)[:, :ids_mask.shape[1]], ids_mask, pixels)}
-    seen["nsp"] = F.interpolate(views[0], images.shape[-2:]) / 2 + 0.5 if views else None
+    enlarge = lambda view: F.interpolate(view, images.shape[-2:]) / 2 + 0.5
+    guide, coarse = model.split(views)
+    visible = fill(torch.zeros_like(pixels)[:, :ids_mask.shape[1]], ids_mask, pixels)
     columns = [image / 2 + 0.5]
     for name, pred in predicted.items():
         pred, ids = pred.float(), ids_mask if name == "mim" else everything
-        columns += [seen[name]] + [seen["nsp"]] * (name == "mim" and model.method["guided"])
+        columns += [visible, *map(enlarge, guide)] if name == "mim" else map(enlarge, coarse)
         if model.teacher is None:
             columns += [fill(pred / 3, ids, torch.zeros_like(pixels)),
                         fill(pred * take(std, ids) + take(mean, ids), ids, pixels)]
@@ -505,8 +509,9 @@ def main():
     add("--mask", choices=["random", "block"], default="random", help="hide patches, or blocks of 16 x 16 pixels")
     add("--guidance_strength", type=within("[0, inf)"), default=1.0,
         help="how much the guidance view differs: at 0 it is the crop itself, 1 is LMIM's medium")
-    add("--guided", action=argparse.BooleanOptionalAction, default=None,
-        help="whether mim's decoder sees the guidance views too; left out: the method's own")
+    add("--guide", choices=["none", "full", "coarse", "still"],
+        help="the second look that mim's decoder sees: moved and bent, of full or coarse size, or nsp's own, which stay "
+        "in place; left out: the method's own")
     add("--align", choices=[*ALIGN, "none"], help="how [cls] tokens are brought together; left out: the method's own")
     add("--align_weight", type=within("[0, inf)"), help="weight of that term; left out: the method's own, or mnsp's")
     add("--out_dir", help="where to write; left out: out/METHOD")
@@ -520,19 +525,18 @@ def main():
             parser.error(f"--scales {h}x{w}: expected multiples of the patch, {p}x{q}, below {H}x{W}")
     if scales != sorted(set(scales)):
         parser.error(f"--scales {' '.join(args.scales)}: expected coarse to fine, each once")
-    method.update(guided=method["guided"] if args.guided is None else args.guided)
+    method.update(guide=args.guide or method["guide"])
     if args.align:
         method.update(form=args.align, align=0.0 if args.align == "none" else method["align"] or METHODS["mnsp"]["align"])
     method.update(align=method["align"] if args.align_weight is None else args.align_weight)
-    tokens = {"none": 0, "full": 1, "coarse": len(scales)}[method["guidance"]] + (method["mim"] > 0)   # of [cls]
+    tokens = (method["guide"] in ("full", "coarse")) + len(scales) * (method["nsp"] > 0) + (method["mim"] > 0)   # [cls]
     if method["align"] and (tokens < 2 or method["form"] not in ALIGN):
         parser.error(f"--align {method['form']} --align_weight {method['align']}: --method {args.method} has no two "
                      "[cls] to align that way")
-    sees, uses = method["guidance"] != "none", method["guided"] or method["nsp"] or method["align"]
-    if (sees != bool(uses) or method["nsp"] and method["guidance"] != "coarse"
-            or not method["mim"] and (method["guided"] or not method["nsp"])):
-        parser.error(f"--method {args.method}: {method}: expected mim, or nsp with coarse guidance, and guidance views "
-                     "only where guided, nsp or align looks at them")
+    if not method["mim"] and (not method["nsp"] or method["guide"] != "none") or (
+            method["guide"] == "still" and not method["nsp"]):
+        parser.error(f"--method {args.method} --guide {method['guide']}: expected mim or nsp, a guide only with mim, and "
+                     "still only with nsp too")
     args.objective = method                                                 # --resume refuses another
     training = Run(args)
     source = open_sources(args.data, fonts=args.fonts, rotate_tall=args.rotate_tall)
