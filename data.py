@@ -904,7 +904,7 @@ def main():
     add("--n", type=int, default=48, help="how many crops; views need room, so ask for fewer with them")
     add("--seed", type=int, default=0, help="another one picks other crops and draws other views")
     add("--fonts", help="a folder of more fonts for rendered words")
-    add("--guidance", action="store_true", help="beside each crop lmim's guidance view and that of nsp and mnsp")
+    add("--guidance", action="store_true", help="beside each crop both kinds of guidance view: moved and bent (for mim), and in place (for nsp)")
     add("--augment", action="store_true", help="beside each crop two of fine-tuning's augmentations of it")
     add("--coarse", metavar="HxW", help="beside each crop its area average of that size, such as 16x64")
     add = commands.choices["check"].add_argument

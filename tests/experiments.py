@@ -168,8 +168,10 @@ def tables(out):
     lines = []
 
     def table(title, head, body):
-        lines.extend(["", f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)])
-        lines.extend("| " + " | ".join(map(str, row)) + " |" for row in body if set(row[1:]) - {"-", 0})
+        rows = [row for row in body if set(row[1:]) - {"-", 0}]
+        if rows:
+            lines.extend(["", f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)])
+            lines.extend("| " + " | ".join(map(str, row)) + " |" for row in rows)
     for share in FINE_STEPS:
         body = []
         for name in TABLE1:

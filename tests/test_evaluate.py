@@ -244,6 +244,14 @@ def test_table_json_predictions_and_pictures(bench, call, tmp_path):
     assert Image.open(files["e.png"]).height > 8 * 64 and Image.open(files["looks"] / "labels.tsv.png").height >= 8 * 64
 
 
+def test_a_wrong_name_costs_nothing(bench, call, tmp_path):
+    """Results of an hour ago emptied by a mistyped --ckpt; an hour of reading lost to a picture's name without an end."""
+    (tmp_path / "r.json").write_text("{}")
+    refused(call("--ckpt", tmp_path / "nowhere.pt", "--data", "synth:4", "--json", tmp_path / "r.json"), "nowhere.pt")
+    assert (tmp_path / "r.json").read_text() == "{}"
+    refused(call("--ckpt", bench / "tiny.pt", "--data", "synth:4", "--errors", tmp_path / "errors"), "errors.png")
+
+
 def test_one_process_or_two(bench, tmp_path):
     """Nine crops over two ranks: a sampler that pads would count one twice, one that cuts would lose one. Rank 0 alone
     prints and writes, and the readings are the same, in the same order."""
