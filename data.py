@@ -53,12 +53,15 @@ class Damaged(UserError):
     """An entry that cannot be read: where it is and why."""
 
 def run(main):
-    """Call main(); a UserError becomes one line on stderr and exit status 2."""
+    """Call main(); a UserError, or a file that cannot be opened, becomes one line on stderr and exit status 2."""
     status = 0
     try:
         main()
-    except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        if not isinstance(error, UserError) and not error.filename:
+            raise
+        text = error if isinstance(error, UserError) else f"{error.filename}: {error.strerror}"
+        print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
         status = 2
     if torch.distributed.is_available() and torch.distributed.is_initialized() and (
             status == 0 or torch.distributed.get_backend() != "nccl"):      # NCCL would wait for ranks that go on
@@ -818,6 +821,8 @@ def fingerprint(images):
     return F.normalize(edges - edges.mean(1, keepdim=True))
 
 def check(args):
+    if args.write_list:                             # now, not after an hour of reading
+        open(args.write_list, "a").close()
     source, tests = open_sources(args.src), open_sources(args.against or [])
     same, places, marks = {}, [None], [torch.zeros(1, 472)]     # of the test crops; nothing is alike to the first
     for indices, images, _, _, files in inspect(tests, args.workers) if args.against else ():
@@ -904,7 +909,7 @@ def main():
     add("--n", type=int, default=48, help="how many crops; views need room, so ask for fewer with them")
     add("--seed", type=int, default=0, help="another one picks other crops and draws other views")
     add("--fonts", help="a folder of more fonts for rendered words")
-    add("--guidance", action="store_true", help="beside each crop both kinds of guidance view: moved and bent (for mim), and in place (for nsp)")
+    add("--guidance", action="store_true", help="beside each crop mim's kind of guidance view, moved and bent, and nsp's")
     add("--augment", action="store_true", help="beside each crop two of fine-tuning's augmentations of it")
     add("--coarse", metavar="HxW", help="beside each crop its area average of that size, such as 16x64")
     add = commands.choices["check"].add_argument

@@ -363,13 +363,10 @@ def evaluate(reader, sources, args, rank, world):
 def main():
     args, start = parse(), time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    try:                                                                         # now, not after an hour of reading
-        for path in filter(None, (args.json, args.predictions, args.errors)):
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            open(path, "a").close()
-        os.makedirs(args.attention or ".", exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
+    for path in filter(None, (args.json, args.predictions, args.errors)):        # now, not after an hour of reading
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        open(path, "a").close()
+    os.makedirs(args.attention or ".", exist_ok=True)
     if args.score:
         args.protocol = args.protocol or "waics"
         one = dict(score(read_predictions(args.score), args.protocol), seconds=time.perf_counter() - start)

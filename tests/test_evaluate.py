@@ -369,7 +369,7 @@ def test_refusals(bench, call, tmp_path):
     refused(call(*ckpt, "--data", src, "--heights", 40), "--heights [40]")
     refused(call(*ckpt, "--data", src, "--rotations", 120), "--rotations")
     refused(call(*ckpt, "--data", src, "--batch_size", 0), "--batch_size")
-    refused(call(*ckpt, "--data", src, "--json", src / "r.json"), "cannot be written")
+    refused(call(*ckpt, "--data", src, "--json", src / "r.json"), "labels.tsv: File exists")
     refused(call(*ckpt, "--data", src, "--device", "banana"), "--device banana")
     refused(call(*ckpt, "--images", bench / "set" / "0.png", "--heights", 8), "--heights needs --data")
     (bench / "set" / "tab.jsonl").write_text(json.dumps({"filename": "0.png", "text": "a\tb"}))
