@@ -331,21 +331,18 @@ def spread(cls):
 class Pretrainer(nn.Module):
     """One model and one loss path for every row of METHODS."""
 
-    def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None, dropout=None):
+    def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None):
         super().__init__()
-        self.crops = None                                                    # of one rank in a step, for InfoNCE over ranks
-        decoder = MODELS[model]["decoder"]
         self.method = METHODS[method] if isinstance(method, str) else method
         guide, nsp = self.method["guide"], self.method["nsp"]
         self.scales = [tuple(s) for s in scales] if nsp or guide == "coarse" else []
         self.encoder = ViT(**MODELS[model]["encoder"], scales=self.scales)
         self.__dict__["teacher"] = teacher and teacher.requires_grad_(False).eval()  # no part of the model: not trained, not saved
-        out = teacher.width if teacher else 3 * math.prod(self.encoder.patch)
-        if dropout is not None:
-            decoder = dict(decoder, dropout=dropout)
         self.grids = [self.encoder.grid_of(s) for s in [*self.scales[1:], self.encoder.size]]  # those that are predicted
-        self.decoder = Decoder(self.encoder.width, out, self.grids, seen=self.method["mim"] > 0,
-                               cross=bool(nsp or guide != "none"), **decoder)
+        out = teacher.width if teacher else 3 * math.prod(self.encoder.patch)
+        self.decoder = Decoder(self.encoder.width, out, self.grids, seen=self.method["mim"] > 0, cross=bool(nsp or guide != "none"),
+                               **MODELS[model]["decoder"])
+        self.crops = None                                                    # of one rank in a step, for InfoNCE over ranks
 
     @torch.no_grad()
     def target(self, image):

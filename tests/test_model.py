@@ -21,10 +21,10 @@ def hide(n, grid, ratio=0.8, mask="random", seed=0):
     return pretrain.make_mask(n, args, encoder, torch.Generator().manual_seed(seed))
 
 
-def batch(method="mnsp", n=4, scales=((16, 64),), teacher=None, seed=0, dropout=0.0, name="vit_nano"):
+def batch(method="mnsp", n=4, scales=((16, 64),), teacher=None, seed=0):
     """A Pretrainer and its four inputs, from a fixed seed."""
     torch.manual_seed(seed)
-    m = Pretrainer(method, name, scales, teacher, dropout)
+    m = Pretrainer(method, "vit_nano", scales, teacher)
     image = torch.rand(n, 3, 32, 128) * 2 - 1
     look = torch.rand(n, 3, 32, 128) * 2 - 1
     views = [F.adaptive_avg_pool2d(look, s) for s in scales] if m.method["nsp"] else []
