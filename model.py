@@ -82,6 +82,7 @@ def attend(q, k, v, dropout=0.0, causal=False):
     """softmax(q k' / sqrt(d)) v on (B, heads, T, d). CUDA takes the fused kernel. Elsewhere the lines are written
     out: on a CPU that is faster in the backward pass, and for the single queries of reading."""
     if q.is_cuda:
+        q = q.expand(len(k), -1, -1, -1)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                 # (B, heads, T, S)
     if causal:
@@ -264,8 +265,7 @@ class Decoder(nn.Module):
         hidden ones come last, and the head runs on them alone."""
         pos = getattr(self, f"pos_{range(self.n_grids)[scale]}")                              # (1, N, D)
         if seen is None:
-            x = (self.mask_token + pos).expand(len(memory[0]), -1, -1)                       # (B, N, D)
-            M = x.shape[1]
+            x, M = self.mask_token + pos, pos.shape[1]                                       # (1, N, D): the same until they see memory
         else:
             pos, M = pos.expand(len(seen), -1, -1), ids_mask.shape[1]
             seen = self.embed(seen) + F.pad(take(pos, ids_keep), (0, 0, 1, 0))               # (B, 1+K, D), [cls] has no place
@@ -367,17 +367,18 @@ class Pretrainer(nn.Module):
         return memory, seen, [tokens[:, 0] for tokens in (*memory, seen) if tokens is not None]
 
     def agree(self, cls, others):
-        """How far [cls] of neighbours, the guide, the coarse views, the masked crop, are from agreeing. `others`: (micro-batches in the step, [cls] of the other
-        ones, without gradients): by GradCache (2101.06983) each micro-batch adds its share of one large batch's gradient."""
+        """How far [cls] of neighbouring views (the guide, the coarse ones, the masked crop) are from agreeing. `others`:
+        (micro-batches in the step, [cls] of the other ones, without gradients): by GradCache (2101.06983) each micro-batch adds its
+        share of one large batch's gradient."""
         parts, whole = (1, cls) if others is None else (others[0], [torch.cat(pair) for pair in zip(cls, others[1])])
         pairs = list(zip(whole, whole[1:]))
         align = sum(ALIGN[self.method["form"]](a, b, self.crops) for a, b in pairs) / len(pairs)
         return parts * align - (parts - 1) * align.detach()
 
     def forward(self, image, views, ids_keep, ids_mask, others=None):
-        """image (B, 3, H, W); views as `make_views` in pretrain.py orders them: mim's guide, if it has one of its own, then nsp's coarse
-        ones, coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms, pred): the
-        terms weighted, and what mim and nsp predict of the fine scale, (B, M, C) and (B, N, C)."""
+        """image (B, 3, H, W); views in the order of `make_views` in pretrain.py: mim's guide, if it has one of its own, then nsp's,
+        coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms weighted, pred: what mim and nsp predict of the fine scale,
+        (B, M, C) and (B, N, C))."""
         weight, terms, pred = self.method, {}, {}
         target = self.target(image)                                          # (B, N, C) each, the fine scale last
         memory, seen, cls = self.encode(image, views, ids_keep)
