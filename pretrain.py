@@ -428,12 +428,12 @@ def weight_groups(model, weight_decay, layer_decay=1.0):
 def make_views(images, method, scales, generator, rows=None, strength=1.0):
     """The guidance views of a row of METHODS, normalised: mim's guide, moved and bent, at full scale or the finest coarse
     one; then nsp's, at every coarse scale, which stay in place, or else what they have to predict could not be known."""
-    look = lambda geometry: guidance_view(images, generator, rows, geometry, strength)       # (B, 3, H, W) in [0, 1]
-    still = look(False) if method["nsp"] else None
-    coarse = [normalize(coarse_view(still, s)) for s in scales if method["nsp"]]
-    if method["guide"] == "coarse":
-        return [normalize(coarse_view(look(True), scales[-1]))] + coarse
-    return [normalize(look(True))] + coarse if method["guide"] == "full" else coarse
+    def look(sizes, moved):
+        view = guidance_view(images, generator, rows, moved, strength)                       # (B, 3, H, W) in [0, 1]
+        return [normalize(coarse_view(view, s)) for s in sizes]
+    coarse = look(scales, moved=False) if method["nsp"] else []
+    guide = {"full": [(H, W)], "coarse": scales[-1:]}.get(method["guide"])
+    return (look(guide, moved=True) if guide else []) + coarse
 
 def make_mask(n, args, encoder, generator, rows=None):
     """-> ids_keep (n, K), ids_mask (n, M): keeps the N - round(mask_ratio * N) patches of least noise, as many in every
