@@ -191,13 +191,13 @@ def tables(out):
     body, before = [], []
     for name in TABLE1:
         of = lambda *keys, kind="tenth", file="real.json": [result(out, f"{name}-s{seed}-{kind}", *keys, file=file) for seed in SEEDS]
-        drop = lambda *keys: spread([b - a if None not in (a, b) else None for a, b in zip(of("average"), of(*keys, "average"))])
-        body.append([f"`{name}`", *(drop("heights", h) for h in ("16", "12", "8")), *(drop("rotations", r) for r in ("15", "30"))])
+        kept = lambda *keys: spread([100 * b / a if a and b is not None else None for a, b in zip(of("average"), of(*keys, "average"))])
+        body.append([f"`{name}`", *(kept("heights", h) for h in ("16", "12", "8")), *(kept("rotations", r) for r in ("15", "30"))])
         looks = lambda kind, who: [spread(of("attention", "synth", who, what, kind=kind, file="synth.json"), "{:.3f}")
                                    for what in ("share", "entropy")]
         before.append([f"`{name}`", *looks("before", "cls"), *looks("before", "patches"),
                        *looks("tenth", "cls"), *looks("tenth", "patches"), *looks("tenth", "decoder")])
-    table("Robustness (tenth): change of the average when crops are reduced or turned", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
+    table("Robustness (tenth): per cent of the average that is left when crops are reduced or turned", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
     area = next((x for name in TABLE1 if (x := result(out, f"{name}-s0-before", "attention", "synth", "text_area", file="synth.json"))), 0)
     table(f"Attention on 256 rendered words: share on text (blind: {area:.3f}) and entropy, before and after fine-tuning (tenth)",
           ["from", "[cls] before", "entropy", "patches before", "entropy", "[cls] after", "entropy", "patches after", "entropy",
