@@ -22,7 +22,7 @@ sys.path.insert(0, ROOT)
 from data import Parser, UserError, open_source, run
 
 SEEDS = (0, 1, 2)
-PRETRAINING = {  # name: flags of pretrain.py; the first five are table 1's
+PRETRAINING = {  # name: flags of pretrain.py, {run} being its checkpoint; the first five are table 1's
     "scratch": None, "mim": "--method mim", "nsp": "--method nsp", "lmim": "--method lmim", "mnsp": "--method mnsp",
     "mim_x2": "--method mim --max_steps 8000",                              # the compute time of mnsp
     "mnsp_no_mla": "--method mnsp --align none",
@@ -33,6 +33,8 @@ PRETRAINING = {  # name: flags of pretrain.py; the first five are table 1's
     "mnsp_two_scales": "--method mnsp --scales 8x32 16x64", "mnsp_8x32": "--method mnsp --scales 8x32",
     "mnsp_weak": "--method mnsp --guidance_strength 0.5", "mnsp_strong": "--method mnsp --guidance_strength 1.5",
     "lmim_no_align": "--method lmim --align none",
+    "mim_features": "--method mim --teacher {mim-s0}", "lmim_features": "--method lmim --teacher {mim-s0}",   # LMIM's own target
+    "mnsp_features": "--method mnsp --teacher {mim-s0}", "mim_random_features": "--method mim --teacher {scratch-s0-before}",
     "mim_.6": "--method mim --mask_ratio 0.6", "mim_.9": "--method mim --mask_ratio 0.9", "mim_block": "--method mim --mask block",
     "mnsp_.6": "--method mnsp --mask_ratio 0.6", "mnsp_.9": "--method mnsp --mask_ratio 0.9", "mnsp_block": "--method mnsp --mask block",
 }
@@ -73,8 +75,9 @@ def jobs(args):
     for seed, name in [(seed, name) for seed in SEEDS for name in TABLE1] + [(0, name) for name in PRETRAINING if name not in TABLE1]:
         pre, flags, init, needs = f"{name}-s{seed}", PRETRAINING[name], "", ["split"]
         if flags:
+            flags, teachers = re.sub("{(.*?)}", rf"{out}/\1/last.pt", flags), re.findall("{(.*?)}", flags)
             add(pre, [f"pretrain.py {MODEL} --data synth:60000 {' '.join([fit] * 4)} --max_steps {STEPS} {flags} --seed {seed} --resume "
-                      f"--out_dir {out}/{pre}"], "split")
+                      f"--out_dir {out}/{pre}"], "split", *teachers)
             init, needs = f"--init {out}/{pre}/last.pt ", [pre]
         for share, source, times in (("tenth", few, 60), ("all", fit, 6)):
             folder = f"{out}/{pre}-{share}"
