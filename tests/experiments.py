@@ -12,6 +12,7 @@ holds log.txt beside what the scripts write; done.json says how long it took, an
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -56,22 +57,22 @@ class Job:
         return os.path.exists(os.path.join(self.folder(out), "done.json"))
 
     def line(self):
-        return " && ".join("python " + " ".join(command) for command in self.commands)
+        return " && ".join("python " + shlex.join(command) for command in self.commands)
 
 
 def jobs(args):
     """All runs in the order in which they are made, by name."""
-    out, every = args.out, {}
-    tests = sorted(open_tests(args.real))
+    real, out, every = shlex.quote(args.real), shlex.quote(args.out), {}
+    tests = sorted(map(shlex.quote, open_tests(args.real)))
     fit, few, val = (os.path.join(out, "split", name) for name in ("fit", "tenth", "val"))
 
     def add(name, commands, *needs):
-        every[name] = Job(name, list(map(str.split, commands)), needs)
+        every[name] = Job(name, list(map(shlex.split, commands)), needs)
 
     def looks(folder):
         return f"evaluate.py --ckpt {folder}/last.pt --data synth:256:9 --attention {folder}/attention --json {folder}/synth.json"
 
-    add("split", [f"tests/experiments.py split --real {args.real} --out {out}"])
+    add("split", [f"tests/experiments.py split --real {real} --out {out}"])
     for seed, name in [(seed, name) for seed in SEEDS for name in TABLE1] + [(0, name) for name in PRETRAINING if name not in TABLE1]:
         pre, flags, init, needs = f"{name}-s{seed}", PRETRAINING[name], "", ["split"]
         if flags:
