@@ -671,18 +671,18 @@ def distort(images, numbers, on):
 LOOK = "contrast", "blur", "sharpen", "fade"
 MOVE = "rotate", "vertical", "horizontal", "tilt", "bend"
 
-def guidance_view(images, generator, rows=None, geometry=True, strength=1.0):
+def guidance_view(images, generator, rows=None, moved=True, strength=1.0):
     """The same word, looking different: (B, 3, H, W) uint8 or float in [0, 1] -> float in [0, 1], new for every crop.
 
-    LMIM's list: at least three of ten operations, then colour jitter with p = .8 and grey with p = .2. geometry=False
+    LMIM's list: at least three of ten operations, then colour jitter with p = .8 and grey with p = .2. moved=False
     leaves every pixel in its place and every edge its sign (no solarizing), or else what a coarse view has to predict
     could not be known: of the ten LOOK's four are left, and noise. `strength` scales every range: 0 changes nothing."""
     numbers = uniform(generator, len(images), 80, rows=rows, device=images.device)
     order, rest = numbers[:, :10].argsort(1).argsort(1), numbers[:, 10:14].unbind(1)
     chosen = strength * (order < 3 + (rest[0][:, None] * 8).floor())                # 3 to 10 of the ten
-    on = dict(zip(LOOK + MOVE + ("solarize",) if geometry else LOOK, chosen.unbind(1)))
+    on = dict(zip(LOOK + MOVE + ("solarize",) if moved else LOOK, chosen.unbind(1)))
     on.update(jitter=strength * (rest[1] < .8), grey=1. * (rest[2] < .2 * strength))
-    return distort(unit(images), numbers[:, 14:], on if geometry else on | {"noise": strength * (rest[3] < .5)})
+    return distort(unit(images), numbers[:, 14:], on if moved else on | {"noise": strength * (rest[3] < .5)})
 
 def augment(images, generator, rows=None):
     """Fine-tuning's augmentation, of PARSeq's kinds: (B, 3, H, W) uint8 or float in [0, 1] -> float in [0, 1], new for
@@ -795,7 +795,7 @@ def show(args):
     source, generator = open_sources(args.src, fonts=args.fonts), torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(source), generator=generator)[:args.n].tolist()
     images, labels, _, damaged, _ = read_batch(chosen, source)
-    views = [unit(images)] + [guidance_view(images, generator, geometry=g) for g in (True, False) if args.guidance]
+    views = [unit(images)] + [guidance_view(images, generator, moved=m) for m in (True, False) if args.guidance]
     views += [augment(images, generator) for _ in range(2) if args.augment]
     views += [F.interpolate(coarse_view(images, size(args.coarse)), size=(H, W))] if args.coarse else []
     cells = [(x, [(label or "", BLACK)] * (k == 0)) for label, strip in zip(labels, (255 * torch.stack(views, 1)).byte())

@@ -326,8 +326,8 @@ def evaluate(reader, sources, args, rank, world):
         rows, sets = {}, {}
         for name, source in sources.items():
             start = time.perf_counter()
-            look = lambda images: reader.read(changed(images.to(reader.device), *view), args.batch_size)
-            rows[name], broken = read_source(look, source, args, rank, world)
+            looking = lambda images: reader.read(changed(images.to(reader.device), *view), args.batch_size)
+            rows[name], broken = read_source(looking, source, args, rank, world)
             one = score([row[:2] for row in rows[name]], args.protocol)
             sets[name] = dict(one, seconds=time.perf_counter() - start)
             print("".join(f"damaged: {why}\n" for why in broken[:5] if view[0] == "sets" and not rank), end="")

@@ -72,7 +72,7 @@ def build(args, chars):
         said += f", anew: {' '.join(new)}" if new else ""
     if args.freeze_encoder:
         encoder.requires_grad_(False)
-    return model, f"--init {args.init}: {said}"
+    return model, f"--init {args.init}: {said}" if args.init else said
 
 # ---- validation
 

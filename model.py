@@ -244,7 +244,7 @@ class DecoderLayer(nn.Module):
         return residual(x, self.norm3, lambda x: drop(self.mlp(x), self.dropout, self.training)), kv
 
 class Decoder(nn.Module):
-    """The decoder of pre-training: predicts the target of hidden patches from visible tokens, places, and a guidance view's tokens.
+    """The decoder of pre-training: predicts the target of hidden patches from visible tokens, places, and the tokens of other views.
 
     `grids` are the grids it can predict, the fine one last; places are in units of the fine grid, as in the encoder."""
 
@@ -263,7 +263,7 @@ class Decoder(nn.Module):
         """memory: list of (B, 1+N', D'), or []; seen (B, 1+K, D') with ids_keep and ids_mask -> (B, M, C), in ids_mask's order.
         Without `seen` every patch of grids[scale] is hidden: (B, N, C). Tokens are not put back in order, as places are embedded:
         hidden ones come last, and the head runs on them alone."""
-        pos = getattr(self, f"pos_{range(self.n_grids)[scale]}")                              # (1, N, D)
+        pos = getattr(self, f"pos_{scale % self.n_grids}")                                   # (1, N, D)
         if seen is None:
             x, M = self.mask_token + pos, pos.shape[1]                                       # (1, N, D): the same until they see memory
         else:
@@ -279,10 +279,11 @@ class Decoder(nn.Module):
 
 # ---- methods: a fifth is a fifth row
 
-METHODS = {  # guide: the view that mim's decoder sees: none, one of full or coarse size, moved, bent and recoloured, or those of nsp
-    # ("still"), which are coarse, recoloured and in place; then the terms' weights, and the form of align
-    "mim":  dict(guide="none",   mim=1.0, nsp=0.0, align=0.0,  form="none"),
-    "nsp":  dict(guide="none",   mim=0.0, nsp=1.0, align=0.0,  form="none"),
+GUIDES = ("none", "full", "coarse", "still")
+METHODS = {  # guide: what mim's decoder sees besides visible patches: none; a look that is moved, bent and recoloured, of full or coarse
+    # size; still: nsp's own looks, which are coarse, recoloured and in place. Then the terms' weights, and the form of align
+    "mim":  dict(guide="none",   mim=1.0, nsp=0.0, align=0.0),
+    "nsp":  dict(guide="none",   mim=0.0, nsp=1.0, align=0.0),
     "lmim": dict(guide="full",   mim=1.0, nsp=0.0, align=1.0,  form="mse"),
     "mnsp": dict(guide="coarse", mim=1.0, nsp=1.0, align=0.02, form="infonce"),
 }
@@ -322,7 +323,6 @@ def align_infonce(a, b, crops=None, temperature=0.2):
         return sum(F.cross_entropy(x, truth) for x in logits) / 2
 
 ALIGN = {"mse": align_mse, "infonce": align_infonce}
-COMPARES_CROPS = ("infonce",)           # those that need [cls] of the whole step, whatever micro-batches it is made of
 
 def spread(cls):
     """How far unit [cls] tokens (B, D) lie from their mean, 0 (all the same: collapsed) to 1."""
@@ -335,14 +335,14 @@ class Pretrainer(nn.Module):
         super().__init__()
         self.method = METHODS[method] if isinstance(method, str) else method
         guide, nsp = self.method["guide"], self.method["nsp"]
-        self.scales = [tuple(s) for s in scales] if nsp or guide == "coarse" else []
+        self.scales = [tuple(s) for s in (scales if nsp else scales[-1:] if guide == "coarse" else ())]
         self.encoder = ViT(**MODELS[model]["encoder"], scales=self.scales)
         self.__dict__["teacher"] = teacher and teacher.requires_grad_(False).eval()  # no part of the model: not trained, not saved
         self.grids = [self.encoder.grid_of(s) for s in [*self.scales[1:], self.encoder.size]]  # those that are predicted
         out = teacher.width if teacher else 3 * math.prod(self.encoder.patch)
         self.decoder = Decoder(self.encoder.width, out, self.grids, seen=self.method["mim"] > 0, cross=bool(nsp or guide != "none"),
                                **MODELS[model]["decoder"])
-        self.crops = None                                                    # of one rank in a step, for InfoNCE over ranks
+        self.rank_crops = None                                               # of one rank in a step, for InfoNCE over ranks
 
     @torch.no_grad()
     def target(self, image):
@@ -372,7 +372,7 @@ class Pretrainer(nn.Module):
         share of one large batch's gradient."""
         parts, whole = (1, cls) if others is None else (others[0], [torch.cat(pair) for pair in zip(cls, others[1])])
         pairs = list(zip(whole, whole[1:]))
-        align = sum(ALIGN[self.method["form"]](a, b, self.crops) for a, b in pairs) / len(pairs)
+        align = sum(ALIGN[self.method["form"]](a, b, self.rank_crops) for a, b in pairs) / len(pairs)
         return parts * align - (parts - 1) * align.detach()
 
     def forward(self, image, views, ids_keep, ids_mask, others=None):

@@ -28,11 +28,11 @@ import torch.nn.functional as F
 
 from data import (H, W, DamageCount, Parser, UserError, batches, coarse_view, device, draw_sheet, guidance_view, normalize,
                   open_sources, read_batch, run, size, uniform)
-from model import (ALIGN, COMPARES_CROPS, METHODS, MODELS, Pretrainer, load_encoder, load_state, patch_norm, patchify,
+from model import (ALIGN, GUIDES, METHODS, MODELS, Pretrainer, load_encoder, load_state, patch_norm, patchify,
                    read_checkpoint, take, unpatchify)
 
 RECIPES = {  # what --model changes in the flags' defaults, which are LMIM's for vit_small (10 epochs, 8 GPUs of 64 crops)
-    "vit_nano": dict(batch_size=64, max_steps=2000, blr=4e-3, warmup_epochs=0.5, sample_every=1000, clip_grad=1.0),
+    "vit_nano": dict(batch_size=64, max_steps=2000, blr=4e-3, warmup_epochs=0.5, clip_grad=1.0),
     "vit_tiny": dict(blr=5e-4),
 }
 
@@ -127,7 +127,7 @@ class Run:
             training.update()                                     clips, steps, logs
     """
     MUST_MATCH = ("model data fonts rotate_tall seed dtype method scales teacher mask mask_ratio guidance_strength "
-                  "objective weight_decay init layer_decay dropout drop_path spell charset max_length label_fraction val "
+                  "weight_decay init layer_decay dropout drop_path spell charset max_length label_fraction val "
                   "freeze_encoder").split()
 
     def __init__(self, args):
@@ -203,9 +203,10 @@ class Run:
             if not {"args", "data", "optimizer", "step", "bad"} <= set(self.loaded):
                 raise UserError(f"--resume {path}: not a training checkpoint of this project; name another --out_dir")
             old, new, crops = self.loaded["args"], vars(self.args), self.loaded["data"]["crops"]
-            flag = lambda k: "METHODS" if k == "objective" else f"--{k}"
-            differ = [f"{flag(k)} {old[k]} there, {new[k]} here" for k in self.MUST_MATCH
+            differ = [f"--{k} {old[k]} there, {new[k]} here" for k in self.MUST_MATCH
                       if k in old and k in new and old[k] != new[k]]
+            was, now = (a.get("objective", {}) for a in (old, new))         # METHODS' row, changed by flags
+            differ += [f"the method's {k} {was.get(k)} there, {now[k]} here" for k in now if was.get(k) != now[k]]
             differ += [f"{crops} crops a step there, {self.crops} here"] if crops != self.crops else []
             if differ:
                 raise UserError(f"--resume {path}: {'; '.join(differ)}")
@@ -458,7 +459,7 @@ def draw_samples(training, images, path):
     """A sheet: rows are crops. Columns: the crop; what mim sees (visible patches, its guide) and what it predicts, twice:
     as the loss sees it, pixels normalised per patch, and with the true mean and contrast of each hidden patch put back,
     as MAE draws it; the same of nsp, from its coarse views; last the truth as the loss sees it. Features cannot be
-    drawn: in place of a prediction stands its cosine similarity to the target, 0 black, 1 white."""
+    drawn: in place of a prediction stands its cosine similarity to the target, 0 black, 1 white; visible patches are white."""
     model, args, generator = training.raw.eval(), training.args, torch.Generator().manual_seed(training.args.seed)
     images = images.to(training.device)
     views = make_views(images, model.method, model.scales, generator, strength=args.guidance_strength)
@@ -504,14 +505,14 @@ def main():
     add("--method", choices=METHODS, default="mnsp", help="a row of METHODS in model.py")
     training_flags(parser)
     add("--teacher", help="checkpoint whose features are the target (MAE, MAERec, LMIM or ours); left out: pixels")
-    add("--scales", nargs="+", default=["16x64"], help="coarse views of nsp and mnsp, height x width, coarse to fine")
+    add("--scales", nargs="+", default=["16x64"], help="sizes of nsp's views, height x width, coarse to fine; mim's coarse guide is of the last")
     add("--mask_ratio", type=within("(0, 1)"), default=0.8, help="share of patches hidden")
     add("--mask", choices=["random", "block"], default="random", help="hide patches, or blocks of 16 x 16 pixels")
     add("--guidance_strength", type=within("[0, inf)"), default=1.0,
         help="how much the guidance view differs: at 0 it is the crop itself, 1 is LMIM's medium")
-    add("--guide", choices=["none", "full", "coarse", "still"],
-        help="the second look that mim's decoder sees: moved and bent, of full or coarse size, or nsp's own, which stay "
-        "in place; left out: the method's own")
+    add("--guide", choices=GUIDES,
+        help="what mim's decoder sees besides visible patches: a look that is moved and bent, of full or coarse size; "
+        "still: nsp's own, in place; left out: the method's own")
     add("--align", choices=[*ALIGN, "none"], help="how [cls] tokens are brought together; left out: the method's own")
     add("--align_weight", type=within("[0, inf)"), help="weight of that term; left out: the method's own, or mnsp's")
     add("--out_dir", help="where to write; left out: out/METHOD")
@@ -529,14 +530,14 @@ def main():
     if args.align:
         method.update(form=args.align, align=0.0 if args.align == "none" else method["align"] or METHODS["mnsp"]["align"])
     method.update(align=method["align"] if args.align_weight is None else args.align_weight)
-    tokens = (method["guide"] in ("full", "coarse")) + len(scales) * (method["nsp"] > 0) + (method["mim"] > 0)   # [cls]
-    if method["align"] and (tokens < 2 or method["form"] not in ALIGN):
-        parser.error(f"--align {method['form']} --align_weight {method['align']}: --method {args.method} has no two "
-                     "[cls] to align that way")
-    if not method["mim"] and (not method["nsp"] or method["guide"] != "none") or (
-            method["guide"] == "still" and not method["nsp"]):
-        parser.error(f"--method {args.method} --guide {method['guide']}: expected mim or nsp, a guide only with mim, and "
-                     "still only with nsp too")
+    guide, mim, nsp, form = method["guide"], method["mim"] > 0, method["nsp"] > 0, method.get("form")
+    if guide not in GUIDES or not (mim or nsp) or guide != "none" and not mim or guide == "still" and not nsp:
+        parser.error(f"--method {args.method} --guide {guide}: expected one of {' '.join(GUIDES)}, and a weight for mim or "
+                     "nsp; a guide needs mim, and still needs nsp too")
+    looks = (guide in ("full", "coarse")) + len(scales) * nsp + mim         # one [cls] each
+    if method["align"] and (looks < 2 or form not in ALIGN):
+        parser.error(f"--align {form} --align_weight {method['align']}: expected {' or '.join(ALIGN)}, and two [cls]; "
+                     f"--method {args.method} --guide {guide} has {looks}")
     args.objective = method                                                 # --resume refuses another
     training = Run(args)
     source = open_sources(args.data, fonts=args.fonts, rotate_tall=args.rotate_tall)
@@ -545,7 +546,7 @@ def main():
         teacher = load_encoder(args.teacher).to(training.device)
         training.say(f"--teacher {args.teacher}: all {teacher.matched} tensors loaded")
     model = Pretrainer(method, args.model, scales, teacher)
-    model.crops = args.batch_size * args.accum_iter
+    model.rank_crops = args.batch_size * args.accum_iter
     training.prepare(model, source)
     few = read_batch(range(min(64, len(source))), source)[0][:8]             # some may be damaged
 
@@ -555,7 +556,7 @@ def main():
             views = make_views(images, method, model.scales, training.generator(0), rows, args.guidance_strength)
             ids = make_mask(len(images), args, model.encoder, training.generator(1), rows)
             parts.append((normalize(images), views, *(i.to(training.device, non_blocking=True) for i in ids)))
-        if args.accum_iter > 1 and method["align"] and method["form"] in COMPARES_CROPS:
+        if args.accum_iter > 1 and method["align"] and form == "infonce":   # it compares [cls] of the whole step
             with torch.no_grad(), training.autocast():
                 cls = [model.encode(*part[:3])[2] for part in parts]
         for i, part in enumerate(training.micro_batches(parts)):            # image, views, ids_keep, ids_mask
@@ -565,11 +566,10 @@ def main():
             training.backward(loss, terms)
         training.update()
 
-        if (step + 1) % args.sample_every == 0 or step + 1 == training.total:
+        due = (step + 1) % args.sample_every == 0 or step + 1 == training.total
+        if due and training.rank == 0 and len(few):
             with training.untimed():
-                sheet = os.path.join(args.out_dir, "samples", f"step_{step + 1:06d}.png")
-                if training.rank == 0 and len(few):
-                    draw_samples(training, few, sheet)
+                draw_samples(training, few, os.path.join(args.out_dir, "samples", f"step_{step + 1:06d}.png"))
     training.say(f"checkpoint {os.path.join(args.out_dir, 'last.pt')}")
 
 if __name__ == "__main__":

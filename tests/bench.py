@@ -172,7 +172,7 @@ def prefixes(net, images):
     ids[:, 0] = net.start
     memory = net.proj(net.encoder(images)[:, 1:])
     for t in range(net.max_length + 1):
-        logits, _ = net.step(ids[:, :-1], [layer.cross_attn.keys(memory) for layer in net.layers])
+        logits, _ = net.step(ids[:, :-1], [layer.cross_attn.keys_values(memory) for layer in net.layers])
         ids[:, t + 1] = logits[:, t, :net.pad].argmax(-1)
     return ids[:, 1:]
 
@@ -262,7 +262,7 @@ def loading(args):
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     calls = {"decode": partial(some, source), "render": partial(some, words),
              "guidance": partial(data.guidance_view, images, generator),
-             "guidance, in place": partial(data.guidance_view, images, generator, geometry=False),
+             "guidance, in place": partial(data.guidance_view, images, generator, moved=False),
              "augment": partial(data.augment, images, generator),
              "Pillow": lambda: [by_pillow(picture, rng) for picture in pictures]}
     on = lambda cores, call: lambda: (torch.set_num_threads(cores), call())

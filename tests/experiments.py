@@ -139,7 +139,7 @@ def work(job, out):
 
 # ---- tables
 
-def spread(values, form="{:.1f}"):
+def mean_sd(values, form="{:.1f}"):
     """Mean, and how far the seeds lie apart (standard deviation), of what is there."""
     values = [v for v in values if v is not None]
     if not values:
@@ -179,7 +179,7 @@ def tables(out):
     for share in FINE_STEPS:
         body = []
         for name in TABLE1:
-            of = lambda *keys: spread([result(out, f"{name}-s{seed}-{share}", *keys) for seed in SEEDS])
+            of = lambda *keys: mean_sd([result(out, f"{name}-s{seed}-{share}", *keys) for seed in SEEDS])
             sets = [of("sets", s, "accuracy") for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
             seeds = sum(result(out, f"{name}-s{seed}-{share}") is not None for seed in SEEDS)
             body.append([f"`{name}`", *sets, of("average"), seeds])
@@ -187,17 +187,17 @@ def tables(out):
               ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "seeds"], body)
     body = []
     for name in PRETRAINING:
-        last = lambda key, form="{:.3f}", **how: spread([final(out, f"{name}-s{seed}", key, **how) for seed in SEEDS], form)
-        tenth = spread([result(out, f"{name}-s{seed}-tenth", "average") for seed in SEEDS])
+        last = lambda key, form="{:.3f}", **how: mean_sd([final(out, f"{name}-s{seed}", key, **how) for seed in SEEDS], form)
+        tenth = mean_sd([result(out, f"{name}-s{seed}-tenth", "average") for seed in SEEDS])
         body.append([f"`{name}`", last("mim"), last("nsp"), last("spread"), last("crops_per_s", "{:.0f}", mean=statistics.median),
                      last("peak_gb", "{:.2f}", mean=max), tenth])
     table("What each change does, and costs", ["pre-training", "mim", "nsp", "spread", "crops/s, one core", "GB", "tenth: average"], body)
     body, before = [], []
     for name in TABLE1:
         of = lambda *keys, kind="tenth", file="real.json": [result(out, f"{name}-s{seed}-{kind}", *keys, file=file) for seed in SEEDS]
-        kept = lambda *keys: spread([100 * b / a if a and b is not None else None for a, b in zip(of("average"), of(*keys, "average"))])
+        kept = lambda *keys: mean_sd([100 * b / a if a and b is not None else None for a, b in zip(of("average"), of(*keys, "average"))])
         body.append([f"`{name}`", *(kept("heights", h) for h in ("16", "12", "8")), *(kept("rotations", r) for r in ("15", "30"))])
-        looks = lambda kind, who: [spread(of("attention", "synth", who, what, kind=kind, file="synth.json"), "{:.3f}")
+        looks = lambda kind, who: [mean_sd(of("attention", "synth", who, what, kind=kind, file="synth.json"), "{:.3f}")
                                    for what in ("share", "entropy")]
         before.append([f"`{name}`", *looks("before", "cls"), *looks("before", "patches"),
                        *looks("tenth", "cls"), *looks("tenth", "patches"), *looks("tenth", "decoder")])

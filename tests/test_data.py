@@ -526,7 +526,7 @@ def generator(seed=0):
 
 
 VIEWS = {"lmim": data.guidance_view, "augment": data.augment,
-         "nsp": lambda *args: data.guidance_view(*args, geometry=False)}
+         "nsp": lambda *args: data.guidance_view(*args, moved=False)}
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -551,8 +551,8 @@ def test_views(name):
 def test_strength():
     """Strength 0 still changes something, or strength does not order the ablation's weak, medium and strong."""
     images = crops(64)
-    for geometry in True, False:
-        views = [data.guidance_view(images, generator(), geometry=geometry, strength=s) for s in (0, .5, 1, 1.5)]
+    for moved in True, False:
+        views = [data.guidance_view(images, generator(), moved=moved, strength=s) for s in (0, .5, 1, 1.5)]
         changes = [(view - images / 255).abs().mean() for view in views]
         assert changes[0] < 1e-6 < changes[1] < changes[2] < changes[3]
 
@@ -563,14 +563,14 @@ def test_look_keeps_the_place():
     spots = [(random.Random(i).randrange(4, 28), random.Random(-i).randrange(4, 124)) for i in range(200)]
     for i, (y, x) in enumerate(spots):
         images[i, :, y - 1:y + 2, x - 1:x + 2] = 250
-    still, moved = (data.guidance_view(images, generator(), geometry=g).mean(1) for g in (False, True))
+    still, moved = (data.guidance_view(images, generator(), moved=m).mean(1) for m in (False, True))
     still = torch.nn.functional.avg_pool2d(still, 3, 1, 1).flatten(1).argmax(1)
     where = torch.stack([still // 128, still % 128], 1) - torch.tensor(spots)
     assert where.abs().max() <= 2 and where.float().mean().abs() < .1
     assert (moved.flatten(1).argmax(1) != still).float().mean() > .5
     flat = lambda x: torch.nn.functional.normalize((x - x.mean((1, 2), keepdim=True)).flatten(1), dim=1)
     crop, grey = crops(100), torch.tensor([.299, .587, .114]).view(3, 1, 1)
-    view = data.guidance_view(crop, generator(), geometry=False)
+    view = data.guidance_view(crop, generator(), moved=False)
     assert ((flat((view * grey).sum(1)) * flat((crop / 255 * grey).sum(1))).sum(1) > .5).float().mean() > .97
 
 
