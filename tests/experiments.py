@@ -2,12 +2,13 @@
 
     python tests/experiments.py list  --real DIR                     every run with its state and its one command
     python tests/experiments.py run   --real DIR                     all of them; two cores need a night and a day
-    python tests/experiments.py run   --real DIR --only '.*-s0.*'    those whose names match: several such lines at once,
-                                                                     one a core (OMP_NUM_THREADS=1), share the work
+    python tests/experiments.py run   --real DIR --only '.*-s0.*'    those whose names match: after `split`, several such lines
+                                                                     at once, one a core (OMP_NUM_THREADS=1), share the work
     python tests/experiments.py table --real DIR --readme README.md  writes what is there between the README's marks
 
 DIR holds train/ and test/ (LMDBs of word crops: IIIT5k, SVT, IC13, IC15, IC03). Validation is split off train/ once. Every run's folder
-holds log.txt beside what the scripts write; done.json says how long it took, and is what `run` skips by.
+holds log.txt beside what the scripts write; done.json says how long it took, and is what `run` skips by: when you have changed what a
+method is, name another --out.
 """
 import json
 import os
@@ -40,7 +41,9 @@ PRETRAINING = {  # name: flags of pretrain.py, {run} being its checkpoint; the f
     "mnsp_.6": "--method mnsp --mask_ratio 0.6", "mnsp_.9": "--method mnsp --mask_ratio 0.9", "mnsp_block": "--method mnsp --mask block",
 }
 TABLE1 = list(PRETRAINING)[:5]
-STEPS, FINE_STEPS = 4000, dict(tenth=2000, all=4000)                        # `all` has ten times as many real labels
+SEVERAL = (*TABLE1, "mnsp_none")                                            # whose every seed is run
+STEPS, FINE_STEPS = 4000, dict(tenth=2000, all=4000)
+SHARES = dict(tenth="a tenth", all="all")                                   # of the real labels
 MODEL = "--model vit_nano"
 
 
@@ -73,7 +76,7 @@ def jobs(args):
         return f"evaluate.py --ckpt {folder}/last.pt --data synth:256:9 --attention {folder}/attention --json {folder}/synth.json"
 
     add("split", [f"tests/experiments.py split --real {real} --out {out}"])
-    for seed, name in [(seed, name) for seed in SEEDS for name in TABLE1] + [(0, name) for name in PRETRAINING if name not in TABLE1]:
+    for seed, name in [(seed, name) for seed in SEEDS for name in SEVERAL] + [(0, name) for name in PRETRAINING if name not in SEVERAL]:
         pre, flags, init, needs = f"{name}-s{seed}", PRETRAINING[name], "", ["split"]
         if flags:
             flags, teachers = re.sub("{(.*?)}", rf"{out}/\1/last.pt", flags), re.findall("{(.*?)}", flags)
@@ -183,7 +186,7 @@ def tables(out):
             sets = [of("sets", s, "accuracy") for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
             seeds = sum(result(out, f"{name}-s{seed}-{share}") is not None for seed in SEEDS)
             body.append([f"`{name}`", *sets, of("average"), seeds])
-        table(f"Reading after fine-tuning on rendered words and, of the real labels, {share}: {FINE_STEPS[share]:,} steps",
+        table(f"Words read (%) after {FINE_STEPS[share]:,} steps of fine-tuning with {SHARES[share]} of the real labels",
               ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "seeds"], body)
     body = []
     for name in PRETRAINING:
@@ -191,7 +194,7 @@ def tables(out):
         tenth = mean_sd([result(out, f"{name}-s{seed}-tenth", "average") for seed in SEEDS])
         body.append([f"`{name}`", last("mim"), last("nsp"), last("spread"), last("crops_per_s", "{:.0f}", mean=statistics.median),
                      last("peak_gb", "{:.2f}", mean=max), tenth])
-    table("What each change does, and costs", ["pre-training", "mim", "nsp", "spread", "crops/s, one core", "GB", "tenth: average"], body)
+    table("What each change does, and costs", ["pre-training", "mim", "nsp", "spread", "crops/s, one core", "GB", "words read (%), a tenth of the labels"], body)
     body, before = [], []
     for name in TABLE1:
         of = lambda *keys, kind="tenth", file="real.json": [result(out, f"{name}-s{seed}-{kind}", *keys, file=file) for seed in SEEDS]
@@ -201,9 +204,9 @@ def tables(out):
                                    for what in ("share", "entropy")]
         before.append([f"`{name}`", *looks("before", "cls"), *looks("before", "patches"),
                        *looks("tenth", "cls"), *looks("tenth", "patches"), *looks("tenth", "decoder")])
-    table("Robustness (tenth): per cent of the average that is left when crops are reduced or turned", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
+    table("Robustness: per cent of what a tenth of the labels reads that is left when crops are reduced or turned", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
     area = next((x for name in TABLE1 if (x := result(out, f"{name}-s0-before", "attention", "synth", "text_area", file="synth.json"))), 0)
-    table(f"Attention on 256 rendered words: share on text (blind: {area:.3f}) and entropy, before and after fine-tuning (tenth)",
+    table(f"Attention on 256 rendered words: share on text (blind: {area:.3f}) and entropy, before and after fine-tuning",
           ["from", "[cls] before", "entropy", "patches before", "entropy", "[cls] after", "entropy", "patches after", "entropy",
            "letters after", "entropy"], before)
     return "\n".join(lines) + "\n"
