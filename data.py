@@ -772,11 +772,12 @@ RED, BLACK, GREY = (210, 30, 30), (0, 0, 0), (120, 120, 120)
 def draw_sheet(rows, path):
     """rows of cells (picture uint8 (3, 32, 128) or None, [(text, colour), ...]): text is below a picture, or alone, in
     the first font that has all of it, else in Pillow's own, with boxes."""
-    w, h, files = 2 * W + 12, 2 * H + (26 if any(text for row in rows for _, text in row) else 8), font_files()
-    sheet = Image.new("RGB", (w * max(map(len, rows), default=1), h * max(1, len(rows))), "white")
-    cells = ((x * w + 6, y * h, *cell) for y, row in enumerate(rows) for x, cell in enumerate(row))
-    for x, y, picture, pieces in cells:
-        base, size, line = *((46, 24) if picture is None else (84, 14)), "".join(text for text, _ in pieces)
+    w, files = 2 * W + 12, font_files()
+    tall = [(2 * H + 8 if any(picture is not None for picture, _ in row) else 22) + 18 * any(text for _, text in row) for row in rows]
+    sheet = Image.new("RGB", (w * max(map(len, rows), default=1), max(1, sum(tall))), "white")
+    cells = ((x * w + 6, sum(tall[:k]), tall[k], *cell) for k, row in enumerate(rows) for x, cell in enumerate(row))
+    for x, y, h, picture, pieces in cells:
+        base, size, line = *((min(46, h - 12), 24) if picture is None else (84, 14)), "".join(text for text, _ in pieces)
         if picture is not None:
             picture = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
             sheet.paste(picture.resize((2 * W, 2 * H), Image.Resampling.NEAREST), (x, y + 4))

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (H, W, DamageCount, Parser, UserError, batches, coarse_view, device, draw_sheet, guidance_view, normalize,
+from data import (GREY, H, W, DamageCount, Parser, UserError, batches, coarse_view, device, draw_sheet, guidance_view, normalize,
                   open_sources, read_batch, run, size, uniform)
 from model import (ALIGN, GUIDES, METHODS, MODELS, Pretrainer, load_encoder, load_state, patch_norm, patchify,
                    read_checkpoint, take, unpatchify)
@@ -479,22 +479,24 @@ def draw_samples(training, images, path):
     enlarge = lambda view: F.interpolate(view, images.shape[-2:]) / 2 + 0.5
     guide, coarse = model.split(views)
     visible = fill(torch.zeros_like(pixels)[:, :ids_mask.shape[1]], ids_mask, pixels)
-    columns = [image / 2 + 0.5]
+    columns = [("crop", image / 2 + 0.5)]
     for name, pred in predicted.items():
         pred, ids = pred.float(), ids_mask if name == "mim" else everything
-        columns += [visible, *map(enlarge, guide)] if name == "mim" else map(enlarge, coarse)
+        looks = [visible, *map(enlarge, guide)] if name == "mim" else map(enlarge, coarse)
+        columns += [(f"{name} sees", look) for look in looks]
         if model.teacher is None:
-            columns += [fill(pred / 3, ids, torch.zeros_like(pixels)),
-                        fill(pred * take(std, ids) + take(mean, ids), ids, pixels)]
+            columns += [(f"{name} predicts", fill(pred / 3, ids, torch.zeros_like(pixels))),
+                        (f"{name}, in colour", fill(pred * take(std, ids) + take(mean, ids), ids, pixels))]
         else:
             like = torch.cosine_similarity(pred, take(target, ids), dim=-1)[..., None]
-            columns += [fill(2 * like.expand(-1, -1, pixels.shape[-1]) - 1, ids, torch.ones_like(pixels))]
-    columns += [unpatchify(target / 3, grid, patch) / 2 + 0.5] if model.teacher is None else []
+            like = fill(2 * like.expand(-1, -1, pixels.shape[-1]) - 1, ids, torch.ones_like(pixels))
+            columns += [(f"{name}, likeness", like)]
+    columns += [("target", unpatchify(target / 3, grid, patch) / 2 + 0.5)] if model.teacher is None else []
     model.train()
-    sheet = (255 * torch.stack(columns, 1).clamp(0, 1)).byte().cpu()                         # (B, columns, 3, H, W)
+    sheet = (255 * torch.stack([x for _, x in columns], 1).clamp(0, 1)).byte().cpu()         # (B, columns, 3, H, W)
     with training.writing(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        draw_sheet([[(x, []) for x in row] for row in sheet], path)
+        draw_sheet([[(None, [(title, GREY)]) for title, _ in columns], *([(x, []) for x in row] for row in sheet)], path)
         training.say(f"picture    {path}")
 
 # ---- main
