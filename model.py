@@ -71,12 +71,13 @@ def sincos(width, grid, fine):
 # ---- attention and block
 
 def drop(x, rate, training=True):
-    """Dropout. CPUs draw Bernoulli numbers slowly, so that there one random byte an element decides: `rate` in 256ths."""
+    """Dropout. CPUs draw Bernoulli numbers slowly, and fill tensors of bool slowly: there one random byte an element decides, `rate`
+    in 256ths, and becomes the 0 or 1 of what is kept."""
     if not training or rate == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, rate, training)
     cut = min(max(round(256 * rate), 1), 255)
     numbers = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-2 ** 63, None).view(torch.uint8)
-    return x * ((numbers[:x.numel()] >= cut).view(x.shape).to(x.dtype) * (256 / (256 - cut)))
+    return x * (numbers[:x.numel()].ge_(cut).view(x.shape).to(x.dtype) * (256 / (256 - cut)))
 
 def attend(q, k, v, dropout=0.0, causal=False):
     """softmax(q k' / sqrt(d)) v on (B, heads, T, d). CUDA takes the fused kernel. Elsewhere the lines are written
