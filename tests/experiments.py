@@ -26,7 +26,8 @@ from data import Parser, UserError, open_source, run
 SEEDS = (0, 1, 2)
 PRETRAINING = {  # name: flags of pretrain.py, {run} being its checkpoint; the first five are table 1's
     "scratch": None, "mim": "--method mim", "nsp": "--method nsp", "lmim": "--method lmim", "mnsp": "--method mnsp",
-    "mim_x2": "--method mim --max_steps 8000",                              # the compute time of mnsp
+    "mim_x2": "--method mim --max_steps 8000", "mnsp_x2": "--method mnsp --max_steps 8000",   # mim_x2 takes as long as mnsp
+    "mnsp_none_x2": "--method mnsp --guide none --max_steps 8000",
     "mnsp_no_mla": "--method mnsp --align none",
     "mnsp_mse": "--method mnsp --align mse --align_weight 1", "mnsp_mse_.1": "--method mnsp --align mse --align_weight 0.1",
     "mnsp_infonce_.1": "--method mnsp --align infonce --align_weight 0.1", "mnsp_infonce_1": "--method mnsp --align infonce --align_weight 1",
