@@ -151,18 +151,21 @@ def test_one_ranks_failure_ends_all(tmp_path):
 
 # ---- learning
 
-@pytest.mark.skipif("STR_SLOW" not in os.environ, reason="up to ten minutes a method: STR_SLOW=1 runs it")
-@pytest.mark.parametrize("method, share", [("mim", 0.95), ("nsp", 0.6), ("lmim", 0.95), ("mnsp", 0.6)])
-def test_overfits_2000_crops(go, method, share):
-    """A method that learns nothing, whatever its parts do by themselves: its loss on 2,000 rendered crops must fall below
-    this share of what the best constant gets. mim and lmim have 20 % of a crop, or a moved one, to tell it by: 0.89 and 0.93."""
+@pytest.mark.skipif("STR_SLOW" not in os.environ, reason="up to twenty minutes a method: STR_SLOW=1 runs it")
+@pytest.mark.parametrize("method, steps, size, shares", [
+    ("mim", 6000, 32, dict(mim=0.85)), ("nsp", 2000, 64, dict(nsp=0.5)), ("lmim", 6000, 32, dict(mim=0.92)),
+    ("mnsp", 2000, 64, dict(mim=0.95, nsp=0.6))])
+def test_overfits_2000_crops(go, method, steps, size, shares):
+    """A method that learns nothing, whatever its parts do by themselves: its losses on 2,000 rendered crops must fall below
+    these shares of what the best constant gets. Reached: mim 0.78, nsp 0.41, lmim 0.88."""
     from data import normalize, open_source, read_batch
     from model import Pretrainer
     images, *_ = read_batch(range(2000), open_source("synth:2000"))
     target = Pretrainer("mim", "vit_nano").target(normalize(images))[-1].flatten(0, 1)
-    out = go(pretrain, "--method", method, "--data", "synth:2000", *"--max_steps 2000 --batch_size 64 --dtype auto".split())
-    rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))][-100:]
-    for term in {"mim", "nsp"} & set(rows[0]):
+    out = go(pretrain, "--method", method, "--data", "synth:2000", *f"--max_steps {steps} --batch_size {size} --lr 1e-3 --dtype auto".split())
+    rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+    rows = [row for row in rows if row["step"] > steps - 400]
+    for term, share in shares.items():
         reached = sum(row[term] for row in rows) / len(rows)
         assert reached < share * target.var(dim=0, correction=0).mean(), (method, term, reached)
 
