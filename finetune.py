@@ -61,18 +61,18 @@ def build(args, chars):
     if want != have:
         raise UserError(f"--init {args.init}: depth, width, heads and patch are {have}, those of --model {args.model} "
                         f"{want}; name the --model it was made with")
-    said = f"all {encoder.matched} tensors of the encoder loaded" if args.init else "from scratch"
+    said = f"--init {args.init}: all {encoder.matched} tensors of the encoder loaded" if args.init else "from scratch"
     if "charset" in start:
         own, old = model.state_dict(), start["model"]
         new = [k for k in own if k not in old or own[k].shape != old[k].shape]
         if start["charset"] != chars:
             new += [k for k in own if k.startswith(("embed.", "classifier.", "char_head.")) and k not in new]
         load_state(model, {k: own[k] if k in new else old[k] for k in own}, args.init)
-        said = f"a recognizer; {len(own) - len(new)} of {len(own)} tensors loaded"
+        said = f"--init {args.init}: a recognizer; {len(own) - len(new)} of {len(own)} tensors loaded"
         said += f", anew: {' '.join(new)}" if new else ""
     if args.freeze_encoder:
         encoder.requires_grad_(False)
-    return model, f"--init {args.init}: {said}" if args.init else said
+    return model, said
 
 # ---- validation
 
@@ -152,7 +152,7 @@ def main():
             training.backward(loss, dict(terms, accuracy=right))
         training.update()
 
-        if val is not None and ((step + 1) % args.sample_every == 0 or step + 1 == training.total):
+        if val is not None and training.due(args.sample_every):
             with training.untimed():
                 result, few = validate(training, val, protocol)
             readings = "  ".join(f"{label}>{text}" for label, text in few)

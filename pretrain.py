@@ -350,14 +350,18 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.bad = torch.stack([(self.bad[0] + 1) * bad, self.bad[1] + bad])
         self.step, self.since = self.step + 1, self.since + 1
-        due = self.step % self.args.log_every == 0 or self.step == self.total
-        if due:
+        logged = self.due(self.args.log_every)
+        if logged:
             self.log()
-        if (due or self.device.type == "cpu") and self.bad[0] >= self.args.max_bad_steps:
+        if (logged or self.device.type == "cpu") and self.bad[0] >= self.args.max_bad_steps:
             raise UserError(f"step {self.step}: {int(self.bad[0])} steps in a row had a non-finite gradient; lower "
                             f"--lr or --blr, or set --clip_grad 1; {self.out}/last.pt, if written, is from before them")
 
     # -- log
+
+    def due(self, every):
+        """After `update`: every so many steps, and after the last."""
+        return self.step % every == 0 or self.step == self.total
 
     def clock(self):
         self.began, self.waited, self.since = time.perf_counter(), 0.0, 0
@@ -507,7 +511,8 @@ def main():
     add("--method", choices=METHODS, default="mnsp", help="a row of METHODS in model.py")
     training_flags(parser)
     add("--teacher", help="checkpoint whose features are the target (MAE, MAERec, LMIM or ours); left out: pixels")
-    add("--scales", nargs="+", default=["16x64"], help="sizes of nsp's views, height x width, coarse to fine; mim's coarse guide is of the last")
+    add("--scales", nargs="+", default=["16x64"],
+        help="sizes of nsp's views, height x width, coarse to fine; mim's coarse guide is of the last")
     add("--mask_ratio", type=within("(0, 1)"), default=0.8, help="share of patches hidden")
     add("--mask", choices=["random", "block"], default="random", help="hide patches, or blocks of 16 x 16 pixels")
     add("--guidance_strength", type=within("[0, inf)"), default=1.0,
@@ -568,8 +573,7 @@ def main():
             training.backward(loss, terms)
         training.update()
 
-        due = (step + 1) % args.sample_every == 0 or step + 1 == training.total
-        if due and training.rank == 0 and len(few):
+        if training.due(args.sample_every) and training.rank == 0 and len(few):
             with training.untimed():
                 draw_samples(training, few, os.path.join(args.out_dir, "samples", f"step_{step + 1:06d}.png"))
     training.say(f"checkpoint {os.path.join(args.out_dir, 'last.pt')}")

@@ -154,7 +154,7 @@ def test_one_ranks_failure_ends_all(tmp_path):
 @pytest.mark.skipif("STR_SLOW" not in os.environ, reason="up to twenty minutes a method: STR_SLOW=1 runs it")
 @pytest.mark.parametrize("method, steps, size, shares", [
     ("mim", 6000, 32, dict(mim=0.85)), ("nsp", 2000, 64, dict(nsp=0.5)), ("lmim", 6000, 32, dict(mim=0.92)),
-    ("mnsp", 2000, 64, dict(mim=0.95, nsp=0.6))])
+    ("mnsp", 2000, 64, dict(mim=0.9, nsp=0.6))])
 def test_overfits_2000_crops(go, method, steps, size, shares):
     """A method that learns nothing, whatever its parts do by themselves: its losses on 2,000 rendered crops must fall below
     these shares of what the best constant gets. Reached: mim 0.78, nsp 0.41, lmim 0.86, mnsp 0.86 and 0.55."""
