@@ -139,13 +139,14 @@ def main():
     for step in training.steps():
         for images, labels, char_maps, (rows, total) in training.micro_batches():
             words = [fit_label(label, chars, args.max_length)[0] for label in labels]
-            targets = encode_labels(words, model).to(training.device)
+            targets = training.put(encode_labels(words, model))
             # with --spell rendered words stay as they are: they come varied, and their letters would have to move along
             real = torch.arange(len(images)) if char_maps is None else (char_maps.flatten(1).amax(1) == 0).nonzero()[:, 0]
             images = unit(images)
             if len(real):
-                images[real] = augment(images[real], training.generator(), (rows[real], total))
-            chars_under = None if char_maps is None else under_patches(char_maps.to(training.device), targets, model)
+                places = training.put(real)
+                images[places] = augment(images[places], training.generator(), (rows[real], total))
+            chars_under = None if char_maps is None else under_patches(training.put(char_maps), targets, model)
             with training.autocast():
                 loss, terms, logits = training.model(normalize(images), targets, chars_under)
             right = ((logits.argmax(-1) == targets) | (targets == model.pad)).all(1).float().mean()

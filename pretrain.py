@@ -163,6 +163,10 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def put(self, x):
+        """A host's tensor on the device; nothing waits for it."""
+        return x.to(self.device, non_blocking=True)
+
     def say(self, text):
         if self.rank == 0:
             print(text, flush=True)
@@ -324,7 +328,7 @@ class Run:
             if len(images) == 0:
                 raise UserError(f"no crop of a batch could be read, the first being {damaged[0]}; see data.py check")
             rows = ((i * self.world + self.rank) * self.args.batch_size + torch.as_tensor(taken), self.crops)
-            yield images.to(self.device, non_blocking=True), labels, char_maps, rows
+            yield self.put(images), labels, char_maps, rows
 
     def micro_batches(self, drawn=None):
         for i, part in enumerate(drawn or self.draw()):
@@ -465,9 +469,9 @@ def draw_samples(training, images, path):
     as MAE draws it; the same of nsp, from its coarse views; last the truth as the loss sees it. Features cannot be
     drawn: in place of a prediction stands its cosine similarity to the target, 0 black, 1 white; visible patches are white."""
     model, args, generator = training.raw.eval(), training.args, torch.Generator().manual_seed(training.args.seed)
-    images = images.to(training.device)
+    images = training.put(images)
     views = make_views(images, model.method, model.scales, generator, strength=args.guidance_strength)
-    ids_keep, ids_mask = (ids.to(training.device) for ids in make_mask(len(images), args, model.encoder, generator))
+    ids_keep, ids_mask = map(training.put, make_mask(len(images), args, model.encoder, generator))
     image, grid, patch = normalize(images), model.encoder.grid, model.encoder.patch
     with training.autocast():
         _, _, predicted = model(image, views, ids_keep, ids_mask)
@@ -562,7 +566,7 @@ def main():
         for images, _, _, rows in training.draw():
             views = make_views(images, method, model.scales, training.generator(0), rows, args.guidance_strength)
             ids = make_mask(len(images), args, model.encoder, training.generator(1), rows)
-            parts.append((normalize(images), views, *(i.to(training.device, non_blocking=True) for i in ids)))
+            parts.append((normalize(images), views, *map(training.put, ids)))
         if args.accum_iter > 1 and method["align"] and form == "infonce":   # it compares [cls] of the whole step
             with torch.no_grad(), training.autocast():
                 cls = [model.encode(*part[:3])[2] for part in parts]

@@ -149,6 +149,65 @@ def test_one_ranks_failure_ends_all(tmp_path):
     assert done.returncode == 1 and "ValueError: planted" in done.stderr
 
 
+# ---- no step waits for the device
+
+CHIP = """
+import itertools, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+import data, finetune, pretrain
+given = sys.argv[2:]
+
+class NeverWait(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].device.type == "chip":
+            index = args[1] if isinstance(args[1], tuple) else args[1:2]
+            assert all(x.device.type == "chip" for x in index if isinstance(x, torch.Tensor)), "an index on the host waits"
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.Tensor.cpu, torch.Tensor.to) and args[0].device != out.device:
+            assert out.device.type == "chip" and (kwargs or {}).get("non_blocking"), "a copy waits"
+        return out
+
+def steps(run, steps=pretrain.Run.steps):
+    for step in steps(run):
+        with NeverWait():
+            yield step
+
+def to(module, device):
+    for part in module.modules():
+        part._parameters.update({k: torch.nn.Parameter(p.to(device)) for k, p in part._parameters.items() if p is not None})
+        part._buffers.update({k: b.to(device) for k, b in part._buffers.items()})
+    return module
+
+backend = _DummyBackendModule()
+backend.get_amp_supported_dtype = lambda: [torch.bfloat16]
+_setup_privateuseone_for_python_backend("chip", backend)
+with FakeTensorMode() as mode:                                  # tensors with a shape and a device, and no numbers
+    crops = torch.zeros(8, 3, 32, 128, dtype=torch.uint8), ["word"] * 8, None, [], list(range(8))
+    torch.nn.Module.to = to
+    data.SQUARE = mode.from_tensor(data.SQUARE)
+    data.fixed = lambda constant, device: mode.from_tensor(constant).to(device, non_blocking=True)     # once a run
+    pretrain.batches, pretrain.read_batch = lambda *_: itertools.repeat(crops), lambda *_: (crops[0][:0],)
+    pretrain.Run.log = pretrain.Run.save = lambda *_: True
+    pretrain.Run.due, pretrain.Run.steps = lambda *_: False, steps
+    for script, flags in ((pretrain, "--method mnsp --scales 8x32 16x64"), (finetune, "--spell 0"),
+                          (pretrain, "--method lmim --align infonce --mask block --batch_size 4 --accum_iter 2")):
+        sys.argv = [script.__name__, *given, *flags.split()]
+        script.main()
+"""
+
+
+def test_a_step_never_waits_for_the_device(tmp_path):
+    """A number asked of the GPU, a tensor made on the host for it, a copy that waits for it: each stops the queue of work.
+    Shown by the scripts' own loops on a device that holds no numbers, so that whoever asks for one fails."""
+    flags = [*TINY, "--batch_size", "8", "--max_steps", "1", "--device", "chip:0", "--out_dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", CHIP, ROOT, *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 # ---- learning
 
 @pytest.mark.skipif("STR_SLOW" not in os.environ, reason="up to twenty minutes a method: STR_SLOW=1 runs it")
