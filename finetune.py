@@ -1,6 +1,6 @@
 """Fine-tunes a pre-trained encoder into a recognizer: labelled crops in, text out.
 
-    python finetune.py --init out/mnsp/last.pt --data synth IIIT5k SVT --val synth:1000:1         a laptop
+    python finetune.py --init out/mnsp/last.pt --data synth --val synth:1000:1                    a laptop
     python finetune.py --init out/mnsp/last.pt --data L/train --val L/val --compile               one GPU
     torchrun --nproc_per_node=8 finetune.py --init out/mnsp/last.pt --data L/train --val L/val    eight, LMIM's recipe
 

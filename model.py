@@ -368,9 +368,9 @@ class Pretrainer(nn.Module):
         return memory, seen, [tokens[:, 0] for tokens in (*memory, seen) if tokens is not None]
 
     def agree(self, cls, others):
-        """How far [cls] of neighbouring views (the guide, the coarse ones, the masked crop) are from agreeing. `others`:
-        (micro-batches in the step, [cls] of the other ones, without gradients): by GradCache (2101.06983) each micro-batch adds its
-        share of one large batch's gradient."""
+        """How far [cls] of neighbouring views are from agreeing, mean over the pairs: (guide, coarse), (coarse, masked crop) in
+        mnsp, (guide, masked crop) in lmim. `others`: (micro-batches in the step, [cls] of the other ones, without gradients): by
+        GradCache (2101.06983) each micro-batch adds its share of one large batch's gradient."""
         parts, whole = (1, cls) if others is None else (others[0], [torch.cat(pair) for pair in zip(cls, others[1])])
         pairs = list(zip(whole, whole[1:]))
         align = sum(ALIGN[self.method["form"]](a, b, self.rank_crops) for a, b in pairs) / len(pairs)
