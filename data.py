@@ -53,14 +53,14 @@ class Damaged(UserError):
     """An entry that cannot be read: where it is and why."""
 
 def run(main):
-    """Call main(); a UserError, or a file that cannot be opened, becomes one line on stderr and exit status 2."""
+    """Call main(); a UserError, or a file that cannot be opened or written, becomes one line on stderr and exit status 2."""
     status = 0
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors="backslashreplace")           # letters that a terminal lacks are no error
     try:
         main()
     except (UserError, OSError) as error:
-        if not isinstance(error, UserError) and not error.filename:
-            raise
-        text = error if isinstance(error, UserError) else f"{error.filename}: {error.strerror}"
+        text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
         print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
         status = 2
     if torch.distributed.is_available() and torch.distributed.is_initialized() and (
@@ -81,6 +81,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
+def within(interval, kind=float):
+    """A flag's type: a number in an interval, such as "(0, 1]"."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def number(text):
+        value = kind(text)
+        if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
+            raise argparse.ArgumentTypeError(f"{text}: expected a number in {interval}")
+        return value
+    return number
+
 def device(name):
     """--device: auto takes a CUDA GPU if there is one, that of this rank -> torch.device. UserError if it cannot
     be used. On a CPU this also tells the C library to keep the memory it has, for the whole process."""
@@ -90,6 +101,8 @@ def device(name):
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
     if found.type == "cpu":         # glibc gives each large block back, and Linux clears it anew: half of a step's time
         with suppress(OSError, AttributeError, TypeError):              # other systems
             for option in (-4, 0), (-1, -1):                            # M_MMAP_MAX, M_TRIM_THRESHOLD
@@ -155,8 +168,7 @@ def fit_labels(source, chars, max_length):
     blame). Entries whose label is damaged stay in, for the loader to name and count."""
     fits, why, odd = np.ones(len(source), bool), Counter(), Counter()
     for start, part in zip(source.starts, source.parts):
-        if (isinstance(part, Synth) and set(part.charset) <= set(chars) and max_length >= MAX_LENGTH
-                and not any(map(unicodedata.combining, chars))):        # NFC may join two to one that is not in it
+        if isinstance(part, Synth) and not fit_label(part.charset, chars, len(part.charset))[1] and max_length >= MAX_LENGTH:
             continue                        # a million drawn words need not be asked one by one
         for i in range(len(part)):
             try:
@@ -337,8 +349,12 @@ class Synth(Source):
             word = re.sub("#", lambda _: str(rng.randrange(10)), rng.choice(NUMBERS))
         else:
             word = rng.choices(self.charset, k=length)
-        word = [char if char in self.charset else char.swapcase() for char in word]
-        return "".join(char for char in word if char in self.charset)[:MAX_LENGTH] or rng.choice(self.charset), rng
+        label = ""
+        for char in word:
+            char = char if char in self.charset else char.swapcase()
+            if char in self.charset and unicodedata.is_normalized("NFC", label + char):     # or the label would be shorter
+                label += char
+        return label[:MAX_LENGTH] or rng.choice(self.charset), rng
 
     def get(self, i):
         label, rng = self.word(i)
@@ -527,7 +543,13 @@ def open_source(src, fonts=None, rotate_tall=False, chars=None):
             raise UserError(f"{src}: expected synth, synth:N or synth:N:SEED, whole numbers, N at least 1")
         return Synth(*map(int, numbers), fonts=fonts, charset=chars)
     if os.path.isdir(src):
-        files = sorted(os.path.join(at, file) for at, _, names in os.walk(src, followlinks=True) for file in names)
+        files, seen = [], {os.path.realpath(src)}
+        for at, folders, names in os.walk(src, followlinks=True):
+            files += [os.path.join(at, file) for file in names]
+            real = {folder: os.path.realpath(os.path.join(at, folder)) for folder in folders}
+            folders[:] = [folder for folder in folders if real[folder] not in seen]            # a link may lead back here
+            seen.update(real.values())
+        files.sort()
         found = [os.path.relpath(os.path.dirname(file), src) for file in files if os.path.basename(file) == "data.mdb"]
         if found:
             parts = [Lmdb(os.path.join(src, at), os.path.normpath(os.path.join(name, at)), rotate_tall) for at in found]
@@ -563,11 +585,15 @@ def fixed(constant, device):
     """A tensor that never changes, copied to a device once: the host waits for such a copy."""
     return constant.to(device)
 
+def put(x, device):
+    """A host's tensor on the device; nothing waits for it (but MPS, which would read it too late: pytorch issue 139550)."""
+    return x.to(device, non_blocking=torch.device(device).type != "mps")
+
 def uniform(generator, n, *shape, rows=None, device="cpu"):
     """Numbers in [0, 1), (n, *shape). rows=(indices, total) draws for `total` crops and keeps those of n, so that a
     rank or a micro-batch gets the very numbers of the one large batch."""
     kept, total = rows or (slice(n), n)
-    return torch.rand(total, *shape, generator=generator, device=generator.device)[kept].to(device, non_blocking=True)
+    return put(torch.rand(total, *shape, generator=generator, device=generator.device)[kept], device)
 
 def unit(images):
     """uint8 or float in [0, 1] -> float32 in [0, 1]."""
@@ -777,6 +803,7 @@ def draw_sheet(rows, path):
     sheet = Image.new("RGB", (w * max(map(len, rows), default=1), max(1, sum(tall))), "white")
     cells = ((x * w + 6, sum(tall[:k]), tall[k], *cell) for k, row in enumerate(rows) for x, cell in enumerate(row))
     for x, y, h, picture, pieces in cells:
+        pieces = [(text.replace("\n", " "), colour) for text, colour in pieces]
         base, size, line = *((min(46, h - 12), 24) if picture is None else (84, 14)), "".join(text for text, _ in pieces)
         if picture is not None:
             picture = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
@@ -796,6 +823,8 @@ def show(args):
     source, generator = open_sources(args.src, fonts=args.fonts), torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(source), generator=generator)[:args.n].tolist()
     images, labels, _, damaged, _ = read_batch(chosen, source)
+    if not labels:
+        raise UserError(f"{source.name}: none of {len(damaged)} crops could be read, the first: {damaged[0]}")
     views = [unit(images)] + [guidance_view(images, generator, moved=m) for m in (True, False) if args.guidance]
     views += [augment(images, generator) for _ in range(2) if args.augment]
     views += [F.interpolate(coarse_view(images, size(args.coarse)), size=(H, W))] if args.coarse else []
@@ -822,6 +851,8 @@ def fingerprint(images):
     return F.normalize(edges - edges.mean(1, keepdim=True))
 
 def check(args):
+    if args.write_list and not args.against:
+        raise UserError("--write_list is of what --against finds; name test sets with it")
     if args.write_list:                             # now, not after an hour of reading
         open(args.write_list, "a").close()
     source, tests = open_sources(args.src), open_sources(args.against or [])
@@ -844,7 +875,7 @@ def check(args):
         for i, label, file, alike, k in zip(indices, labels, map(hash, files), likeness.tolist(), nearest.tolist()):
             if file in same or alike > args.alike:
                 why, k = ("same bytes", same[file]) if file in same else (f"alike {alike:.3f}", places[k])
-                lines.append("\t".join(map(str, (i, source.where(i), label, why, tests.where(k), tests.label(k)))))
+                lines.append("\t".join(map(str, (i, source.where(i), label, why, tests.where(k), tests.label(k)))).replace("\n", " "))
     spread = lambda x: "from {:g} to {:g}, median {:g}".format(*np.quantile(x, (0, 1, .5))) if x else "none"
     print(f"{source.name}: {len(source):,} entries = {len(sizes):,} read + {len(bad):,} damaged")
     print(f"width {spread([w for w, _ in sizes])}; height {spread([h for _, h in sizes])}")
@@ -861,11 +892,12 @@ def check(args):
 
 def pack(args):
     import lmdb
-    source, part, kept, room = open_sources(args.src), args.out + ".part", [], 2 ** 24
+    args.out = os.path.normpath(args.out)
+    source, part, kept, room, labelled = open_sources(args.src), args.out + ".part", [], 2 ** 24, set()
     if os.path.exists(args.out):
         raise UserError(f"{args.out}: exists already; type the name of a new folder")
     try:
-        lines = pathlib.Path(args.without).read_text("utf-8").splitlines() if args.without else []
+        lines = pathlib.Path(args.without).read_text("utf-8").split("\n")[:-1] if args.without else []
         skip = dict(line.split("\t")[:2] for line in lines)
         if any(source.where(int(i)) != where for i, where in skip.items()):
             raise ValueError("it names other entries")
@@ -881,6 +913,10 @@ def pack(args):
                 with env.begin(write=True) as txn:
                     for i, label, data in zip(indices, labels, files):
                         if str(i) not in skip:
+                            labelled.add(label is not None)
+                            if len(labelled) > 1:
+                                raise UserError(f"{source.where(i)}: {'a' if label else 'no'} label, unlike those before it; "
+                                                "pack labelled and unlabelled crops apart")
                             kept.append(i)
                             txn.put(b"image-%09d" % len(kept), data)
                             if label is not None:
@@ -904,11 +940,11 @@ def main():
         sub.set_defaults(command=command)
         sub.add_argument("src", nargs="+", metavar="SRC", help="where the crops are, one or several")
         if command is not show:
-            sub.add_argument("--workers", type=int, default=0, help="processes that read; about one a core is best")
+            sub.add_argument("--workers", type=within("[0, inf)", int), default=0, help="processes that read; about one a core is best")
     add = commands.choices["show"].add_argument
     add("--out", default="sheet.png", help="the picture to write")
-    add("--n", type=int, default=48, help="how many crops; views need room, so ask for fewer with them")
-    add("--seed", type=int, default=0, help="another one picks other crops and draws other views")
+    add("--n", type=within("[1, inf)", int), default=48, help="how many crops; views need room, so ask for fewer with them")
+    add("--seed", type=within("[0, 4294967296)", int), default=0, help="another one picks other crops and draws other views")
     add("--fonts", help="a folder of more fonts for rendered words")
     add("--guidance", action="store_true", help="beside each crop mim's kind of guidance view, moved and bent, and nsp's")
     add("--augment", action="store_true", help="beside each crop two of fine-tuning's augmentations of it")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import model
-from data import BLACK, GREY, H, RED, W, UserError, draw_sheet
+from data import BLACK, GREY, H, RED, W, UserError, draw_sheet, within
 
 # ---- protocols
 
@@ -295,13 +295,13 @@ def parse():
         "but exact for a checkpoint with your own charset")
     add("--json", metavar="FILE", help="write the results here")
     add("--predictions", metavar="FILE", help="write label, reading, confidence, place here; --score reads it back")
-    add("--heights", nargs="+", type=int, default=[], help="read crops reduced to these heights too; 8 is hard")
-    add("--rotations", nargs="+", type=float, default=[], help="read crops turned by these degrees too, leftwards")
+    add("--heights", nargs="+", type=within(f"[1, {H}]", int), default=[], help="read crops reduced to these heights too; 8 is hard")
+    add("--rotations", nargs="+", type=within("(-90, 90)"), default=[], help="read crops turned by these degrees too, leftwards")
     add("--attention", metavar="DIR", help="draw where the network looks; on synth:256 also its share on text")
     add("--errors", metavar="FILE", help="draw the 48 most confident errors here")
-    add("--batch_size", type=int, default=128, help="crops read at once by each process; lower it if memory runs out")
-    add("--workers", type=int, default=min(4, os.cpu_count()), help="processes that decode, for each rank; 0 for a handful")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a CUDA GPU if there is one")
+    add("--batch_size", type=within("[1, inf)", int), default=128, help="crops read at once by each process; lower it if memory runs out")
+    add("--workers", type=within("[0, inf)", int), default=min(4, os.cpu_count()), help="processes that decode, for each rank; 0 for a handful")
+    add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a CUDA GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="half is faster, less exact")
     add("--fonts", help="a folder of .ttf or .otf files for synth, besides those of the system")
     add("--rotate_tall", action="store_true", help="turn crops much taller than wide; for data with vertical words")
@@ -312,10 +312,7 @@ def parse():
             (not args.score and not args.ckpt, "--ckpt is missing; type finetune.py's, such as out/finetune/best.pt"),
             (given and not args.data, f"--{' --'.join(given)} needs --data"),
             (args.errors and not args.errors.lower().endswith(data.SUFFIXES),
-             f"--errors {args.errors}: expected a picture's name, such as errors.png"),
-            (args.batch_size < 1 or args.workers < 0, "--batch_size, --workers: expected at least 1, at least 0"),
-            (any(not 1 <= v <= H for v in args.heights), f"--heights {args.heights}: expected 1 to {H} pixels"),
-            (any(abs(v) >= 90 for v in args.rotations), f"--rotations {args.rotations}: expected -90 to 90 degrees")):
+             f"--errors {args.errors}: expected a picture's name, such as errors.png")):
         if wrong:
             parser.error(message)
     return args
@@ -334,11 +331,12 @@ def evaluate(reader, sources, args, rank, world):
         return summary(sets, args.protocol), rows
 
     result, rows = read("sets", 0)
-    for kind in ("heights", "rotations"):
-        for value in getattr(args, kind):
+    for kind, values in dict(heights=args.heights, rotations=args.rotations).items():
+        for value in values:
             result.setdefault(kind, {})[f"{value:g}"] = read(kind, value)[0]
     if rank:
         return None
+    print_table(result)                                                          # whatever becomes of the files
     rows = [(*row, sources[name], i) for name in sources for i, row in enumerate(rows[name])]
     if args.predictions:
         with open(args.predictions, "w", encoding="utf-8", newline="\n") as file:
@@ -371,6 +369,7 @@ def main():
         args.protocol = args.protocol or "waics"
         one = dict(score(read_predictions(args.score), args.protocol), seconds=time.perf_counter() - start)
         result = summary({os.path.basename(args.score): one}, args.protocol)
+        print_table(result)
     else:
         device = data.device(args.device)
         reader, sources = Reader(args.ckpt, device, args.dtype), {}
@@ -396,8 +395,6 @@ def main():
                   f"{sum(p.numel() for p in reader.model.parameters()) / 1e6:.2f} M parameters, "
                   f"{len(reader.model.charset)} characters, {sum(map(len, sources.values())):,} crops")
         result = evaluate(reader, sources, args, rank, world)
-    if result:
-        print_table(result)
     if result and args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1, ensure_ascii=False)

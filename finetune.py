@@ -8,14 +8,15 @@ Writes to --out_dir: last.pt, prev.pt, best.pt (highest accuracy on --val, which
 `evaluate.py --ckpt` needs nothing but such a file.
 """
 import os
+from contextlib import suppress
 
 import torch
 
 import evaluate
-from data import (Parser, Parts, UserError, augment, charset, fit_label, fit_labels, normalize, open_sources, run,
-                  unit)
+from data import (CHARSETS, Damaged, Parser, Parts, UserError, augment, charset, fit_label, fit_labels, normalize, open_sources,
+                  run, unit, within)
 from model import MODELS, Recognizer, ViT, load_encoder, load_state, read_checkpoint
-from pretrain import Run, parse, training_flags, within
+from pretrain import Run, parse, training_flags
 
 RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's: lr 2e-4 at 512 words a step, 10 epochs
     "vit_nano": dict(batch_size=64, max_steps=9000, blr=4e-3, warmup_epochs=0.3, clip_grad=20.0, layer_decay=1.0,
@@ -50,7 +51,7 @@ def label_fraction(source, share, seed):
 
 def build(args, chars):
     """Recognizer from --init: an encoder (ours or MAE's), or a whole recognizer; left out: random weights."""
-    options = dict(dropout=args.dropout, drop_path=args.drop_path)
+    options = {} if args.freeze_encoder else dict(dropout=args.dropout, drop_path=args.drop_path)
     start = read_checkpoint(args.init) if args.init else {}
     config = MODELS[args.model]["encoder"]
     encoder = load_encoder(args.init, **options) if args.init else ViT(**config, **options)
@@ -119,7 +120,7 @@ def main():
     training = Run(args)
     chars = charset(args.charset)
     protocol = evaluate.default_protocol(chars)
-    drawn = None if args.charset == "36" else chars     # labels are folded, but words of both cases are drawn
+    drawn = CHARSETS["62"] if args.charset == "36" else chars     # labels are folded, but words of both cases are drawn
     options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall, chars=drawn)
     source, report = fit_labels(open_sources(args.data, **options), chars, args.max_length)
     if args.label_fraction < 1:
@@ -129,12 +130,15 @@ def main():
         raise UserError(f"--data {' '.join(args.data)}: no crop has a label that fits --charset {args.charset}")
     val = open_sources(args.val, **options) if args.val else None
     for part in val.parts if val is not None else []:
-        if part.label(0) is None:                       # what lies deeper is found when it is read
-            raise UserError(f"--val {part.name}: has no labels; expected labelled crops")
+        with suppress(Damaged):                         # that is counted, as what lies deeper, when it is read
+            if part.label(0) is None:
+                raise UserError(f"--val {part.name}: has no labels; expected labelled crops")
     model, said = build(args, chars)
     training.say(said)
     training.more = dict(charset=chars, best=-1.0)
     training.prepare(model, source, args.layer_decay, char_maps=args.spell > 0)
+    if training.more["charset"] != chars:
+        raise UserError(f"--resume: --charset {args.charset} does not hold the characters, in the order, of the checkpoint's")
 
     for step in training.steps():
         for images, labels, char_maps, (rows, total) in training.micro_batches():
@@ -161,8 +165,9 @@ def main():
                          f"{readings}")
             training.write(dict(step=step + 1, val_accuracy=result["accuracy"], val_ned=result["ned"]))
             if result["accuracy"] > training.more["best"]:
-                training.more["best"] = result["accuracy"]
-                training.save("best.pt")
+                before, training.more["best"] = training.more["best"], result["accuracy"]
+                if not training.save("best.pt"):
+                    training.more["best"] = before
     best = training.more["best"]
     training.say(f"checkpoint {os.path.join(args.out_dir, 'last.pt' if best < 0 else f'best.pt  best val {best:.1f}')}")
 

@@ -8,7 +8,6 @@ Read it top to bottom: attention and block, encoder (`ViT`), decoder, METHODS, t
 """
 import argparse
 import math
-import pickle
 
 import torch
 import torch.distributed as dist
@@ -409,7 +408,7 @@ def read_checkpoint(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror or e}; expected a checkpoint file (.pt, .pth)")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as e:
+    except Exception as e:                                                   # a dozen kinds; each means that it is no checkpoint
         raise UserError(f"{path}: not a checkpoint that can be read safely ({type(e).__name__}); expected tensors and plain types "
                         "saved by torch.save")
     if not isinstance(state, dict):
@@ -418,7 +417,7 @@ def read_checkpoint(path):
 
 def load_state(module, state, path, hint=""):
     """Strict load; a UserError says how many tensors match and names the first that do not."""
-    own = module.state_dict()
+    own, state = module.state_dict(), {k: v for k, v in state.items() if torch.is_tensor(v)}
     missing = [k for k in own if k not in state]
     foreign = [k for k in state if k not in own]
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
@@ -439,15 +438,17 @@ def load_encoder(path, **options):
     `encoder.matched` says how many tensors came from the file."""
     checkpoint = read_checkpoint(path)
     state, args = checkpoint.get("model", checkpoint), checkpoint.get("args", {})
+    state = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)} if isinstance(state, dict) else {}
     key = "blocks.0.attn.qkv.weight"
-    prefix = next((p for p in ENCODER_PREFIXES if isinstance(state, dict) and p + key in state), None)
+    prefix = next((p for p in ENCODER_PREFIXES if p + key in state), None)
     if prefix is None:
         raise UserError(f"{path}: no {key} in it; expected the encoder of a ViT with MAE's or timm's names")
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     state = {k: v for k, v in state.items() if not k.startswith(NOT_ENCODER)}
-    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
-        raise UserError(f"{path}: no patch_embed.proj.weight or pos_embed in it; expected a whole ViT encoder")
-    width, _, p, q = state["patch_embed.proj.weight"].shape
+    patches = state.get("patch_embed.proj.weight", torch.zeros(0))
+    if patches.dim() != 4 or "pos_embed" not in state:
+        raise UserError(f"{path}: no patch_embed.proj.weight of a convolution, or no pos_embed; expected a whole ViT encoder")
+    width, _, p, q = patches.shape
     ours = MODELS.get(args.get("model")) if isinstance(args, dict) else None
     state.pop("scale_embed", None)
     encoder = ViT(depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")), width=width,

@@ -10,7 +10,6 @@ Writes to --out_dir: last.pt (and prev.pt, the one before), log.jsonl (an object
 Every random number of a step is a function of --seed, the step and the crop's place in the global batch, so a resumed
 run, one on other processes and one with accumulated gradients go through the same numbers (dropout is each rank's own).
 """
-import argparse
 import contextlib
 import datetime
 import json
@@ -27,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import (GREY, H, W, DamageCount, Parser, UserError, batches, coarse_view, device, draw_sheet, guidance_view, normalize,
-                  open_sources, read_batch, run, size, uniform)
+                  open_sources, put, read_batch, run, size, uniform, within)
 from model import (ALIGN, GUIDES, METHODS, MODELS, Pretrainer, load_encoder, load_state, patch_norm, patchify,
                    read_checkpoint, take, unpatchify)
 
@@ -37,17 +36,6 @@ RECIPES = {  # what --model changes in the flags' defaults, which are LMIM's for
 }
 
 # ---- flags (fine-tuning adds its own to these)
-
-def within(interval, kind=float):
-    """A flag's type: a number in an interval, such as "(0, 1]"."""
-    low, high = map(float, interval[1:-1].split(","))
-
-    def number(text):
-        value = kind(text)
-        if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
-            raise argparse.ArgumentTypeError(f"{text}: expected a number in {interval}")
-        return value
-    return number
 
 def training_flags(parser):
     add, count, positive, share = parser.add_argument, within("[1, inf)", int), within("(0, inf)"), within("[0, inf)")
@@ -69,13 +57,13 @@ def training_flags(parser):
     add("--weight_decay", type=share, default=0.05, help="AdamW's; never on biases, norms and tokens")
     add("--clip_grad", type=share, default=0.0, help="largest norm of the gradient; 0 leaves it as it is")
     add("--max_bad_steps", type=count, default=10, help="stop after so many skipped (non-finite) steps in a row")
-    add("--seed", type=int, default=0, help="of weights, masks, views and order")
+    add("--seed", type=within("[0, 4294967296)", int), default=0, help="of weights, masks, views and order")
     add("--workers", type=within("[0, inf)", int), default=min(4, os.cpu_count()),
         help="processes that read crops, for each rank; more if 'wait' is high")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="of matrix products; auto takes bfloat16 where the device has it")
     add("--compile", action="store_true", help="a minute's wait, then faster; on CPUs needs a C++ compiler")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a CUDA GPU if there is one")
+    add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a CUDA GPU if there is one")
     add("--resume", action="store_true", help="go on from --out_dir's checkpoint, or start if there is none")
     add("--log_every", type=count, default=20, help="steps between lines of log.jsonl")
     add("--save_every", type=count, default=500, help="steps between checkpoints")
@@ -84,14 +72,17 @@ def training_flags(parser):
 def parse(parser, recipes):
     """Parses with the defaults of the --model that is named, or that --init was made with if it is ours, so that --help
     shows them too."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--model")
-    first.add_argument("--init")
-    named, _ = first.parse_known_args()
-    stored = read_checkpoint(named.init).get("args") if named.init and not named.model else None
+    first = Parser(add_help=False)
+    for flag in "--model", "--init", "--epochs":
+        first.add_argument(flag)
+    named, rest = first.parse_known_args()
+    asked = {"-h", "--help"} & set(rest)
+    stored = read_checkpoint(named.init).get("args") if named.init and not (named.model or asked) else None
     known = isinstance(stored, dict) and stored.get("model") in MODELS
     model = stored["model"] if known else named.model or "vit_small"
     parser.set_defaults(**dict(recipes.get(model, {}), model=model))
+    if named.epochs:
+        parser.set_defaults(max_steps=None)                                 # a recipe's; what is typed stands
     return parser.parse_args()
 
 # ---- ranks
@@ -137,7 +128,6 @@ class Run:
         self.crops = args.batch_size * args.accum_iter * self.world         # a step, all ranks
         self.device = device(args.device)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=meet(self.rank, self.world),
@@ -164,8 +154,7 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def put(self, x):
-        """A host's tensor on the device; nothing waits for it."""
-        return x.to(self.device, non_blocking=True)
+        return put(x, self.device)
 
     def say(self, text):
         if self.rank == 0:
@@ -259,11 +248,13 @@ class Run:
                  f"{self.total} steps  lr {self.lr:.2e}  warm-up {self.warmup} steps  out {self.out}")
 
     def save(self, name="last.pt"):
-        """Rank 0 writes to a temporary file, flushes, renames; the old last.pt becomes prev.pt. False if that failed.
-        Every rank calls this, for what is counted over all of them."""
-        path, damage = os.path.join(self.out, name), self.over_ranks(self.damage.seen, self.damage.bad)
-        if self.rank:
-            return True
+        """False, on every rank, if the checkpoint could not be written. Every rank calls this, for what is counted over all of them."""
+        damage = self.over_ranks(self.damage.seen, self.damage.bad)
+        return not self.over_ranks(self.rank == 0 and not self.write_checkpoint(name, damage))[0]
+
+    def write_checkpoint(self, name, damage):
+        """To a temporary file, which is flushed and renamed; the old last.pt becomes prev.pt. False if that failed."""
+        path = os.path.join(self.out, name)
         state = dict(model=self.raw.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
                      args=vars(self.args), rng=dict(seed=self.args.seed, step=self.step), bad=self.bad.tolist(),
                      data=dict(position=self.step * self.crops, crops=self.crops, damage=damage),
@@ -326,7 +317,8 @@ class Run:
             self.waited += time.perf_counter() - before
             self.damage.add(self.args.batch_size, damaged)
             if len(images) == 0:
-                raise UserError(f"no crop of a batch could be read, the first being {damaged[0]}; see data.py check")
+                raise UserError(f"no crop of a batch could be read, the first being {damaged[0]}; leave such crops out with "
+                                "data.py pack, or raise --batch_size")
             rows = ((i * self.world + self.rank) * self.args.batch_size + torch.as_tensor(taken), self.crops)
             yield self.put(images), labels, char_maps, rows
 

@@ -366,7 +366,7 @@ def test_refusals(bench, call, tmp_path):
     refused(call("--data", src), "--ckpt")
     refused(call(*ckpt, "--data", bench / "set"), "no label", "--images")
     refused(call(*ckpt, "--data", src, src), "twice")
-    refused(call(*ckpt, "--data", src, "--heights", 40), "--heights [40]")
+    refused(call(*ckpt, "--data", src, "--heights", 40), "--heights: 40")
     refused(call(*ckpt, "--data", src, "--rotations", 120), "--rotations")
     refused(call(*ckpt, "--data", src, "--batch_size", 0), "--batch_size")
     refused(call(*ckpt, "--data", src, "--json", src / "r.json"), "labels.tsv: File exists")

@@ -351,15 +351,18 @@ def test_bad_checkpoints_are_one_line(tmp_path):
     torch.save({"model": Bomb()}, tmp_path / "bomb.pt")
     (tmp_path / "text.pt").write_text("no checkpoint")
     (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "old.pt").write_bytes(bytes.fromhex("80025801"))              # struct.error
     state, _ = mae_state()
     torch.save({k: v for k, v in state.items() if "norm.weight" not in k}, tmp_path / "part.pt")
     torch.save(dict(state, pos_embed=state["pos_embed"][:, :65]), tmp_path / "grid.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    for name in ("bomb", "text", "empty", "part", "grid", "other", "missing"):
+    torch.save(dict(state, **{"patch_embed.proj.weight": torch.zeros(64, 48)}), tmp_path / "flat.pt")
+    torch.save({**state, 1: 2}, tmp_path / "numbers.pt")
+    for name in ("bomb", "text", "empty", "old", "part", "grid", "flat", "other", "missing"):
         with pytest.raises(UserError) as e:
             model.load_encoder(str(tmp_path / f"{name}.pt"))
         assert "\n" not in str(e.value) and name in str(e.value)
-    assert not ran.exists()
+    assert not ran.exists() and model.load_encoder(str(tmp_path / "numbers.pt")).matched == len(state)
 
 
 # ---- the recognizer

@@ -358,6 +358,24 @@ def test_out_dir_and_arguments_are_guarded(go):
     go(pretrain, "--method", "mim", "--resume")                             # at its end: nothing to do, nothing lost
 
 
+def test_a_charset_file_that_changed_is_no_longer_the_runs(go, tmp_path):
+    """Letters in another order under the same name: classes would mean other letters, and the checkpoint name the old ones."""
+    (tmp_path / "chars.txt").write_text(data.CHARSETS["62"])
+    go(finetune, "--charset", str(tmp_path / "chars.txt"), "--max_steps", "1")
+    (tmp_path / "chars.txt").write_text(data.CHARSETS["62"][::-1])
+    with pytest.raises(UserError, match="--charset .*chars.txt"):
+        go(finetune, "--charset", str(tmp_path / "chars.txt"), "--max_steps", "2", "--resume")
+
+
+@pytest.mark.parametrize("typed, steps", [("", 2000), ("--epochs 3", None), ("--epochs 3 --max_steps 7", 7)])
+def test_epochs_that_are_typed_count(monkeypatch, typed, steps):
+    """vit_nano's recipe is in steps, and would overrule them in silence."""
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--model", "vit_nano", *typed.split()])
+    parser = data.Parser()
+    pretrain.training_flags(parser)
+    assert pretrain.parse(parser, pretrain.RECIPES).max_steps == steps
+
+
 # ---- what goes wrong
 
 def test_bad_steps_are_skipped_and_counted(go, monkeypatch):
@@ -390,6 +408,22 @@ def test_full_disk_keeps_the_old_checkpoint(go, monkeypatch, capsys):
     assert "step 4: could not write" in said and "File too large" in said and "training goes on" in said
     assert torch.load(os.path.join(out, "prev.pt"), weights_only=True)["step"] == 2 and len(losses(out)) == 6
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
+
+
+def test_best_that_could_not_be_written_is_not_announced(go, monkeypatch, tmp_path, capsys):
+    """best.pt of worse weights, or none, under the accuracy of others. The first label of --val being damaged ends nothing."""
+    files = [("a.png", "ab"), ("b.png", "cd")]
+    for k, (name, _) in enumerate(files):
+        data.Image.fromarray(data.open_source("synth:2")[k][0].permute(1, 2, 0).numpy()).save(tmp_path / name)
+    (tmp_path / "val.tsv").write_text("".join(f"{name}\t{label}\n" for name, label in files))
+    data_label = data.Files.label
+    monkeypatch.setattr(data.Files, "label", lambda self, i: data_label(self, i) if i else (_ for _ in ()).throw(data.Damaged("torn")))
+    write = pretrain.Run.write_checkpoint
+    monkeypatch.setattr(pretrain.Run, "write_checkpoint", lambda run, name, damage: name != "best.pt" and write(run, name, damage))
+    out = go(finetune, "--val", str(tmp_path / "val.tsv"), "--max_steps", "2", "--sample_every", "1")
+    assert torch.load(os.path.join(out, "last.pt"), weights_only=True)["best"] == -1
+    said = capsys.readouterr().out
+    assert "best val" not in said and "--val: 1 crops are damaged" in said
 
 
 def test_weights_that_are_not_finite_are_not_saved(go, monkeypatch, tmp_path):
@@ -426,6 +460,8 @@ def test_loader_processes_end_with_the_run(tmp_path):
     ("pretrain.py", ["--method", "nsp", "--guide", "coarse"], "a guide needs mim"),
     ("pretrain.py", ["--method", "mim", "--guide", "still"], "still needs nsp too"),
     ("pretrain.py", ["--device", "gpu"], "gpu"),
+    ("pretrain.py", ["--seed", "10000000000"], "--seed"),
+    ("pretrain.py", ["--model"], "--model"),
     ("finetune.py", ["--init", "README.md"], "README.md"),
     ("finetune.py", ["--label_fraction", "0"], "--label_fraction"),
     ("finetune.py", ["--charset", "nowhere.txt"], "nowhere.txt"),
