@@ -187,7 +187,7 @@ def tables(out):
             of = lambda *keys: mean_sd([result(out, f"{name}-s{seed}-{share}", *keys) for seed in SEEDS])
             sets = [of("sets", s, "accuracy") for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
             body.append([f"`{name}`", *sets, of("average"), seeds(name, share)])
-        table(f"Words read (%) after {FINE_STEPS[share]:,} steps of fine-tuning with {SHARES[share]} of the real labels",
+        table(f"Words read (%) after {FINE_STEPS[share]:,} steps of fine-tuning on 200,000 rendered words and {SHARES[share]} of the real ones",
               ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "seeds"], body)
     body = []
     for name in PRETRAINING:
@@ -195,7 +195,7 @@ def tables(out):
         tenth = mean_sd([result(out, f"{name}-s{seed}-tenth", "average") for seed in SEEDS])
         body.append([f"`{name}`", last("mim"), last("nsp"), last("spread"), last("crops_per_s", "{:.0f}", mean=statistics.median),
                      last("peak_gb", "{:.2f}", mean=max), tenth, seeds(name, "tenth")])
-    table("What each change does, and costs", ["pre-training", "mim", "nsp", "spread", "crops/s, one core", "GB", "words read (%), a tenth of the labels", "seeds"], body)
+    table("What each change does, and costs", ["pre-training", "mim", "nsp", "spread", "crops/s, one core", "GB", "words read (%), a tenth of the real", "seeds"], body)
     body, before = [], []
     for name in TABLE1:
         of = lambda *keys, kind="tenth", file="real.json": [result(out, f"{name}-s{seed}-{kind}", *keys, file=file) for seed in SEEDS]
@@ -205,7 +205,7 @@ def tables(out):
                                    for what in ("share", "entropy")]
         before.append([f"`{name}`", *looks("before", "cls"), *looks("before", "patches"),
                        *looks("tenth", "cls"), *looks("tenth", "patches"), *looks("tenth", "decoder")])
-    table("Robustness: accuracy on reduced or turned crops, in per cent of that on crops as they are (a tenth of the labels)", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
+    table("Robustness: accuracy on reduced or turned crops, in per cent of that on crops as they are (a tenth of the real words)", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
     area = next((x for name in TABLE1 if (x := result(out, f"{name}-s0-before", "attention", "synth", "text_area", file="synth.json"))), 0)
     table(f"Attention on 256 rendered words: share on text (blind: {area:.3f}) and entropy, before and after fine-tuning",
           ["from", "[cls] before", "entropy", "patches before", "entropy", "[cls] after", "entropy", "patches after", "entropy",
