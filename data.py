@@ -56,7 +56,8 @@ def run(main):
     """Call main(); a UserError, or a file that cannot be opened or written, becomes one line on stderr and exit status 2."""
     status = 0
     for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="backslashreplace")           # letters that a terminal lacks are no error
+        with suppress(AttributeError):                          # a notebook's streams
+            stream.reconfigure(errors="backslashreplace")       # letters that a terminal lacks are no error
     try:
         main()
     except (UserError, OSError) as error:
@@ -915,7 +916,7 @@ def pack(args):
                         if str(i) not in skip:
                             labelled.add(label is not None)
                             if len(labelled) > 1:
-                                raise UserError(f"{source.where(i)}: {'a' if label else 'no'} label, unlike those before it; "
+                                raise UserError(f"{source.where(i)}: {'no' if label is None else 'a'} label, unlike those before it; "
                                                 "pack labelled and unlabelled crops apart")
                             kept.append(i)
                             txn.put(b"image-%09d" % len(kept), data)

@@ -84,7 +84,7 @@ def validate(training, source, protocol):
 
     def read(images):
         with training.autocast():
-            return model.strings(*model.decode(normalize(images.to(training.device))))
+            return model.strings(*model.decode(normalize(training.put(images))))
     rows, broken = evaluate.read_source(read, source, training.args, training.rank, training.world, training.hosts)
     model.train()
     if broken:

@@ -415,6 +415,14 @@ def test_fit_labels(tmp_path):
         source.label(4)
 
 
+def test_letters_that_combine_are_looked_at_one_by_one():
+    """Drawn words pass unread though NFC joins a and a breve to a letter that the charset has not: training dies on it."""
+    synth = data.Synth(3)
+    synth.charset, synth.label = "ae\u0306", ["ae", "a\u0306", "e"].__getitem__
+    source, report = data.fit_labels(data.Parts([synth], "synth"), synth.charset, 25)
+    assert len(source) == 2 and "1 outside the charset" in report
+
+
 def test_drawn_words_are_their_own_nfc():
     """NFC joins a and a breve, or two Bengali vowel signs, to a letter that the charset has not: training dies on it, and the map
     of characters counts more of them than the label."""
