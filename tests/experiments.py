@@ -43,8 +43,8 @@ PRETRAINING = {  # name: flags of pretrain.py, {run} being its checkpoint; the f
 }
 TABLE1 = list(PRETRAINING)[:5]
 SEVERAL = (*TABLE1, "mnsp_none")                                            # whose every seed is run
-STEPS, FINE_STEPS = 4000, dict(tenth=2000, all=4000)
-SHARES = dict(tenth="a tenth", all="all")                                   # of the real labels
+STEPS, FINE_STEPS = 4000, dict(tenth=2000, tenth_long=8000, all=4000)
+SHARES = dict(tenth="a tenth", tenth_long="a tenth", all="all")             # of the real labels
 MODEL = "--model vit_nano"
 
 
@@ -84,7 +84,7 @@ def jobs(args):
             add(pre, [f"pretrain.py {MODEL} --data synth:60000 {' '.join([fit] * 4)} --max_steps {STEPS} {flags} --seed {seed} --resume "
                       f"--out_dir {out}/{pre}"], "split", *teachers)
             init, needs = f"--init {out}/{pre}/last.pt ", [pre]
-        for share, source, times in (("tenth", few, 60), ("all", fit, 6)):
+        for share, source, times in (("tenth", few, 60), ("tenth_long", few, 60), ("all", fit, 6)):
             folder = f"{out}/{pre}-{share}"
             if share == "tenth" or name in TABLE1:
                 add(f"{pre}-{share}", [
