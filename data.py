@@ -6,7 +6,8 @@
 
 SRC is one of: `synth`, `synth:N` or `synth:N:SEED` (rendered words); a folder holding `data.mdb`, or a tree of such
 folders; a labels file, .txt or .tsv (path<TAB>label), .jsonl ({"filename", "text"}) or MMOCR .json, image paths being
-relative to it; a folder of images (unlabelled). What cannot be read raises Damaged and is counted, never replaced.
+relative to it; a folder of images (unlabelled). In a list SRC@N counts N times. What cannot be read raises Damaged and
+is counted, never replaced.
 """
 import argparse
 import atexit
@@ -571,8 +572,13 @@ def open_source(src, fonts=None, rotate_tall=False, chars=None):
     return source
 
 def open_sources(srcs, **options):
-    """Several SRCs as one Source with .parts; each may be listed more than once to weigh more."""
-    return Parts([open_source(src, **options) for src in srcs], " ".join(map(str, srcs)))
+    """Several SRCs as one Source with .parts. SRC@N stands for N times SRC, to weigh more."""
+    parts = []
+    for src in map(str, srcs):
+        weighted = not os.path.exists(src) and re.fullmatch("(.+)@([1-9][0-9]*)", src)
+        path, times = weighted.groups() if weighted else (src, 1)
+        parts += [open_source(path, **options)] * int(times)
+    return Parts(parts, " ".join(map(str, srcs)))
 
 # ---- two looks at a word
 

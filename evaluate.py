@@ -165,7 +165,8 @@ class Reader:
     def __init__(self, path, device="cpu", dtype="float32"):
         checkpoint, self.device, self.dtype = model.read_checkpoint(path), device, getattr(torch, dtype)
         args = checkpoint.get("args")
-        if "charset" not in checkpoint or not isinstance(args, dict) or args.get("model") not in model.MODELS:
+        if not (isinstance(args, dict) and {"charset", "model"} <= set(checkpoint) and {"max_length", "spell"} <= set(args)
+                and args.get("model") in model.MODELS):
             raise UserError(f"{path}: not a recognizer; expected a checkpoint of finetune.py")
         sizes = model.MODELS[args["model"]]
         self.model = model.Recognizer(model.ViT(**sizes["encoder"]), checkpoint["charset"], args["max_length"],

@@ -42,7 +42,7 @@ def training_flags(parser):
     add("--model", choices=MODELS, default="vit_small", help="vit_nano trains on a laptop, vit_small is the papers'")
     add("--data", nargs="+", default=["synth"], metavar="SRC",
         help="synth[:N[:SEED]], an LMDB folder or a tree of them, a .txt/.tsv/.jsonl/.json of labels, a folder of "
-        "images; name one twice to see it twice as often")
+        "images; SRC@5 is seen five times as often")
     add("--fonts", help="a folder of .ttf or .otf files for rendered words, besides those of the system")
     add("--rotate_tall", action="store_true", help="turn crops much taller than wide; for data with vertical words")
     add("--max_damaged", type=within("(0, 1)"), default=.01, help="stop if a larger share of the crops is unreadable")

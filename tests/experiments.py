@@ -81,14 +81,14 @@ def jobs(args):
         pre, flags, init, needs = f"{name}-s{seed}", PRETRAINING[name], "", ["split"]
         if flags:
             flags, teachers = re.sub("{(.*?)}", rf"{out}/\1/last.pt", flags), re.findall("{(.*?)}", flags)
-            add(pre, [f"pretrain.py {MODEL} --data synth:60000 {' '.join([fit] * 4)} --max_steps {STEPS} {flags} --seed {seed} --resume "
+            add(pre, [f"pretrain.py {MODEL} --data synth:60000 {fit}@4 --max_steps {STEPS} {flags} --seed {seed} --resume "
                       f"--out_dir {out}/{pre}"], "split", *teachers)
             init, needs = f"--init {out}/{pre}/last.pt ", [pre]
         for share, source, times in (("tenth", few, 60), ("tenth_long", few, 60), ("all", fit, 6)):
             folder = f"{out}/{pre}-{share}"
             if share == "tenth" or name in TABLE1:
                 add(f"{pre}-{share}", [
-                    f"finetune.py {init}{MODEL} --data synth:200000 {' '.join([source] * times)} --val {val} --max_steps {FINE_STEPS[share]} "
+                    f"finetune.py {init}{MODEL} --data synth:200000 {source}@{times} --val {val} --max_steps {FINE_STEPS[share]} "
                     f"--seed {seed} --resume --out_dir {folder}",
                     f"evaluate.py --ckpt {folder}/best.pt --data {' '.join(tests)} --heights 16 12 8 --rotations 15 30 --json {folder}/real.json",
                     looks(folder)], *needs)

@@ -115,6 +115,10 @@ def test_tree_and_several(tmp_path, words):
     assert tree.where(5) == "tree/b image-000000002"
     both = data.open_sources([words, str(tmp_path / "tree"), os.path.join(words, "..", "words")])
     assert len(both) == 106 and both[105][1] == "w49" and both.label(52) == "a/y0" and both.parts[1].name == "tree"
+    thrice = data.open_sources([f"{words}@3", "synth:2"])
+    assert len(thrice) == 152 and thrice[149][1] == "w49" and thrice.where(151) == "synth:2:0 word 1"
+    with pytest.raises(UserError, match="words@0: no such file"):
+        data.open_sources([f"{words}@0"])
 
 
 ROWS = [("a.png", "one"), ("sub dir/ü b.jpg", "two words"), ("a.png", "\tthree"), ("sub dir/ü b.jpg", "")]

@@ -357,6 +357,11 @@ def test_untrusted_and_foreign_checkpoints(bench, call, tmp_path, monkeypatch):
     state["charset"] = state["charset"][:-1]
     torch.save(state, "shape.pt")
     refused(run("shape.pt"), "shape.pt", "tensors match")
+    torch.save({name: part for name, part in state.items() if name != "model"}, "weightless.pt")
+    refused(run("weightless.pt"), "weightless.pt", "not a recognizer")
+    del state["args"]["spell"]
+    torch.save(state, "older.pt")
+    refused(run("older.pt"), "older.pt", "not a recognizer")
 
 
 def test_refusals(bench, call, tmp_path):
