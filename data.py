@@ -455,7 +455,7 @@ class Lmdb(Source):
             if count is None and starts(b"image-"):                     # then the last image says it; ':' follows '9'
                 (cursor.prev if cursor.set_range(b"image-:") else cursor.last)()
                 count = cursor.key()[6:]
-            if not starts(b"image-") or not count.isdigit() or not int(count):
+            if not starts(b"image-") or not count.strip().isdigit() or not int(count):
                 first = cursor.key().decode(errors="replace") if cursor.first() else "none"
                 raise UserError(f"{folder}: no word crops (num-samples {count}, first key {first}); expected the keys "
                                 "image-000000001, label-000000001 and so on, and num-samples")
@@ -554,7 +554,8 @@ def open_source(src, fonts=None, rotate_tall=False, chars=None):
         files.sort()
         found = [os.path.relpath(os.path.dirname(file), src) for file in files if os.path.basename(file) == "data.mdb"]
         if found:
-            parts = [Lmdb(os.path.join(src, at), os.path.normpath(os.path.join(name, at)), rotate_tall) for at in found]
+            names = [os.path.normpath(os.path.join(name, at)) if len(found) > 1 else name for at in found]
+            parts = [Lmdb(os.path.normpath(os.path.join(src, at)), *more, rotate_tall) for at, *more in zip(found, names)]
             return Parts(parts, name) if len(parts) > 1 else parts[0]
         images = [(os.path.relpath(file, src), None) for file in files if file.lower().endswith(SUFFIXES)]
         if not images:
@@ -567,8 +568,8 @@ def open_source(src, fonts=None, rotate_tall=False, chars=None):
                         "synth:N, an LMDB folder, a labels file (.txt .tsv .jsonl .json) or a folder of images")
     source = Files(read_labels(src), os.path.dirname(src), name, rotate_tall)
     if not any(os.path.exists(source.path(i)) for i in range(min(100, len(source)))):
-        raise UserError(f"{src}: {len(source)} entries" + (f", no {source.path(0)}" if len(source) else "") +
-                        "; image paths are relative to the labels file: move it to the folder that they start from")
+        raise UserError(f"{src}: " + (f"no {source.path(0)}; image paths are relative to the labels file: move it to the folder that "
+                                      "they start from" if len(source) else "expected entries in it, found none"))
     return source
 
 def open_sources(srcs, **options):
@@ -929,7 +930,12 @@ def pack(args):
                             if label is not None:
                                 txn.put(b"label-%09d" % len(kept), label.encode())
                     txn.put(b"num-samples", b"%d" % len(kept))
-    except (lmdb.Error, OSError) as error:
+            if not kept:
+                raise UserError(f"{source.name}: none of its {len(source):,} crops is left to pack")
+    except (lmdb.Error, OSError, UserError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{args.out}: cannot be written ({error}); is there room?") from None
     packed = Lmdb(part, args.out)
     wrong = [k for k, i in enumerate(kept) if (packed.bytes(k), packed.label(k)) != (source.bytes(i), source.label(i))]

@@ -49,6 +49,8 @@ def normalize(text, protocol):
     exact, ci: NFC, as in training. waics: LMIM's, which drops what is not ASCII before it lowers case: a Kelvin sign is
     no k. mmocr's lowers first, keeps CJK, and ^ by a slip in its pattern. zh: to the letter, so of spaces only ASCII's
     goes, an ideographic one becomes a space that counts, and labels and readings must be in one script."""
+    if protocol not in PROTOCOLS:
+        raise UserError(f"protocol {protocol}: expected one of {' '.join(PROTOCOLS)}")
     if protocol in ("waics", "parseq36"):
         text = ascii_of(text) if protocol == "parseq36" else text
         return "".join(c for c in text if c in data.CHARSETS["62"]).lower()
@@ -87,13 +89,13 @@ def read_predictions(path):
     """(label, prediction) of lines label<TAB>prediction; further columns are passed over, but for our own `damaged`."""
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
-            rows = [line.rstrip("\r\n").split("\t") for line in file]
+            rows = {n: line.rstrip("\r\n").split("\t") for n, line in enumerate(file, 1) if line.strip("\r\n")}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--score {path}: {getattr(error, 'strerror', None) or error}; expected UTF-8 text") from None
-    short = [number for number, row in enumerate(rows, 1) if len(row) < 2]
+    short = [n for n, row in rows.items() if len(row) < 2]
     if short or not rows:
         raise UserError(f"--score {path}: line {[*short, 1][0]} has no tab; expected lines of label<TAB>prediction")
-    return [(row[0], None if row[2:3] == ["damaged"] else row[1]) for row in rows]
+    return [(row[0], None if row[2:3] == ["damaged"] else row[1]) for row in rows.values()]
 
 # ---- table
 
@@ -362,10 +364,6 @@ def evaluate(reader, sources, args, rank, world):
 def main():
     args, start = parse(), time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for path in filter(None, (args.json, args.predictions, args.errors)):        # now, not after an hour of reading
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        open(path, "a").close()
-    os.makedirs(args.attention or ".", exist_ok=True)
     if args.score:
         args.protocol = args.protocol or "waics"
         one = dict(score(read_predictions(args.score), args.protocol), seconds=time.perf_counter() - start)
@@ -387,8 +385,12 @@ def main():
         source = data.open_source(src, fonts=args.fonts, rotate_tall=args.rotate_tall, chars=reader.model.charset)
         sources[src.rstrip("/") if source.name in sources else source.name] = source
     if args.data:
-        if min(len(sources), len({*args.data})) < len(args.data):
+        if min(len(sources), len({*map(os.path.realpath, args.data)})) < len(args.data):
             raise UserError(f"--data {' '.join(args.data)}: one set twice; each is one row of the table")
+        for path in filter(None, (args.json, args.predictions, args.errors)):    # now, not after an hour of reading
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            open(path, "a").close()
+        os.makedirs(args.attention or ".", exist_ok=True)
         if world > 1:
             dist.init_process_group("gloo")                                      # only readings travel, from CPU to CPU
         if rank == 0:
@@ -397,6 +399,7 @@ def main():
                   f"{len(reader.model.charset)} characters, {sum(map(len, sources.values())):,} crops")
         result = evaluate(reader, sources, args, rank, world)
     if result and args.json:
+        os.makedirs(os.path.dirname(args.json) or ".", exist_ok=True)
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1, ensure_ascii=False)
 

@@ -105,7 +105,7 @@ def main():
     add("--val", nargs="+", metavar="SRC",
         help="labelled crops that choose best.pt, read every --sample_every steps; never a test set")
     add("--charset", default="94", help="36 (case folded), 62, 94, or a UTF-8 file of the characters of your script")
-    add("--max_length", type=int, default=25, help="longest word, in characters; 40 for lines of Chinese")
+    add("--max_length", type=within("[1, inf)", int), default=25, help="longest word, in characters; 40 for lines of Chinese")
     add("--layer_decay", type=share, default=0.75, help="each encoder layer learns at this share of the next's rate")
     add("--drop_path", type=within("[0, 1)"), default=0.1, help="share of encoder branches skipped; 0 for short runs")
     add("--dropout", type=within("[0, 1)"), default=0.1, help="in attention, FFN and embeddings; 0 for short runs")
@@ -163,7 +163,7 @@ def main():
             readings = "  ".join(f"{label}>{text}" for label, text in few)
             training.say(f"step {step + 1}  val {result['accuracy']:.1f} {protocol}  1-NED {result['ned']:.1f}  "
                          f"{readings}")
-            training.write(dict(step=step + 1, val_accuracy=result["accuracy"], val_ned=result["ned"]))
+            training.row.update(val_accuracy=result["accuracy"], val_ned=result["ned"])
             if result["accuracy"] > training.more["best"]:
                 before, training.more["best"] = training.more["best"], result["accuracy"]
                 if not training.save("best.pt"):

@@ -8,6 +8,7 @@ Read it top to bottom: attention and block, encoder (`ViT`), decoder, METHODS, t
 """
 import argparse
 import math
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -404,7 +405,8 @@ def read_checkpoint(path):
     """A checkpoint's dict, from a file that is not trusted: tensors, plain types and MAE's `argparse.Namespace`, nothing that runs.
     Raises UserError, one line, when the file is missing, foreign, torn or would run code."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                  # of a pickle's protocol: the error below says enough
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror or e}; expected a checkpoint file (.pt, .pth)")
@@ -434,10 +436,11 @@ NOT_ENCODER = ("decoder", "mask_token", "model_maeenc_momentum", "head", "fc_nor
 def load_encoder(path, **options):
     """ViT of a checkpoint for crops of 32 x 128: this project's (any method, or a recognizer), or one in MAE's format, such as
     MAERec's and LMIM's, with or without {"model": ...}. Width, depth and patch are read off the tensors, the stored `pos_embed`
-    is kept as it is, heads are 64 wide where the file does not say, coarse scales are left behind. `options` go to ViT.
+    is kept as it is, heads are those of the row of MODELS with that shape, else 64 wide, coarse scales are left behind. `options`
+    go to ViT.
     `encoder.matched` says how many tensors came from the file."""
     checkpoint = read_checkpoint(path)
-    state, args = checkpoint.get("model", checkpoint), checkpoint.get("args", {})
+    state = checkpoint.get("model", checkpoint)
     state = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)} if isinstance(state, dict) else {}
     key = "blocks.0.attn.qkv.weight"
     prefix = next((p for p in ENCODER_PREFIXES if p + key in state), None)
@@ -449,10 +452,10 @@ def load_encoder(path, **options):
     if patches.dim() != 4 or "pos_embed" not in state:
         raise UserError(f"{path}: no patch_embed.proj.weight of a convolution, or no pos_embed; expected a whole ViT encoder")
     width, _, p, q = patches.shape
-    ours = MODELS.get(args.get("model")) if isinstance(args, dict) else None
     state.pop("scale_embed", None)
-    encoder = ViT(depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")), width=width,
-                  heads=ours["encoder"]["heads"] if ours else max(width // 64, 1), patch=(p, q), **options)
+    found = dict(depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")), width=width, patch=(p, q))
+    ours = [row["encoder"]["heads"] for row in MODELS.values() if dict(row["encoder"], **found) == row["encoder"]]
+    encoder = ViT(**found, heads=[*ours, max(width // 64, 1)][0], **options)
     encoder.matched = load_state(encoder, state, path, f"; expected 32x128 crops in patches of {p}x{q}")
     return encoder
 
@@ -523,7 +526,9 @@ class Recognizer(nn.Module):
             logits, caches = self.step(last[:, None], memory, caches)
             logits = logits[:, -1].float()
             logits[:, self.pad:] = -math.inf                                 # padding and unknown are never read
-            p, last = logits.softmax(-1).max(-1)
+            first = 0 if t < self.max_length else self.end                   # the longest word ends here
+            p, last = logits.softmax(-1)[:, first:].max(-1)
+            last = last + first
             ids[rows, t], probs[rows, t] = last.where(going, self.end), p.where(going, 1.0)
             going = going & (last != self.end)
             left = going.sum().item()

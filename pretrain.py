@@ -45,7 +45,7 @@ def training_flags(parser):
         "images; SRC@5 is seen five times as often")
     add("--fonts", help="a folder of .ttf or .otf files for rendered words, besides those of the system")
     add("--rotate_tall", action="store_true", help="turn crops much taller than wide; for data with vertical words")
-    add("--max_damaged", type=within("(0, 1)"), default=.01, help="stop if a larger share of the crops is unreadable")
+    add("--max_damaged", type=within("(0, 1)"), default=.01, help="stop if of 100 crops or more a larger share is unreadable")
     add("--batch_size", type=count, default=64, help="crops a process and micro-step; lower it if memory runs out")
     add("--accum_iter", type=count, default=1, help="micro-steps that add up to a step; raise it as --batch_size falls")
     add("--epochs", type=positive, default=10, help="passes over --data")
@@ -123,7 +123,7 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.stop = args, args.out_dir, False
-        self.step, self.more = 0, {}                                        # more: what else a checkpoint holds
+        self.step, self.more, self.row = 0, {}, {}                          # more: what else a checkpoint holds
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.crops = args.batch_size * args.accum_iter * self.world         # a step, all ranks
         self.device = device(args.device)
@@ -301,6 +301,7 @@ class Run:
 
             yield self.step
 
+            self.write_row()
             if self.step % self.args.save_every == 0 and self.step < self.total and self.bad[0] == 0:
                 self.save()
         saved = self.save()
@@ -350,6 +351,7 @@ class Run:
         if logged:
             self.log()
         if (logged or self.device.type == "cpu") and self.bad[0] >= self.args.max_bad_steps:
+            self.write_row()
             raise UserError(f"step {self.step}: {int(self.bad[0])} steps in a row had a non-finite gradient; lower "
                             f"--lr or --blr, or set --clip_grad 1; {self.out}/last.pt, if written, is from before them")
 
@@ -393,23 +395,25 @@ class Run:
         *sums, damaged = self.over_ranks(*torch.stack(list(self.sums.values())).tolist(), self.damage.bad)
         means = dict(sorted(zip(self.sums, (total / self.world for total in sums))))
         lr, ms, left = top["lr"] / top["lr_scale"], 1000 * seconds / self.since, self.total - self.step
-        row = dict(step=self.step, **means, lr=lr, crops_per_s=self.crops * self.since / seconds, ms_per_step=ms,
-                   wait=self.waited / seconds, peak_gb=self.peak(), eta_s=ms / 1000 * left, bad_steps=int(self.bad[1]),
-                   damaged=int(damaged))
+        row = self.row = dict(means, lr=lr, crops_per_s=self.crops * self.since / seconds, ms_per_step=ms,
+                              wait=self.waited / seconds, peak_gb=self.peak(), eta_s=ms / 1000 * left,
+                              bad_steps=int(self.bad[1]), damaged=int(damaged))
         terms = " + ".join(f"{n} {means[n]:.3f}" for n in means if n not in ("loss", "spread", "accuracy"))
         extra = "".join(f"  {n} {means[n]:.3f}" for n in ("spread", "accuracy") if n in means)
         bad = f"  BAD {row['bad_steps']}" if row["bad_steps"] else ""
         self.say(f"step {self.step}  loss {means['loss']:.3f} = {terms}{extra}  lr {lr:.1e}  "
                  f"{row['crops_per_s']:.0f} img/s  {ms:.0f} ms  wait {100 * row['wait']:.0f}%  "
                  f"{row['peak_gb']:.1f} GB  eta {datetime.timedelta(seconds=round(row['eta_s']))}{bad}")
-        self.write(row)
         self.clock()
 
-    def write(self, row):
-        path = os.path.join(self.out, "log.jsonl")
-        if self.rank == 0:
+    def write_row(self):
+        """What was logged of this step, validation included, as a line of log.jsonl; null is a number that is not finite."""
+        path, row = os.path.join(self.out, "log.jsonl"), dict(step=self.step)
+        row.update((name, x if math.isfinite(x) else None) for name, x in self.row.items())
+        if self.rank == 0 and self.row:
             with self.writing(path), open(path, "a") as f:
                 f.write(json.dumps(row) + "\n")
+        self.row = {}
 
 def weight_groups(model, weight_decay, layer_decay=1.0):
     """AdamW's groups. Matrices decay; biases, norms, tokens and the embedding of letters do not (MAE). Encoder layer i of

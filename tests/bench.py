@@ -174,6 +174,7 @@ def prefixes(net, images):
     for t in range(net.max_length + 1):
         logits, _ = net.step(ids[:, :-1], [layer.cross_attn.keys_values(memory) for layer in net.layers])
         ids[:, t + 1] = logits[:, t, :net.pad].argmax(-1)
+    ids[:, -1] = net.end                                                # no word is longer
     return ids[:, 1:]
 
 
@@ -295,7 +296,7 @@ def memory(args):
 def main():
     parser = data.Parser(description=__doc__.split("\n\n")[0])
     commands, add = dict(train=train, run=run, read=read, data=loading), parser.add_argument
-    add("command", choices=commands, help="see the top of this file")
+    add("command", nargs="?", choices=commands, help="see the top of this file; left out: all, one after the other")
     add("--model", choices=MODELS, default="vit_small", help="size of the networks; vit_nano is quick")
     add("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="train, run: rows of METHODS in model.py")
     add("--data", nargs="+", default=["synth"], metavar="SRC", help="run, read, data: crops, see data.py")
@@ -317,7 +318,8 @@ def main():
     args = parser.parse_args()
     if not args.plain_malloc:
         data.device(args.device)
-    print(json.dumps(commands[args.command](args)))
+    parts = {name: part(args) for name, part in commands.items() if args.command in (name, None)}
+    print(json.dumps(parts[args.command] if args.command else parts))
 
 
 if __name__ == "__main__":

@@ -113,6 +113,8 @@ def test_tree_and_several(tmp_path, words):
     assert [tree.label(i) for i in range(len(tree))] == ["a/x0", "a/x1", "a/y0", "a/y1", "b0", "b1"]
     assert [part.name for part in tree.parts] == ["tree/a/x", "tree/a/y", "tree/b"]
     assert tree.where(5) == "tree/b image-000000002"
+    write_lmdb(tmp_path / "alone" / "c", [(encode(picture(0)), b"x")])
+    assert data.open_source(str(tmp_path / "alone")).name == "alone"            # a set is named by its folder
     both = data.open_sources([words, str(tmp_path / "tree"), os.path.join(words, "..", "words")])
     assert len(both) == 106 and both[105][1] == "w49" and both.label(52) == "a/y0" and both.parts[1].name == "tree"
     thrice = data.open_sources([f"{words}@3", "synth:2"])
@@ -689,6 +691,10 @@ def test_pack(tmp_path, words, damaged, monkeypatch, capsys):
     picture(0).save(tmp_path / "bare" / "a.png")
     with pytest.raises(UserError, match="bare a.png: no label, unlike those before it"):
         call(monkeypatch, capsys, "pack", words, tmp_path / "bare", f"{tmp_path}/mixed/")
+    (tmp_path / "bare" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="bare: none of its 1 crops is left to pack"):
+        call(monkeypatch, capsys, "pack", tmp_path / "bare", tmp_path / "none")
+    assert sorted(os.listdir(tmp_path)) == ["bare", "damaged", "out"]
 
 
 def test_pack_synth(tmp_path, monkeypatch, capsys):

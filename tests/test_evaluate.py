@@ -41,8 +41,10 @@ def test_normalize(protocol, text, folded):
 
 def test_every_protocol_says_what_it_does():
     """A protocol without its sentence would print a table that nobody can compare; zh must own up to what it cannot
-    fold."""
+    fold; a mistyped one is not taken for exact."""
     assert set(evaluate.PROTOCOLS) == {"exact", "ci", "waics", "parseq36", "zh"}
+    with pytest.raises(evaluate.UserError, match="WAICS: expected one of exact"):
+        evaluate.score([("Ab!", "ab")], "WAICS")
     assert "traditional" in evaluate.PROTOCOLS["zh"] and "25" in evaluate.PROTOCOLS["parseq36"]
 
 
@@ -207,11 +209,11 @@ def test_score_reproduces_known_counts(call, tmp_path):
 
 def test_score_refuses_what_is_no_file_of_readings(call, tmp_path):
     """A file without tabs, an empty one, a missing one and one that is not UTF-8: one line each, never a table of
-    zeros; line ends of Windows are no part of a prediction."""
-    for name, content in {"words.txt": b"a\tb\nword\n", "empty.txt": b"", "latin.txt": b"caf\xe9\tcafe\n"}.items():
+    zeros; line ends of Windows are no part of a prediction, and blank lines none."""
+    for name, content in {"words.txt": b"a\tb\n\nword\n", "empty.txt": b"", "latin.txt": b"caf\xe9\tcafe\n"}.items():
         (tmp_path / name).write_bytes(content)
-        refused(call("--score", tmp_path / name), name)
-    (tmp_path / "windows.txt").write_bytes(b"a\ta\r\nb\tb\r\n")
+        refused(call("--score", tmp_path / name), name, "line 3" if name == "words.txt" else "")
+    (tmp_path / "windows.txt").write_bytes(b"a\ta\r\n\r\nb\tb\r\n\r\n")
     assert re.search(r"^average +100\.00", call("--score", tmp_path / "windows.txt", "--protocol", "exact")[1], re.M)
     refused(call("--score", tmp_path / "nowhere.tsv"), "nowhere.tsv", "No such file")
     refused(call("--score", tmp_path / "words.txt", "--errors", "e.png"), "--errors needs --data")
@@ -249,6 +251,8 @@ def test_a_wrong_name_costs_nothing(bench, call, tmp_path):
     (tmp_path / "r.json").write_text("{}")
     refused(call("--ckpt", tmp_path / "nowhere.pt", "--data", "synth:4", "--json", tmp_path / "r.json"), "nowhere.pt")
     assert (tmp_path / "r.json").read_text() == "{}"
+    refused(call("--ckpt", bench / "tiny.pt", "--data", tmp_path / "no", "--json", tmp_path / "new.json"), "no such file")
+    assert not (tmp_path / "new.json").exists()
     refused(call("--ckpt", bench / "tiny.pt", "--data", "synth:4", "--errors", tmp_path / "errors"), "errors.png")
 
 
@@ -293,15 +297,16 @@ def test_1000_crops_read_the_same_with_a_cache_without_one_and_alone(bench):
         for _ in range(net.max_length + 1):
             logits = net.step(ids, memory)[0][..., :net.pad]
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        ids[:, -1] = net.end                                                     # no word is longer
     chances = logits.softmax(-1).gather(2, ids[:, 1:, None])[..., 0].double()
     for row, chance in zip(ids[:, 1:].tolist(), chances):
-        n = row.index(net.end) if net.end in row else len(row)
+        n = row.index(net.end)
         plain.append(("".join(net.charset[k] for k in row[:n]), chance[:n + 1].prod().item()))
     one, floats = reader.read(images[:128], 1), reader.read(images[:128].float() / 255)
     for other in (plain, one, floats):
         assert [text for text, _ in other] == [text for text, _ in many[:len(other)]]
         assert np.allclose([sure for _, sure in other], [sure for _, sure in many[:len(other)]], rtol=1e-3)
-    assert len({text for text, _ in many}) > 200 and {len(text) for text, _ in many} == {*range(13)}
+    assert len({text for text, _ in many}) > 200 and {len(text) for text, _ in many} == {*range(12)}
 
 
 def test_images(bench, call):
@@ -388,6 +393,8 @@ def test_two_sets_of_one_name(bench, call, tmp_path):
         (tmp_path / name / "labels.tsv").write_text(f"{bench}/set/0.png\tx\n" * (1 + (name == "b")))
     call("--ckpt", bench / "tiny.pt", "--workers", 0, "--json", tmp_path / "r.json",
          "--data", tmp_path / "a" / "labels.tsv", tmp_path / "b" / "labels.tsv")
+    twice = [bench / "set" / "labels.tsv", bench / "set" / ".." / "set" / "labels.tsv"]
+    refused(call("--ckpt", bench / "tiny.pt", "--data", *twice), "one set twice")
     got = timeless(tmp_path / "r.json")["sets"]
     assert {name: one["n"] for name, one in got.items()} == {"labels.tsv": 1, str(tmp_path / "b" / "labels.tsv"): 2}
 

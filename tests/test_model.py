@@ -1,6 +1,8 @@
 """The networks against plain code: an independent ViT and decoder, a boolean mask, hand-made cases, and what must not leak."""
 import argparse
 import math
+import pickle
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -341,6 +343,14 @@ def test_foreign_encoders_load_unchanged(tmp_path, wrap):
     assert all(torch.equal(encoder.state_dict()[k], v) for k, v in state.items())
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_bare_encoders_have_their_heads(tmp_path, name):
+    """A size of MODELS without our `args` beside it, read with another number of heads: all tensors match, and every feature is wrong."""
+    torch.save({"model": ViT(**MODELS[name]["encoder"]).state_dict()}, tmp_path / "bare.pt")
+    encoder = model.load_encoder(str(tmp_path / "bare.pt"))
+    assert {block.attn.heads for block in encoder.blocks} == {MODELS[name]["encoder"]["heads"]}
+
+
 def test_bad_checkpoints_are_one_line(tmp_path):
     """A traceback, a pickle that runs, or an encoder loaded in part and trained on as if it were whole."""
     ran = tmp_path / "ran"
@@ -351,6 +361,7 @@ def test_bad_checkpoints_are_one_line(tmp_path):
     torch.save({"model": Bomb()}, tmp_path / "bomb.pt")
     (tmp_path / "text.pt").write_text("no checkpoint")
     (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"model": Bomb()}))
     (tmp_path / "old.pt").write_bytes(bytes.fromhex("80025801"))              # struct.error
     state, _ = mae_state()
     torch.save({k: v for k, v in state.items() if "norm.weight" not in k}, tmp_path / "part.pt")
@@ -358,10 +369,11 @@ def test_bad_checkpoints_are_one_line(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save(dict(state, **{"patch_embed.proj.weight": torch.zeros(64, 48)}), tmp_path / "flat.pt")
     torch.save({**state, 1: 2}, tmp_path / "numbers.pt")
-    for name in ("bomb", "text", "empty", "old", "part", "grid", "flat", "other", "missing"):
-        with pytest.raises(UserError) as e:
+    for name in ("bomb", "text", "empty", "pickle", "old", "part", "grid", "flat", "other", "missing"):
+        with pytest.raises(UserError) as e, warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
             model.load_encoder(str(tmp_path / f"{name}.pt"))
-        assert "\n" not in str(e.value) and name in str(e.value)
+        assert "\n" not in str(e.value) and name in str(e.value) and not heard  # torch's warnings are lines on the terminal too
     assert not ran.exists() and model.load_encoder(str(tmp_path / "numbers.pt")).matched == len(state)
 
 
@@ -376,7 +388,7 @@ def recognizer(seed=0, n=6):
 
 
 def test_cached_decoding_equals_decoding_from_scratch():
-    """A cache that is one step behind, a position that starts anew, or a word that goes on after its end."""
+    """A cache that is one step behind, a position that starts anew, or a word that goes on after its end or beyond max_length."""
     m, images = recognizer()
     ids, probs = m.decode(images)
     again = torch.full((len(images), 1), m.start)
@@ -385,7 +397,8 @@ def test_cached_decoding_equals_decoding_from_scratch():
         for t in range(ids.shape[1]):
             logits = m.step(again, memory)[0][:, -1]
             logits[:, m.pad:] = -math.inf
-            p, chosen = logits.softmax(-1).max(-1)
+            chosen = logits.argmax(-1) if t < m.max_length else torch.full((len(images),), m.end)
+            p = logits.softmax(-1).gather(1, chosen[:, None])[:, 0]
             alive = ~(ids[:, :t] == m.end).any(1)
             assert torch.equal(chosen[alive], ids[alive, t])
             torch.testing.assert_close(p[alive], probs[alive, t], atol=1e-5, rtol=1e-4)

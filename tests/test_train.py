@@ -389,6 +389,7 @@ def test_bad_steps_are_skipped_and_counted(go, monkeypatch):
     bad = {3}
     out = go(pretrain, "--method", "mim", out="once")
     rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+    assert rows[2]["loss"] is None and rows[3]["loss"] > 0                    # JSON has no NaN
     assert rows[-1]["bad_steps"] == 1 and all(v.isfinite().all() for v in weights(out).values())
     bad = set(range(1000))
     with pytest.raises(UserError, match="3 steps in a row had a non-finite gradient.*last.pt"):
@@ -411,7 +412,8 @@ def test_full_disk_keeps_the_old_checkpoint(go, monkeypatch, capsys):
 
 
 def test_best_that_could_not_be_written_is_not_announced(go, monkeypatch, tmp_path, capsys):
-    """best.pt of worse weights, or none, under the accuracy of others. The first label of --val being damaged ends nothing."""
+    """best.pt of worse weights, or none, under the accuracy of others. The first label of --val being damaged ends nothing.
+    log.jsonl has one object a step, which holds the validation too."""
     files = [("a.png", "ab"), ("b.png", "cd")]
     for k, (name, _) in enumerate(files):
         data.Image.fromarray(data.open_source("synth:2")[k][0].permute(1, 2, 0).numpy()).save(tmp_path / name)
@@ -424,6 +426,8 @@ def test_best_that_could_not_be_written_is_not_announced(go, monkeypatch, tmp_pa
     assert torch.load(os.path.join(out, "last.pt"), weights_only=True)["best"] == -1
     said = capsys.readouterr().out
     assert "best val" not in said and "--val: 1 crops are damaged" in said
+    rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+    assert [row["step"] for row in rows] == [1, 2] and all({"loss", "val_accuracy", "val_ned"} <= set(row) for row in rows)
 
 
 def test_weights_that_are_not_finite_are_not_saved(go, monkeypatch, tmp_path):
