@@ -99,8 +99,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def split(self, x):
-        B, T, D = x.shape
-        return self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, d)
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)         # (3, B, heads, T, d)
 
     def forward(self, x):
         out = attend(*self.split(x).unbind(0), self.dropout if self.training else 0.0)
@@ -205,13 +204,11 @@ class CachedAttention(nn.Module):
         self.q, self.kv, self.proj = (nn.Linear(width, n * width, bias=bias) for n in (1, 2, 1))
 
     def keys_values(self, y):
-        B, S, D = y.shape
-        kv = self.kv(y).view(B, S, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)    # (2, B, heads, S, d)
+        kv = self.kv(y).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)            # (2, B, heads, S, d)
         return kv.contiguous()                                                               # read by every query
 
     def queries(self, x):
-        B, T, D = x.shape
-        return self.q(x).view(B, T, self.heads, D // self.heads).transpose(1, 2)             # (B, heads, T, d)
+        return self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)                     # (B, heads, T, d)
 
     def forward(self, x, kv, causal=False):
         out = attend(self.queries(x), *kv.unbind(0), self.dropout if self.training else 0.0, causal)
