@@ -36,10 +36,9 @@ def take(x, ids):
 
 def patchify(images, patch):
     """(B, 3, H, W) -> (B, N, 3*p*q): pixels of each patch in the order of a convolution's weight (channel, row, column)."""
-    B, c, H, W = images.shape
     p, q = patch
-    x = images.reshape(B, c, H // p, p, W // q, q).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(B, (H // p) * (W // q), c * p * q)
+    x = images.unflatten(3, (-1, q)).unflatten(2, (-1, p))                                   # (B, 3, h, p, w, q)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
 
 def unpatchify(x, grid, patch):
     """The inverse of `patchify`: (B, N, 3*p*q) -> (B, 3, H, W)."""
