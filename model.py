@@ -416,13 +416,11 @@ def read_checkpoint(path):
 def load_state(module, state, path, hint=""):
     """Strict load; a UserError says how many tensors match and names the first that do not."""
     own, state = module.state_dict(), {k: v for k, v in state.items() if torch.is_tensor(v)}
-    missing = [k for k in own if k not in state]
-    foreign = [k for k in state if k not in own]
-    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if missing or foreign or shapes:
-        first = (f"missing {missing[0]}" if missing else f"not known here: {foreign[0]}" if foreign else
-                 f"{shapes[0]} is {tuple(state[shapes[0]].shape)} there and {tuple(own[shapes[0]].shape)} here")
-        raise UserError(f"{path}: {len(own) - len(missing) - len(shapes)} of {len(own)} tensors match; {first}{hint}")
+    fit = [k for k in own if k in state and own[k].shape == state[k].shape]
+    wrong = [f"missing {k}" for k in own if k not in state] + [f"not known here: {k}" for k in state if k not in own]
+    wrong += [f"{k} is {tuple(state[k].shape)} there and {tuple(own[k].shape)} here" for k in own if k in state and k not in fit]
+    if wrong:
+        raise UserError(f"{path}: {len(fit)} of {len(own)} tensors match; {wrong[0]}{hint}")
     module.load_state_dict(state)
     return len(own)
 
