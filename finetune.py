@@ -65,9 +65,8 @@ def build(args, chars):
     said = f"--init {args.init}: all {encoder.matched} tensors of the encoder loaded" if args.init else "from scratch"
     if "charset" in start:
         own, old = model.state_dict(), start["model"]
-        new = [k for k in own if k not in old or own[k].shape != old[k].shape]
-        if start["charset"] != chars:
-            new += [k for k in own if k.startswith(("embed.", "classifier.", "char_head.")) and k not in new]
+        letters = ("embed.", "classifier.", "char_head.") if start["charset"] != chars else ()
+        new = [k for k in own if k not in old or own[k].shape != old[k].shape or k.startswith(letters)]
         load_state(model, {k: own[k] if k in new else old[k] for k in own}, args.init)
         said = f"--init {args.init}: a recognizer; {len(own) - len(new)} of {len(own)} tensors loaded"
         said += f", anew: {' '.join(new)}" if new else ""
