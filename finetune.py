@@ -30,11 +30,9 @@ RECIPES = {  # what --model changes in the defaults; vit_small's are LMIM's: lr 
 
 def encode_labels(labels, model):
     """Words -> classes (B, T): characters, end, then padding; T is the longest, rounded up: few shapes to compile."""
-    T = min(-(-max(len(word) + 1 for word in labels) // 4) * 4, model.max_length + 1)
-    ids = torch.full((len(labels), T), model.pad)
-    for row, word in zip(ids, labels):
-        row[:len(word) + 1] = torch.tensor([model.index[c] for c in word] + [model.end])
-    return ids
+    rows = [[*(model.index[c] for c in word), model.end] for word in labels]
+    T = min(-(-max(map(len, rows)) // 4) * 4, model.max_length + 1)
+    return torch.tensor([row + [model.pad] * (T - len(row)) for row in rows])
 
 def under_patches(char_maps, targets, model):
     """Class of the character under each patch (B, N), the last if there are two; padding where there is none or it is not
