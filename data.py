@@ -760,15 +760,12 @@ def order(n, batch_size, seed, position=0, rank=0, world=1):
     epoch = p // n, and micro-batch m holds positions position + (m * world + rank) * batch_size + [0, batch_size). So
     1 x 16, 2 x 8 and 1 x 4 accumulated four times see the same crops in a step, and a run resumes at any position, on
     any number of processes or workers, with the same order."""
-    epoch = None
+    @lru_cache(1)
+    def perm(epoch):
+        return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
     for first in count(position + rank * batch_size, world * batch_size):
-        batch = []
-        for p in range(first, first + batch_size):
-            if p // n != epoch:
-                epoch = p // n
-                perm = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-            batch.append(int(perm[p % n]))
-        yield batch
+        yield [int(perm(p // n)[p % n]) for p in range(first, first + batch_size)]
 
 def batches(source, batch_size, seed, position=0, rank=0, world=1, workers=0, char_maps=False):
     """An endless stream of micro-batches as `read_batch` returns them, in the order that `order` says."""
