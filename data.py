@@ -501,8 +501,7 @@ class Files(Source):
 
     def __init__(self, entries, root, name, rotate_tall=False):
         self.root, self.name, self.rotate_tall = root, name, rotate_tall
-        rows = [path if label is None else f"{path}\0{label}" for path, label in entries]
-        rows = [row.encode("utf-8", "surrogatepass") for row in rows]
+        rows = [(path if label is None else f"{path}\0{label}").encode("utf-8", "surrogatepass") for path, label in entries]
         self.n, self.ends, self.rows = len(rows), np.cumsum([0] + [len(row) for row in rows]), b"".join(rows)
 
     def row(self, i):
