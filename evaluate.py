@@ -311,13 +311,12 @@ def parse():
     args = parser.parse_args()
     given = [flag for flag in ("predictions", "heights", "rotations", "attention", "errors") if getattr(args, flag)]
     given += ["json"] * bool(args.json and args.images)
-    for wrong, message in (
-            (not args.score and not args.ckpt, "--ckpt is missing; type finetune.py's, such as out/finetune/best.pt"),
-            (given and not args.data, f"--{' --'.join(given)} needs --data"),
-            (args.errors and not args.errors.lower().endswith(data.SUFFIXES),
-             f"--errors {args.errors}: expected a picture's name, such as errors.png")):
-        if wrong:
-            parser.error(message)
+    if not args.score and not args.ckpt:
+        parser.error("--ckpt is missing; type finetune.py's, such as out/finetune/best.pt")
+    if given and not args.data:
+        parser.error(f"--{' --'.join(given)} needs --data")
+    if args.errors and not args.errors.lower().endswith(data.SUFFIXES):
+        parser.error(f"--errors {args.errors}: expected a picture's name, such as errors.png")
     return args
 
 def evaluate(reader, sources, args, rank, world):
