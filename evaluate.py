@@ -383,12 +383,12 @@ def main():
     for src in args.data or ():
         source = data.open_source(src, fonts=args.fonts, rotate_tall=args.rotate_tall, chars=reader.model.charset)
         sources[src.rstrip("/") if source.name in sources else source.name] = source
+    if args.data and min(len(sources), len({*map(os.path.realpath, args.data)})) < len(args.data):
+        raise UserError(f"--data {' '.join(args.data)}: one set twice; each is one row of the table")
+    for path in filter(None, (args.json, args.predictions, args.errors)):        # now, not after an hour of reading
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        open(path, "a").close()
     if args.data:
-        if min(len(sources), len({*map(os.path.realpath, args.data)})) < len(args.data):
-            raise UserError(f"--data {' '.join(args.data)}: one set twice; each is one row of the table")
-        for path in filter(None, (args.json, args.predictions, args.errors)):    # now, not after an hour of reading
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            open(path, "a").close()
         os.makedirs(args.attention or ".", exist_ok=True)
         if world > 1:
             dist.init_process_group("gloo")                                      # only readings travel, from CPU to CPU
@@ -398,7 +398,6 @@ def main():
                   f"{len(reader.model.charset)} characters, {sum(map(len, sources.values())):,} crops")
         result = evaluate(reader, sources, args, rank, world)
     if result and args.json:
-        os.makedirs(os.path.dirname(args.json) or ".", exist_ok=True)
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1, ensure_ascii=False)
 
