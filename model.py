@@ -1,6 +1,5 @@
 """The networks: a plain ViT, the pre-training objective of four methods, and a recognizer that reads.
 
-Read it top to bottom: attention and block, encoder (`ViT`), decoder, METHODS, the objective (`Pretrainer`), the recognizer.
 `pretrain.py` and `finetune.py` hold the loops; of ranks only `align_infonce` knows, which compares the crops of them all.
 
     # B batch   H W pixels   h w patch grid   N = h*w patches (N' of another view)   K kept   M masked (K + M = N)
