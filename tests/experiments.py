@@ -196,18 +196,22 @@ def tables(out):
         body.append([f"`{name}`", last("mim"), last("nsp"), last("spread"), last("crops_per_s", "{:.0f}", mean=statistics.median),
                      last("peak_gb", "{:.2f}", mean=max), tenth, seeds(name, "tenth")])
     table("What each change does, and costs", ["pre-training", "mim", "nsp", "spread", "crops/s, one core", "GB", "words read (%), a tenth of the real", "seeds"], body)
-    body, before = [], []
+    for share in FINE_STEPS:
+        body = []
+        for name in TABLE1:
+            of = lambda *keys: [result(out, f"{name}-s{seed}-{share}", *keys, "average") for seed in SEEDS]
+            kept = lambda *keys: mean_sd([100 * b / a if a and b is not None else None for a, b in zip(of(), of(*keys))])
+            body.append([f"`{name}`", *(kept("heights", h) for h in ("16", "12", "8")), *(kept("rotations", r) for r in ("15", "30"))])
+        table(f"Robustness after {FINE_STEPS[share]:,} steps with {SHARES[share]} of the real words: accuracy on reduced or turned crops, "
+              "in per cent of that on crops as they are", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
+    before = []
     for name in TABLE1:
-        of = lambda *keys, kind="tenth", file="real.json": [result(out, f"{name}-s{seed}-{kind}", *keys, file=file) for seed in SEEDS]
-        kept = lambda *keys: mean_sd([100 * b / a if a and b is not None else None for a, b in zip(of("average"), of(*keys, "average"))])
-        body.append([f"`{name}`", *(kept("heights", h) for h in ("16", "12", "8")), *(kept("rotations", r) for r in ("15", "30"))])
-        looks = lambda kind, who: [mean_sd(of("attention", "synth", who, what, kind=kind, file="synth.json"), "{:.3f}")
-                                   for what in ("share", "entropy")]
+        looks = lambda kind, who: [mean_sd([result(out, f"{name}-s{seed}-{kind}", "attention", "synth", who, what, file="synth.json")
+                                            for seed in SEEDS], "{:.3f}") for what in ("share", "entropy")]
         before.append([f"`{name}`", *looks("before", "cls"), *looks("before", "patches"),
                        *looks("tenth", "cls"), *looks("tenth", "patches"), *looks("tenth", "decoder")])
-    table("Robustness: accuracy on reduced or turned crops, in per cent of that on crops as they are (a tenth of the real words)", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
     area = next((x for name in TABLE1 if (x := result(out, f"{name}-s0-before", "attention", "synth", "text_area", file="synth.json"))), 0)
-    table(f"Attention on 256 rendered words: share on text (blind: {area:.3f}) and entropy, before and after fine-tuning",
+    table(f"Attention on 256 rendered words: share on text (blind: {area:.3f}) and entropy, before and after 2,000 steps of fine-tuning",
           ["from", "[cls] before", "entropy", "patches before", "entropy", "[cls] after", "entropy", "patches after", "entropy",
            "letters after", "entropy"], before)
     return "\n".join(lines) + "\n"
