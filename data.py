@@ -554,7 +554,7 @@ def open_source(src, fonts=None, rotate_tall=False, chars=None):
         found = [os.path.relpath(os.path.dirname(file), src) for file in files if os.path.basename(file) == "data.mdb"]
         if found:
             names = [os.path.normpath(os.path.join(name, at)) if len(found) > 1 else name for at in found]
-            parts = [Lmdb(os.path.normpath(os.path.join(src, at)), *more, rotate_tall) for at, *more in zip(found, names)]
+            parts = [Lmdb(os.path.normpath(os.path.join(src, at)), part, rotate_tall) for at, part in zip(found, names)]
             return Parts(parts, name) if len(parts) > 1 else parts[0]
         images = [(os.path.relpath(file, src), None) for file in files if file.lower().endswith(SUFFIXES)]
         if not images:

@@ -445,8 +445,8 @@ def load_encoder(path, **options):
         raise UserError(f"{path}: no patch_embed.proj.weight of a convolution, or no pos_embed; expected a whole ViT encoder")
     width, _, p, q = patches.shape
     found = dict(depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")), width=width, patch=(p, q))
-    ours = [row["encoder"]["heads"] for row in MODELS.values() if dict(row["encoder"], **found) == row["encoder"]]
-    encoder = ViT(**found, heads=[*ours, max(width // 64, 1)][0], **options)
+    ours = (row["encoder"]["heads"] for row in MODELS.values() if found.items() <= row["encoder"].items())
+    encoder = ViT(**found, heads=next(ours, max(width // 64, 1)), **options)
     encoder.matched = load_state(encoder, state, path, f"; expected 32x128 crops in patches of {p}x{q}")
     return encoder
 

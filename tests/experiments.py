@@ -43,8 +43,9 @@ PRETRAINING = {  # name: flags of pretrain.py, {run} being its checkpoint; the f
 }
 TABLE1 = list(PRETRAINING)[:5]
 SEVERAL = (*TABLE1, "mnsp_none")                                            # whose every seed is run
-STEPS, FINE_STEPS = 4000, dict(tenth=2000, tenth_long=8000, all=4000)
-SHARES = dict(tenth="a tenth", tenth_long="a tenth", all="all")             # of the real labels
+STEPS = 4000
+SHARES = {  # steps of fine-tuning; how many of the real labels, the part of `split` that has them, and how often it counts
+    "tenth": (2000, "a tenth", "tenth", 60), "tenth_long": (8000, "a tenth", "tenth", 60), "all": (4000, "all", "fit", 6)}
 MODEL = "--model vit_nano"
 
 
@@ -68,7 +69,7 @@ def jobs(args):
     """All runs in the order in which they are made, by name."""
     real, out, every = shlex.quote(args.real), shlex.quote(args.out), {}
     tests = sorted(map(shlex.quote, open_tests(args.real)))
-    fit, few, val = (os.path.join(out, "split", name) for name in ("fit", "tenth", "val"))
+    parts = os.path.join(out, "split")
 
     def add(name, commands, *needs):
         every[name] = Job(name, list(map(shlex.split, commands)), needs)
@@ -81,14 +82,14 @@ def jobs(args):
         pre, flags, init, needs = f"{name}-s{seed}", PRETRAINING[name], "", ["split"]
         if flags:
             flags, teachers = re.sub("{(.*?)}", rf"{out}/\1/last.pt", flags), re.findall("{(.*?)}", flags)
-            add(pre, [f"pretrain.py {MODEL} --data synth:60000 {fit}@4 --max_steps {STEPS} {flags} --seed {seed} --resume "
+            add(pre, [f"pretrain.py {MODEL} --data synth:60000 {parts}/fit@4 --max_steps {STEPS} {flags} --seed {seed} --resume "
                       f"--out_dir {out}/{pre}"], "split", *teachers)
             init, needs = f"--init {out}/{pre}/last.pt ", [pre]
-        for share, source, times in (("tenth", few, 60), ("tenth_long", few, 60), ("all", fit, 6)):
+        for share, (steps, _, part, times) in SHARES.items():
             folder = f"{out}/{pre}-{share}"
             if share == "tenth" or name in TABLE1:
                 add(f"{pre}-{share}", [
-                    f"finetune.py {init}{MODEL} --data synth:200000 {source}@{times} --val {val} --max_steps {FINE_STEPS[share]} "
+                    f"finetune.py {init}{MODEL} --data synth:200000 {parts}/{part}@{times} --val {parts}/val --max_steps {steps} "
                     f"--seed {seed} --resume --out_dir {folder}",
                     f"evaluate.py --ckpt {folder}/best.pt --data {' '.join(tests)} --heights 16 12 8 --rotations 15 30 --json {folder}/real.json",
                     looks(folder)], *needs)
@@ -174,40 +175,40 @@ def result(out, run_name, *keys, file="real.json"):
 def tables(out):
     """Everything that is there, as Markdown."""
     lines = []
-    seeds = lambda name, share: sum(result(out, f"{name}-s{seed}-{share}") is not None for seed in SEEDS)
+    of = lambda name, kind, *keys, file="real.json": [result(out, f"{name}-s{seed}-{kind}", *keys, file=file) for seed in SEEDS]
+    seeds = lambda name, share: sum(found is not None for found in of(name, share))
 
     def table(title, head, body):
         rows = [row for row in body if set(row[1:]) - {"-", 0}]
         if rows:
             lines.extend(["", f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)])
             lines.extend("| " + " | ".join(map(str, row)) + " |" for row in rows)
-    for share in FINE_STEPS:
+    for share, (steps, labels, *_) in SHARES.items():
         body = []
         for name in TABLE1:
-            of = lambda *keys: mean_sd([result(out, f"{name}-s{seed}-{share}", *keys) for seed in SEEDS])
-            sets = [of("sets", s, "accuracy") for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
-            body.append([f"`{name}`", *sets, of("average"), seeds(name, share)])
-        table(f"Words read (%) after {FINE_STEPS[share]:,} steps of fine-tuning on 200,000 rendered words and {SHARES[share]} of the real ones",
+            sets = [mean_sd(of(name, share, "sets", s, "accuracy")) for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
+            body.append([f"`{name}`", *sets, mean_sd(of(name, share, "average")), seeds(name, share)])
+        table(f"Words read (%) after {steps:,} steps of fine-tuning on 200,000 rendered words and {labels} of the real ones",
               ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "seeds"], body)
     body = []
     for name in PRETRAINING:
         last = lambda key, form="{:.3f}", **how: mean_sd([final(out, f"{name}-s{seed}", key, **how) for seed in SEEDS], form)
-        tenth = mean_sd([result(out, f"{name}-s{seed}-tenth", "average") for seed in SEEDS])
+        tenth = mean_sd(of(name, "tenth", "average"))
         body.append([f"`{name}`", last("mim"), last("nsp"), last("spread"), last("crops_per_s", "{:.0f}", mean=statistics.median),
                      last("peak_gb", "{:.2f}", mean=max), tenth, seeds(name, "tenth")])
     table("What each change does, and costs", ["pre-training", "mim", "nsp", "spread", "crops/s, one core", "GB", "words read (%), a tenth of the real", "seeds"], body)
-    for share in FINE_STEPS:
+    for share, (steps, labels, *_) in SHARES.items():
         body = []
         for name in TABLE1:
-            of = lambda *keys: [result(out, f"{name}-s{seed}-{share}", *keys, "average") for seed in SEEDS]
-            kept = lambda *keys: mean_sd([100 * b / a if a and b is not None else None for a, b in zip(of(), of(*keys))])
+            kept = lambda *keys: mean_sd([100 * b / a if a and b is not None else None for a, b in
+                                          zip(of(name, share, "average"), of(name, share, *keys, "average"))])
             body.append([f"`{name}`", *(kept("heights", h) for h in ("16", "12", "8")), *(kept("rotations", r) for r in ("15", "30"))])
-        table(f"Robustness after {FINE_STEPS[share]:,} steps with {SHARES[share]} of the real words: accuracy on reduced or turned crops, "
+        table(f"Robustness after {steps:,} steps with {labels} of the real words: accuracy on reduced or turned crops, "
               "in per cent of that on crops as they are", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
     before = []
     for name in TABLE1:
-        looks = lambda kind, who: [mean_sd([result(out, f"{name}-s{seed}-{kind}", "attention", "synth", who, what, file="synth.json")
-                                            for seed in SEEDS], "{:.3f}") for what in ("share", "entropy")]
+        looks = lambda kind, who: [mean_sd(of(name, kind, "attention", "synth", who, what, file="synth.json"), "{:.3f}")
+                                   for what in ("share", "entropy")]
         before.append([f"`{name}`", *looks("before", "cls"), *looks("before", "patches"),
                        *looks("tenth", "cls"), *looks("tenth", "patches"), *looks("tenth", "decoder")])
     area = next((x for name in TABLE1 if (x := result(out, f"{name}-s0-before", "attention", "synth", "text_area", file="synth.json"))), 0)
