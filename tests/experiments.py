@@ -45,7 +45,7 @@ TABLE1 = list(PRETRAINING)[:5]
 SEVERAL = (*TABLE1, "mnsp_none")                                            # whose every seed is run
 STEPS = 4000
 SHARES = {  # steps of fine-tuning; how many of the real labels, the part of `split` that has them, and how often it counts
-    "tenth": (2000, "a tenth", "tenth", 60), "tenth_long": (8000, "a tenth", "tenth", 60), "all": (4000, "all", "fit", 6)}
+    "tenth": (2000, "a tenth", "tenth", 60), "tenth_long": (8000, "a tenth", "tenth", 60), "all": (8000, "all", "fit", 6)}
 MODEL = "--model vit_nano"
 
 
