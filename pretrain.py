@@ -62,7 +62,7 @@ def training_flags(parser):
         help="processes that read crops, for each rank; more if 'wait' is high")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="of matrix products; auto takes bfloat16 where the device has it")
-    add("--compile", action="store_true", help="a minute's wait, then faster; on CPUs needs a C++ compiler")
+    add("--compile", action="store_true", help="some minutes' wait, then faster; a CPU gains little, and needs a C++ compiler")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a CUDA GPU if there is one")
     add("--resume", action="store_true", help="go on from --out_dir's checkpoint, or start if there is none")
     add("--log_every", type=count, default=20, help="steps between lines of log.jsonl")
