@@ -35,7 +35,7 @@ PRETRAINING = {  # name: flags of pretrain.py, {run} being its checkpoint; the f
     "mnsp_none": "--method mnsp --guide none", "mim_coarse": "--method mim --guide coarse",
     "mnsp_two_scales": "--method mnsp --scales 8x32 16x64", "mnsp_8x32": "--method mnsp --scales 8x32",
     "mnsp_weak": "--method mnsp --guidance_strength 0.5", "mnsp_strong": "--method mnsp --guidance_strength 1.5",
-    "lmim_no_align": "--method lmim --align none",
+    "lmim_no_align": "--method lmim --align none", "lmim_infonce": "--method lmim --align infonce --align_weight 0.02",
     "mim_features": "--method mim --teacher {mim-s0}", "lmim_features": "--method lmim --teacher {mim-s0}",   # LMIM's own target
     "mnsp_features": "--method mnsp --teacher {mim-s0}", "mim_random_features": "--method mim --teacher {scratch-s0-before}",
     "mim_.6": "--method mim --mask_ratio 0.6", "mim_.9": "--method mim --mask_ratio 0.9", "mim_block": "--method mim --mask block",
