@@ -302,7 +302,8 @@ class Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 def align_mse(a, b, crops=None):
-    """LMIM's: mean square difference, gradients through both sides. Alone it lets [cls] collapse: watch `spread`."""
+    """LMIM's: mean square difference, gradients through both sides. [cls] collapse (watch `spread`), and
+    if the target is pixels, not features, `lmim` then learns little that helps to read (README, "Which method")."""
     return mse(a, b)
 
 def align_infonce(a, b, crops=None, temperature=0.2):

@@ -520,7 +520,8 @@ def main():
     add("--guide", choices=GUIDES,
         help="what mim's decoder sees besides visible patches: a look that is moved and bent, of full or coarse size; "
         "still: nsp's own, in place; left out: the method's own")
-    add("--align", choices=[*ALIGN, "none"], help="how [cls] tokens are brought together; left out: the method's own")
+    add("--align", choices=[*ALIGN, "none"],
+        help="how [cls] tokens are brought together; left out: the method's own; none suits lmim if there is no --teacher")
     add("--align_weight", type=within("[0, inf)"), help="weight of that term; left out: the method's own, or mnsp's")
     add("--out_dir", help="where to write; left out: out/METHOD")
     args = parse(parser, RECIPES)
