@@ -4,7 +4,9 @@
     python tests/experiments.py run   --real DIR                     all of them; two cores need a night and a day
     python tests/experiments.py run   --real DIR --only '.*-s0.*'    those whose names match: after `split`, several such lines
                                                                      at once, one a core (OMP_NUM_THREADS=1), share the work
-    python tests/experiments.py table --real DIR --readme README.md  writes what is there between the README's marks
+    python tests/experiments.py table --real DIR --record tests/results.jsonl --readme README.md
+                                                                     writes what is there, and what results.jsonl holds of
+                                                                     earlier runs, between the README's marks
 
 DIR holds train/ and test/ (LMDBs of word crops: IIIT5k, SVT, IC13, IC15, IC03). Validation is split off train/ once. Every run's folder
 holds log.txt beside what the scripts write; done.json says how long it took, and is what `run` skips by: when you have changed what a
@@ -12,6 +14,7 @@ method is, name another --out.
 """
 import json
 import os
+import platform
 import re
 import shlex
 import statistics
@@ -126,6 +129,13 @@ def split(args):
             subprocess.run([sys.executable, "data.py", "pack", train, os.path.join(place, name), "--without", without], cwd=ROOT, check=True)
 
 
+def cpu():
+    """Model of the processor, by which speeds can be told apart."""
+    with open("/proc/cpuinfo" if os.path.exists("/proc/cpuinfo") else os.devnull) as file:
+        models = re.findall("model name\\s*: (.*)", file.read())
+    return models[0] if models else platform.processor()
+
+
 def work(job, out):
     """Runs a job's commands, which resume by themselves; leaves done.json, or says which command failed and where its log is."""
     os.makedirs(job.folder(out), exist_ok=True)
@@ -139,10 +149,43 @@ def work(job, out):
         if status or stopped:
             raise UserError(f"{job.name}: `{' '.join(command)}` {'was stopped' if stopped else f'ended with {status}'}; see {log}")
     with open(os.path.join(job.folder(out), "done.json"), "w") as file:
-        json.dump(dict(seconds=time.time() - start), file)
+        json.dump(dict(seconds=time.time() - start, cpu=cpu()), file)
 
 
-# ---- tables
+# ---- records and tables
+
+def record(out, name):
+    """What the tables need of a run that is done, as one line of tests/results.jsonl."""
+    def read(file, lines=False):
+        path = os.path.join(out, name, file)
+        with open(path if os.path.exists(path) else os.devnull, encoding="utf-8") as opened:
+            return list(map(json.loads, opened)) if lines else json.loads(opened.read() or "{}")
+    done, real, synth, log = read("done.json"), read("real.json"), read("synth.json"), read("log.jsonl", lines=True)
+    found = dict(run=name, seconds=round(done["seconds"]), cpu=done["cpu"])
+    if real:
+        found |= dict(average=real["average"], sets={key: row["accuracy"] for key, row in real["sets"].items()})
+        found |= {change: {key: row["average"] for key, row in real[change].items()} for change in ("heights", "rotations")}
+    for who, looks in synth.get("attention", {}).get("synth", {}).items():
+        found |= {who: looks if who == "text_area" else {what: round(looks[what], 4) for what in ("share", "entropy")}}
+    of = lambda key: [row[key] for row in log if key in row]
+    if not real and not synth:                             # pre-training: its last 100 steps, five logged lines
+        found |= {key: round(statistics.mean(of(key)[-5:]), 4) for key in ("mim", "nsp", "spread") if of(key)}
+        found |= dict(crops_per_s=round(statistics.median(of("crops_per_s"))), peak_gb=max(of("peak_gb"))) if log else {}
+    return found
+
+
+def records(args, every):
+    """{name: record} of the lines of --record and of the runs in --out, which go before; --record is brought up to date."""
+    found = {}
+    if args.record and os.path.exists(args.record):
+        with open(args.record, encoding="utf-8") as file:
+            found = {row["run"]: row for row in map(json.loads, file)}
+    found |= {name: record(args.out, name) for name in every if every[name].done(args.out) and name != "split"}
+    if args.record:
+        with open(args.record, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(found[name]) + "\n" for name in sorted(found))
+    return found
+
 
 def mean_sd(values, form="{:.1f}"):
     """Mean, and how far the seeds lie apart (standard deviation), of what is there."""
@@ -152,69 +195,54 @@ def mean_sd(values, form="{:.1f}"):
     return form.format(statistics.mean(values)) + (f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else "")
 
 
-def final(out, run_name, key, mean=lambda values: statistics.mean(values[-5:])):
-    """Mean of `key` over the last 100 steps of a run, five logged lines, or None if it is not done."""
-    if not os.path.exists(os.path.join(out, run_name, "done.json")):
-        return None
-    with open(os.path.join(out, run_name, "log.jsonl")) as file:
-        values = [row[key] for row in map(json.loads, file) if key in row]
-    return mean(values) if values else None
-
-
-def result(out, run_name, *keys, file="real.json"):
-    try:
-        with open(os.path.join(out, run_name, file)) as opened:
-            value = json.load(opened)
-        for key in keys:
-            value = value[key]
-        return value
-    except (OSError, KeyError, ValueError):
-        return None
-
-
-def tables(out):
-    """Everything that is there, as Markdown."""
+def tables(found):
+    """All records, as Markdown."""
     lines = []
-    of = lambda name, kind, *keys, file="real.json": [result(out, f"{name}-s{seed}-{kind}", *keys, file=file) for seed in SEEDS]
-    seeds = lambda name, share: sum(found is not None for found in of(name, share))
+
+    def of(run, *keys):
+        """The value of each seed of a run such as `mim-s{}-tenth`, or None."""
+        values = [found.get(run.format(seed)) for seed in SEEDS]
+        for key in keys:
+            values = [None if value is None else value.get(key) for value in values]
+        return values
 
     def table(title, head, body):
         rows = [row for row in body if set(row[1:]) - {"-", 0}]
         if rows:
             lines.extend(["", f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)])
             lines.extend("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    seeds = lambda run: sum(value is not None for value in of(run))
     for share, (steps, labels, *_) in SHARES.items():
         body = []
         for name in TABLE1:
-            sets = [mean_sd(of(name, share, "sets", s, "accuracy")) for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
-            body.append([f"`{name}`", *sets, mean_sd(of(name, share, "average")), seeds(name, share)])
+            sets = [mean_sd(of(f"{name}-s{{}}-{share}", "sets", s)) for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
+            body.append([f"`{name}`", *sets, mean_sd(of(f"{name}-s{{}}-{share}", "average")), seeds(f"{name}-s{{}}-{share}")])
         table(f"Words read (%) after {steps:,} steps of fine-tuning on 200,000 rendered words and {labels} of the real ones",
               ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "seeds"], body)
-    body = []
+    body, usual = [], statistics.mode([row["cpu"] for row in found.values()] or [""])       # speeds of another CPU compare with nothing
     for name in PRETRAINING:
-        last = lambda key, form="{:.3f}", **how: mean_sd([final(out, f"{name}-s{seed}", key, **how) for seed in SEEDS], form)
-        tenth = mean_sd(of(name, "tenth", "average"))
-        body.append([f"`{name}`", last("mim"), last("nsp"), last("spread"), last("crops_per_s", "{:.0f}", mean=statistics.median),
-                     last("peak_gb", "{:.2f}", mean=max), tenth, seeds(name, "tenth")])
+        last = lambda key, form="{:.3f}": mean_sd(of(name + "-s{}", key), form)
+        speed = [value if on == usual else None for value, on in zip(of(name + "-s{}", "crops_per_s"), of(name + "-s{}", "cpu"))]
+        body.append([f"`{name}`", last("mim"), last("nsp"), last("spread"), mean_sd(speed, "{:.0f}"), last("peak_gb", "{:.2f}"),
+                     mean_sd(of(name + "-s{}-tenth", "average")), seeds(name + "-s{}-tenth")])
     table("What each change does, and costs", ["pre-training", "mim", "nsp", "spread", "crops/s, one core", "GB", "words read (%), a tenth of the real", "seeds"], body)
     for share, (steps, labels, *_) in SHARES.items():
         body = []
         for name in TABLE1:
             kept = lambda *keys: mean_sd([100 * b / a if a and b is not None else None for a, b in
-                                          zip(of(name, share, "average"), of(name, share, *keys, "average"))])
+                                          zip(of(f"{name}-s{{}}-{share}", "average"), of(f"{name}-s{{}}-{share}", *keys))])
             body.append([f"`{name}`", *(kept("heights", h) for h in ("16", "12", "8")), *(kept("rotations", r) for r in ("15", "30"))])
         table(f"Robustness after {steps:,} steps with {labels} of the real words: accuracy on reduced or turned crops, "
               "in per cent of that on crops as they are", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
-    before = []
+    body = []
     for name in TABLE1:
-        looks = lambda kind, who: [mean_sd(of(name, kind, "attention", "synth", who, what, file="synth.json"), "{:.3f}")
-                                   for what in ("share", "entropy")]
-        before.append([f"`{name}`", *looks("before", "cls"), *looks("before", "patches"),
-                       *looks("tenth", "cls"), *looks("tenth", "patches"), *looks("tenth", "decoder")])
-    area = next((x for name in TABLE1 if (x := result(out, f"{name}-s0-before", "attention", "synth", "text_area", file="synth.json"))), 0)
+        looks = lambda kind, who: [mean_sd(of(f"{name}-s{{}}-{kind}", who, what), "{:.3f}") for what in ("share", "entropy")]
+        body.append([f"`{name}`", *looks("before", "cls"), *looks("before", "patches"),
+                     *looks("tenth", "cls"), *looks("tenth", "patches"), *looks("tenth", "decoder")])
+    area = next((row["text_area"] for row in found.values() if "text_area" in row), 0)
     table(f"Attention on 256 rendered words: share on text (blind: {area:.3f}) and entropy, before and after 2,000 steps of fine-tuning",
           ["from", "[cls] before", "entropy", "patches before", "entropy", "[cls] after", "entropy", "patches after", "entropy",
-           "letters after", "entropy"], before)
+           "letters after", "entropy"], body)
     return "\n".join(lines) + "\n"
 
 
@@ -224,6 +252,7 @@ def main():
     parser.add_argument("--real", required=True, metavar="DIR", help="the folder of train/ and test/")
     parser.add_argument("--out", default="out/experiments", help="where the runs are")
     parser.add_argument("--only", default="", metavar="REGEX", help="only runs whose whole name matches, and what they need")
+    parser.add_argument("--record", metavar="FILE", help="the tables show its runs too, and it takes up those of --out")
     parser.add_argument("--readme", metavar="FILE", help="write the tables into it, between <!-- tables --> and <!-- /tables -->")
     args = parser.parse_args()
     args.real, args.out = os.path.abspath(args.real), os.path.abspath(args.out)
@@ -242,7 +271,7 @@ def main():
             for need in ahead(name):
                 if not every[need].done(args.out):
                     work(every[need], args.out)
-    text = tables(args.out) if args.what in ("run", "table") else ""
+    text = tables(records(args, every)) if args.what in ("run", "table") else ""
     print(text, end="")
     if args.readme and text:
         with open(args.readme, encoding="utf-8") as file:

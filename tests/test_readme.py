@@ -1,16 +1,19 @@
 """README.md and the five scripts as one text: commands that exist, flags that are read, nothing that is left over."""
 import ast
+import json
 import os
 import re
 import runpy
 import shutil
 import subprocess
+import statistics
 import sys
 
 import pytest
 
 import data
 import exercises
+import experiments
 from data import UserError
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
@@ -81,6 +84,16 @@ def test_the_objective_is_shown_as_it_is():
     block, row = re.findall(r"```python\n(.*?)```", text("README.md"), re.S)
     flat = lambda code: [line.strip() for line in code.splitlines() if line.strip()]
     assert "\n".join(flat(block)) in "\n".join(flat(text("model.py"))) and row.startswith("METHODS[")
+
+
+def test_tables_hold_what_was_recorded():
+    """A figure typed by hand, a row of another day, seeds of one run counted to another."""
+    found = {row["run"]: row for row in map(json.loads, text("tests/results.jsonl").splitlines())}
+    shown = text("README.md").partition("<!-- tables -->\n")[2].partition("<!-- /tables -->")[0]
+    assert shown == experiments.tables(found)
+    seeds = [found[f"mim-s{seed}-tenth"]["average"] for seed in range(3)]
+    first = next(line for line in shown.splitlines() if line.startswith("| `mim`"))
+    assert first.endswith(f"| {statistics.mean(seeds):.1f} ± {statistics.stdev(seeds):.1f} | 3 |")
 
 
 @pytest.mark.parametrize("exercise", exercises.EXERCISES)
