@@ -233,15 +233,15 @@ def tables(found):
             body.append([f"`{name}`", *(kept("heights", h) for h in ("16", "12", "8")), *(kept("rotations", r) for r in ("15", "30"))])
         table(f"Robustness after {steps:,} steps with {labels} of the real words: accuracy on reduced or turned crops, "
               "in per cent of that on crops as they are", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
-    body = []
-    for name in TABLE1:
-        looks = lambda kind, who: [mean_sd(of(f"{name}-s{{}}-{kind}", who, what), "{:.3f}") for what in ("share", "entropy")]
-        body.append([f"`{name}`", *looks("before", "cls"), *looks("before", "patches"),
-                     *looks("tenth", "cls"), *looks("tenth", "patches"), *looks("tenth", "decoder")])
     area = next((row["text_area"] for row in found.values() if "text_area" in row), 0)
-    table(f"Attention on 256 rendered words: share on text (blind: {area:.3f}) and entropy, before and after 2,000 steps of fine-tuning",
-          ["from", "[cls] before", "entropy", "patches before", "entropy", "[cls] after", "entropy", "patches after", "entropy",
-           "letters after", "entropy"], body)
+    for share, when, who in (("before", "before", ("cls", "patches")), ("tenth", "after 2,000 steps of", ("cls", "patches", "decoder"))):
+        body = []
+        for name in TABLE1:
+            run_name = f"{name}-s{{}}-{share}"
+            looks = [mean_sd(of(run_name, look, what), "{:.3f}") for look in who for what in ("share", "entropy")]
+            body.append([f"`{name}`", *looks, seeds(run_name)])
+        table(f"Attention {when} fine-tuning, on 256 rendered words: share on text (blind: {area:.3f}) and entropy",
+              ["from", "[cls]", "entropy", "patches", "entropy", "letters", "entropy"][:1 + 2 * len(who)] + ["seeds"], body)
     return "\n".join(lines) + "\n"
 
 
