@@ -162,12 +162,11 @@ def record(out, name):
         with open(path if os.path.exists(path) else os.devnull, encoding="utf-8") as opened:
             return list(map(json.loads, opened)) if lines else json.loads(opened.read() or "{}")
     done, real, synth, log = read("done.json"), read("real.json"), read("synth.json"), read("log.jsonl", lines=True)
-    found = dict(run=name, seconds=done["seconds"], cpu=done["cpu"])
+    of, found = lambda key: [row[key] for row in log if key in row], dict(run=name, seconds=done["seconds"], cpu=done["cpu"])
     if real:
-        found |= dict(average=real["average"], sets={key: row["accuracy"] for key, row in real["sets"].items()})
+        found |= dict(val=max(of("val_accuracy")), average=real["average"], sets={key: row["accuracy"] for key, row in real["sets"].items()})
         found |= {change: {key: row["average"] for key, row in real[change].items()} for change in ("heights", "rotations")}
     found |= synth.get("attention", {}).get("synth", {})
-    of = lambda key: [row[key] for row in log if key in row]
     if not real and not synth:                             # pre-training: its last 100 steps, five logged lines
         found |= {key: statistics.mean(of(key)[-5:]) for key in ("mim", "nsp", "spread") if of(key)}
         found |= dict(crops_per_s=statistics.median(of("crops_per_s")), peak_gb=max(of("peak_gb"))) if log else {}
