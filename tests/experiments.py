@@ -178,11 +178,17 @@ def records(args, every):
     found = {}
     if args.record and os.path.exists(args.record):
         with open(args.record, encoding="utf-8") as file:
-            found = {row["run"]: row for row in map(json.loads, file)}
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                    found[row["run"]] = row
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f"--record {args.record}: line {number} is no record; expected lines that `table` wrote") from None
     found |= {name: record(args.out, name) for name in every if every[name].done(args.out) and name != "split"}
     if args.record:
-        with open(args.record, "w", encoding="utf-8") as file:
+        with open(args.record + ".part", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(found[name]) + "\n" for name in sorted(found))
+        os.replace(args.record + ".part", args.record)
     return found
 
 
@@ -218,7 +224,7 @@ def tables(found):
             body.append([f"`{name}`", *sets, mean_sd(of(f"{name}-s{{}}-{share}", "average")), seeds(f"{name}-s{{}}-{share}")])
         table(f"Words read (%) after {steps:,} steps of fine-tuning on 200,000 rendered words and {labels} of the real ones",
               ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "seeds"], body)
-    body, usual = [], statistics.mode([row["cpu"] for row in found.values()] or [""])       # speeds of another CPU compare with nothing
+    body, usual = [], statistics.mode([row.get("cpu") for row in found.values()] or [""])       # speeds of another CPU compare with nothing
     for name in PRETRAINING:
         last = lambda key, form="{:.3f}": mean_sd(of(name + "-s{}", key), form)
         speed = [value if on == usual else None for value, on in zip(of(name + "-s{}", "crops_per_s"), of(name + "-s{}", "cpu"))]
