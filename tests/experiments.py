@@ -162,7 +162,8 @@ def record(out, name):
         with open(path if os.path.exists(path) else os.devnull, encoding="utf-8") as opened:
             return list(map(json.loads, opened)) if lines else json.loads(opened.read() or "{}")
     done, real, synth, log = read("done.json"), read("real.json"), read("synth.json"), read("log.jsonl", lines=True)
-    of, found = lambda key: [row[key] for row in log if key in row], dict(run=name, seconds=done["seconds"], cpu=done["cpu"])
+    of = lambda key: [row[key] for row in log if key in row]
+    found = dict(run=name, seconds=done["seconds"], cpu=done["cpu"])
     if real:
         found |= dict(val=max(of("val_accuracy")), average=real["average"], sets={key: row["accuracy"] for key, row in real["sets"].items()})
         found |= {change: {key: row["average"] for key, row in real[change].items()} for change in ("heights", "rotations")}
@@ -173,17 +174,22 @@ def record(out, name):
     return json.loads(json.dumps(found), parse_float=lambda number: round(float(number), 4))
 
 
+def read_records(path):
+    """{name: record} of a file's lines."""
+    found = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                found[row["run"]] = row
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"--record {path}: line {number} is no record; expected lines that `table` wrote") from None
+    return found
+
+
 def records(args, every):
     """{name: record} of the lines of --record and of the runs in --out, which go before; --record is brought up to date."""
-    found = {}
-    if args.record and os.path.exists(args.record):
-        with open(args.record, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                    found[row["run"]] = row
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(f"--record {args.record}: line {number} is no record; expected lines that `table` wrote") from None
+    found = read_records(args.record) if args.record and os.path.exists(args.record) else {}
     found |= {name: record(args.out, name) for name in every if every[name].done(args.out) and name != "split"}
     if args.record:
         with open(args.record + ".part", "w", encoding="utf-8") as file:
@@ -220,8 +226,9 @@ def tables(found):
     for share, (steps, labels, *_) in SHARES.items():
         body = []
         for name in TABLE1:
-            sets = [mean_sd(of(f"{name}-s{{}}-{share}", "sets", s)) for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
-            body.append([f"`{name}`", *sets, mean_sd(of(f"{name}-s{{}}-{share}", "average")), seeds(f"{name}-s{{}}-{share}")])
+            runs = f"{name}-s{{}}-{share}"
+            sets = [mean_sd(of(runs, "sets", s)) for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
+            body.append([f"`{name}`", *sets, mean_sd(of(runs, "average")), seeds(runs)])
         table(f"Words read (%) after {steps:,} steps of fine-tuning on 200,000 rendered words and {labels} of the real ones",
               ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "seeds"], body)
     body, usual = [], statistics.mode([row.get("cpu") for row in found.values()] or [""])       # speeds of another CPU compare with nothing
@@ -234,8 +241,8 @@ def tables(found):
     for share, (steps, labels, *_) in SHARES.items():
         body = []
         for name in TABLE1:
-            kept = lambda *keys: mean_sd([100 * b / a if a and b is not None else None for a, b in
-                                          zip(of(f"{name}-s{{}}-{share}", "average"), of(f"{name}-s{{}}-{share}", *keys))])
+            runs = f"{name}-s{{}}-{share}"
+            kept = lambda *keys: mean_sd([100 * b / a if a and b is not None else None for a, b in zip(of(runs, "average"), of(runs, *keys))])
             body.append([f"`{name}`", *(kept("heights", h) for h in ("16", "12", "8")), *(kept("rotations", r) for r in ("15", "30"))])
         table(f"Robustness after {steps:,} steps with {labels} of the real words: accuracy on reduced or turned crops, "
               "in per cent of that on crops as they are", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
@@ -243,9 +250,9 @@ def tables(found):
     for share, when, who in (("before", "before", ("cls", "patches")), ("tenth", "after 2,000 steps of", ("cls", "patches", "decoder"))):
         body = []
         for name in TABLE1:
-            run_name = f"{name}-s{{}}-{share}"
-            looks = [mean_sd(of(run_name, look, what), "{:.3f}") for look in who for what in ("share", "entropy")]
-            body.append([f"`{name}`", *looks, seeds(run_name)])
+            runs = f"{name}-s{{}}-{share}"
+            looks = [mean_sd(of(runs, look, what), "{:.3f}") for look in who for what in ("share", "entropy")]
+            body.append([f"`{name}`", *looks, seeds(runs)])
         table(f"Attention {when} fine-tuning, on 256 rendered words: share on text (blind: {area:.3f}) and entropy",
               ["from", "[cls]", "entropy", "patches", "entropy", "letters", "entropy"][:1 + 2 * len(who)] + ["seeds"], body)
     return "\n".join(lines) + "\n"

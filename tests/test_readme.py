@@ -1,12 +1,11 @@
 """README.md and the five scripts as one text: commands that exist, flags that are read, nothing that is left over."""
 import ast
-import json
 import os
 import re
 import runpy
 import shutil
-import subprocess
 import statistics
+import subprocess
 import sys
 
 import pytest
@@ -88,7 +87,7 @@ def test_the_objective_is_shown_as_it_is():
 
 def test_tables_hold_what_was_recorded():
     """A figure typed by hand, a row of another day, seeds of one run counted to another."""
-    found = {row["run"]: row for row in map(json.loads, text("tests/results.jsonl").splitlines())}
+    found = experiments.read_records(os.path.join(ROOT, "tests", "results.jsonl"))
     shown = text("README.md").partition("<!-- tables -->\n")[2].partition("<!-- /tables -->")[0]
     assert shown == experiments.tables(found)
     seeds = [found[f"mim-s{seed}-tenth"]["average"] for seed in range(3)]
