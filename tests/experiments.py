@@ -2,8 +2,8 @@
 
     python tests/experiments.py list  --real DIR                     every run with its state and its one command
     python tests/experiments.py run   --real DIR                     all of them; two cores need a night and a day
-    python tests/experiments.py run   --real DIR --only '.*-s0.*'    those whose names match: after `split`, several such lines
-                                                                     at once, one a core (OMP_NUM_THREADS=1), share the work
+    python tests/experiments.py run   --real DIR --only '.*-s0.*'    those whose names match; several processes with the same --out
+                                                                     share the work: start one a core, OMP_NUM_THREADS=1
     python tests/experiments.py table --real DIR --record tests/results.jsonl --readme README.md
                                                                      writes what is there, and what results.jsonl holds of
                                                                      earlier runs, between the README's marks
@@ -138,19 +138,29 @@ def cpu():
 
 
 def work(job, out):
-    """Runs a job's commands, which resume by themselves; leaves done.json, or says which command failed and where its log is."""
+    """Runs a job's commands, which resume by themselves, and leaves done.json -> True; False if another process is at it, or has done
+    it. UserError: which command failed, and where its log is."""
+    import fcntl                                                     # Windows has none
     os.makedirs(job.folder(out), exist_ok=True)
     log, start = os.path.join(job.folder(out), "log.txt"), time.time()
-    print(f"{job.name}: {job.line()}", flush=True)
-    for command in job.commands:
-        with open(log, "a") as file:
-            status = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
-        with open(log) as file:
-            stopped = "stopped by a signal" in "".join(file.readlines()[-3:])
-        if status or stopped:
-            raise UserError(f"{job.name}: `{' '.join(command)}` {'was stopped' if stopped else f'ended with {status}'}; see {log}")
-    with open(os.path.join(job.folder(out), "done.json"), "w") as file:
-        json.dump(dict(seconds=time.time() - start, cpu=cpu()), file)
+    with open(os.path.join(job.folder(out), "lock"), "w") as lock:   # let go of when this process ends, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if job.done(out):
+            return False
+        print(f"{job.name}: {job.line()}", flush=True)
+        for command in job.commands:
+            with open(log, "a") as file:
+                status = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
+            with open(log) as file:
+                stopped = "stopped by a signal" in "".join(file.readlines()[-3:])
+            if status or stopped:
+                raise UserError(f"{job.name}: `{' '.join(command)}` {'was stopped' if stopped else f'ended with {status}'}; see {log}")
+        with open(os.path.join(job.folder(out), "done.json"), "w") as file:
+            json.dump(dict(seconds=time.time() - start, cpu=cpu()), file)
+    return True
 
 
 # ---- records and tables
@@ -279,10 +289,11 @@ def main():
             print(f"{'done' if every[name].done(args.out) else 'open'}  {name}: {every[name].line()}")
     elif args.what == "run":
         ahead = lambda name: [first for need in every[name].needs for first in ahead(need)] + [name]
-        for name in chosen:
-            for need in ahead(name):
-                if not every[need].done(args.out):
-                    work(every[need], args.out)
+        left = list(dict.fromkeys(need for name in chosen for need in ahead(name)))
+        while left := [name for name in left if not every[name].done(args.out)]:
+            ready = [name for name in left if all(every[need].done(args.out) for need in every[name].needs)]
+            if not any(work(every[name], args.out) for name in ready):
+                time.sleep(10)                                       # other processes are at all of them
     text = tables(records(args, every)) if args.what in ("run", "table") else ""
     print(text, end="")
     if args.readme and text:

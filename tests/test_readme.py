@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -93,6 +94,15 @@ def test_tables_hold_what_was_recorded():
     seeds = [found[f"mim-s{seed}-tenth"]["average"] for seed in range(3)]
     first = next(line for line in shown.splitlines() if line.startswith("| `mim`"))
     assert first.endswith(f"| {statistics.mean(seeds):.1f} ± {statistics.stdev(seeds):.1f} | 3 |")
+
+
+def test_processes_share_the_experiments(tmp_path):
+    """A run that two processes make at once, in one folder."""
+    once = f"import time; open({str(tmp_path / 'made')!r}, 'a').write('x'); time.sleep(1)"
+    job, out = experiments.Job("job", [["-c", once]]), str(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(lambda _: experiments.work(job, out), range(2))) == [False, True]
+    assert (tmp_path / "made").read_text() == "x" and job.done(out) and not experiments.work(job, out)
 
 
 @pytest.mark.parametrize("exercise", exercises.EXERCISES)
