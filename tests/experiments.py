@@ -143,7 +143,7 @@ def work(job, out):
     import fcntl                                                     # Windows has none
     os.makedirs(job.folder(out), exist_ok=True)
     log, start = os.path.join(job.folder(out), "log.txt"), time.time()
-    with open(os.path.join(job.folder(out), "lock"), "w") as lock:   # let go of when this process ends, however it ends
+    with open(os.path.join(job.folder(out), "lock"), "w") as lock:   # let go of when this process and the command end, however they end
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -153,7 +153,8 @@ def work(job, out):
         print(f"{job.name}: {job.line()}", flush=True)
         for command in job.commands:
             with open(log, "a") as file:
-                status = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
+                status = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                                        pass_fds=[lock.fileno()]).returncode
             with open(log) as file:
                 stopped = "stopped by a signal" in "".join(file.readlines()[-3:])
             if status or stopped:
