@@ -62,7 +62,8 @@ def run(main):
     try:
         main()
     except (UserError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
+        text = str(error).strip().split("\n")[-1]               # a loader's process sends its whole traceback
+        text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else text
         print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
         status = 2
     if torch.distributed.is_available() and torch.distributed.is_initialized() and (
@@ -149,12 +150,12 @@ CHARSETS["94"] = CHARSETS["62"] + "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 def charset(name):
     """'36', '62', '94' or a UTF-8 file of characters (line ends passed over, NFC) -> the characters as one string."""
     try:
-        chars = CHARSETS.get(name) or pathlib.Path(name).read_text("utf-8-sig").replace("\n", "")
+        lines = [CHARSETS[name]] if name in CHARSETS else pathlib.Path(name).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--charset {name}: expected 36, 62, 94 or a UTF-8 file of characters ({error})") from None
-    chars = unicodedata.normalize("NFC", chars)
+    chars = "".join(unicodedata.normalize("NFC", line) for line in lines)      # no accent joins the line above
     twice = [f"{c!r} stands in it twice" for c, n in Counter(chars).items() if n > 1]
-    if twice or not chars:
+    if twice or not chars.strip():
         raise UserError(f"--charset {name}: {twice[0] if twice else 'holds no character'}")
     return chars
 
@@ -447,11 +448,11 @@ def reading(folder):
 class Lmdb(Source):
     """The field's layout: image-%09d (JPEG, PNG), label-%09d (UTF-8), counted from 1, and num-samples."""
 
-    def __init__(self, folder, name, rotate_tall=False):
+    def __init__(self, folder, name, rotate_tall=False, labels=True):
         self.folder, self.name, self.rotate_tall = os.path.realpath(folder), name, rotate_tall
         with reading(self.folder) as txn, txn.cursor() as cursor:
             starts = lambda kind: cursor.set_range(kind) and cursor.key().startswith(kind)
-            self.labelled, count = starts(b"label-"), txn.get(b"num-samples")
+            self.labelled, count = labels and starts(b"label-"), txn.get(b"num-samples")
             if count is None and starts(b"image-"):                     # then the last image says it; ':' follows '9'
                 (cursor.prev if cursor.set_range(b"image-:") else cursor.last)()
                 count = cursor.key()[6:]
@@ -485,12 +486,15 @@ def read_labels(path):
             for number, line in enumerate(json.load(file)["data_list"] if kind == ".json" else file, 1):
                 if kind == ".json":
                     (instance,) = line["instances"]
-                    yield line["img_path"], instance["text"]
-                elif kind == ".jsonl" and line.strip():
-                    yield (row := json.loads(line))["filename"], row["text"]
-                elif line.strip():
+                    name, label = line["img_path"], instance["text"]
+                elif not line.strip():
+                    continue
+                elif kind == ".jsonl":
+                    name, label = (row := json.loads(line))["filename"], row["text"]
+                else:
                     name, label = line.rstrip("\n").split("\t", 1)
-                    yield name, label
+                os.fsencode(name), str.encode("" if label is None else label)      # fails for a number, for half an emoji
+                yield name, label
     except (ValueError, KeyError, TypeError) as error:
         want = {".json": 'MMOCR\'s {"data_list": [{"img_path": ..., "instances": [{"text": ...}]}]}',
                 ".jsonl": '{"filename": ..., "text": ...}'}.get(kind, "path<TAB>label")
@@ -533,9 +537,9 @@ class Parts(Source):
 
     get, bytes, label, where = map(partial(partialmethod, ask), ("get", "bytes", "label", "where"))
 
-def open_source(src, fonts=None, rotate_tall=False, chars=None):
-    """SRC (see the top of this file) -> Source; `fonts` (a folder) and `chars` are for rendered words. Raises UserError
-    for what is missing, empty or foreign."""
+def open_source(src, fonts=None, rotate_tall=False, chars=None, labels=True):
+    """SRC (see the top of this file) -> Source; `fonts` (a folder) and `chars` are for rendered words, labels=False is for
+    those who need none: a damaged label is then no damage. Raises UserError for what is missing, empty or foreign."""
     src = str(src)
     name, there = os.path.basename(os.path.abspath(src)), os.path.exists(src)
     kind, *numbers = src.split(":")
@@ -554,7 +558,7 @@ def open_source(src, fonts=None, rotate_tall=False, chars=None):
         found = [os.path.relpath(os.path.dirname(file), src) for file in files if os.path.basename(file) == "data.mdb"]
         if found:
             names = [os.path.normpath(os.path.join(name, at)) if len(found) > 1 else name for at in found]
-            parts = [Lmdb(os.path.normpath(os.path.join(src, at)), part, rotate_tall) for at, part in zip(found, names)]
+            parts = [Lmdb(os.path.normpath(os.path.join(src, at)), part, rotate_tall, labels) for at, part in zip(found, names)]
             return Parts(parts, name) if len(parts) > 1 else parts[0]
         images = [(os.path.relpath(file, src), None) for file in files if file.lower().endswith(SUFFIXES)]
         if not images:
@@ -749,10 +753,13 @@ def start_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def loader(source, batches, workers, char_maps=False):
-    """batches: lists of indices. The workers are handed indices alone, and read_batch is what they run on them."""
-    return DataLoader(range(len(source)), batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
-                      collate_fn=partial(read_batch, source=source, char_maps=char_maps),
-                      pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
+    """batches: lists of indices -> what read_batch makes of each. The workers are handed indices alone."""
+    stream = iter(DataLoader(range(len(source)), batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
+                             collate_fn=partial(read_batch, source=source, char_maps=char_maps),
+                             pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None))
+    if workers:             # they ignore signals: told to end, or multiprocessing waits for them for ever
+        atexit.register(stream._shutdown_workers)
+    return stream
 
 def order(n, batch_size, seed, position=0, rank=0, world=1):
     """Yields for ever the indices of a rank's micro-batches: position p of the stream is crop perm[epoch](p % n) with
@@ -768,17 +775,17 @@ def order(n, batch_size, seed, position=0, rank=0, world=1):
 
 def batches(source, batch_size, seed, position=0, rank=0, world=1, workers=0, char_maps=False):
     """An endless stream of micro-batches as `read_batch` returns them, in the order that `order` says."""
-    stream = iter(loader(source, order(len(source), batch_size, seed, position, rank, world), workers, char_maps))
-    if workers:             # they ignore signals: told to end, or multiprocessing waits for them for ever
-        atexit.register(stream._shutdown_workers)
-    return stream
+    return loader(source, order(len(source), batch_size, seed, position, rank, world), workers, char_maps)
 
 def read_all(source, batch_size, workers=0, rank=0, world=1):
-    """Every crop once over all ranks, in order: yields (indices of what could be read, images, labels, damaged)."""
+    """Every crop once over all ranks, in order: yields (indices of what could be read, images, labels, damaged). The first
+    rank shows how far it is, on a terminal."""
     mine = range(rank, len(source), world)
     batches = [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
-    for batch, (images, labels, _, damaged, taken) in zip(batches, loader(source, batches, workers)):
-        yield [batch[j] for j in taken], images, labels, damaged
+    with tqdm(total=len(mine), desc=source.name[:40], disable=rank or None) as bar:
+        for batch, (images, labels, _, damaged, taken) in zip(batches, loader(source, batches, workers)):
+            yield [batch[j] for j in taken], images, labels, damaged
+            bar.update(len(batch))
 
 class DamageCount:
     """Counts what cannot be read and names the first ten; more than the share `limit` of at least 100 crops stops."""
@@ -839,13 +846,6 @@ def show(args):
     print("".join(f"damaged: {line}\n" for line in damaged), end="")
     print(f"{args.out}: {len(images)} of the {len(source):,} crops of {source.name}")
 
-def inspect(source, workers):
-    """Yield (indices, images, labels, damaged, stored bytes) of the whole source."""
-    with tqdm(total=len(source), desc=source.name[:40], disable=None) as bar:
-        for indices, images, labels, damaged in read_all(source, 256, workers):
-            yield indices, images, labels, damaged, [source.bytes(i) for i in indices]
-            bar.update(len(indices) + len(damaged))
-
 def fingerprint(images):
     """Crops -> (n, 472) of length 1: differences of neighbours in the grey picture at 8 x 32. A product of two is over
     .9 if one is the other coded anew (all of 500 at JPEG quality 75, 98 % at 30) or resized (97 %), not cropped anew.
@@ -861,13 +861,14 @@ def check(args):
         open(args.write_list, "a").close()
     source, tests = open_sources(args.src), open_sources(args.against or [])
     same, places, marks = {}, [None], [torch.zeros(1, 472)]     # of the test crops; nothing is alike to the first
-    for indices, images, _, _, files in inspect(tests, args.workers) if args.against else ():
-        same.update(zip(map(hash, files), indices))             # 64 bits, which no two files share by chance
+    for indices, images, _, _ in read_all(tests, 256, args.workers) if args.against else ():
+        same.update((hash(tests.bytes(i)), i) for i in indices)         # 64 bits, which no two files share by chance
         places += indices
         marks.append(fingerprint(images))
     marks = torch.cat(marks)
     seen, chars, sizes, lengths, bad, lines = Counter(), Counter(), [], [], [], []
-    for indices, images, labels, damaged, files in inspect(source, args.workers):
+    for indices, images, labels, damaged in read_all(source, 256, args.workers):
+        files = [source.bytes(i) for i in indices]
         seen.update(map(hash, files))
         chars.update("".join(label or "" for label in labels))
         sizes += [Image.open(io.BytesIO(data)).size for data in files]
@@ -892,7 +893,7 @@ def check(args):
     if args.against:
         print(f"also in {tests.name}: {len(lines):,}" + ", the first 20:" * (len(lines) > 20), *lines[:20], sep="\n")
     if args.write_list:
-        pathlib.Path(args.write_list).write_text("".join(line + "\n" for line in lines), "utf-8")
+        pathlib.Path(args.write_list).write_text("".join(line + "\n" for line in lines), "utf-8", "surrogateescape")
 
 def pack(args):
     import lmdb
@@ -901,7 +902,7 @@ def pack(args):
     if os.path.exists(args.out):
         raise UserError(f"{args.out}: exists already; type the name of a new folder")
     try:
-        lines = pathlib.Path(args.without).read_text("utf-8").split("\n")[:-1] if args.without else []
+        lines = pathlib.Path(args.without).read_text("utf-8", "surrogateescape").split("\n")[:-1] if args.without else []
         skip = dict(line.split("\t")[:2] for line in lines)
         if any(source.where(int(i)) != where for i, where in skip.items()):
             raise ValueError("it names other entries")
@@ -910,7 +911,8 @@ def pack(args):
     shutil.rmtree(part, ignore_errors=True)         # of a pack that was stopped
     try:
         with lmdb.open(part, map_size=room) as env:
-            for indices, _, labels, damaged, files in inspect(source, args.workers):
+            for indices, _, labels, damaged in read_all(source, 256, args.workers):
+                files = [source.bytes(i) for i in indices]
                 print("".join(f"left out, damaged: {line}\n" for line in damaged), end="")
                 room += 2 * sum(len(data) + 8192 for data in files)     # whole pages, and those that a write sets free
                 env.set_mapsize(room)

@@ -20,7 +20,6 @@ from collections import Counter
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import model
@@ -204,8 +203,7 @@ def read_source(read, source, args, rank=0, world=1, group=None):
     `read`: crops -> [(text, confidence)]. Fine-tuning validates by this too. Crops are not sorted, since a word's length
     is known only once it is read: `decode` drops what has ended."""
     rows, broken = {}, []
-    steps = data.read_all(source, args.batch_size, args.workers, rank, world)
-    for ids, images, labels, damaged in tqdm(steps, source.name, disable=rank or None):
+    for ids, images, labels, damaged in data.read_all(source, args.batch_size, args.workers, rank, world):
         for i, label in zip(ids, labels):
             if args.data and label is None:
                 raise UserError(f"{source.where(i)}: no label; expected labelled crops: only --images reads without")
@@ -341,7 +339,7 @@ def evaluate(reader, sources, args, rank, world):
     print_table(result)                                                          # whatever becomes of the files
     rows = [(*row, sources[name], i) for name in sources for i, row in enumerate(rows[name])]
     if args.predictions:
-        with open(args.predictions, "w", encoding="utf-8", newline="\n") as file:
+        with open(args.predictions, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             for label, text, sure, source, i in rows:
                 sure = "damaged" if text is None else f"{sure:.6g}"
                 print(label, text or "", sure, source.where(i), sep="\t", file=file)
@@ -398,7 +396,7 @@ def main():
                   f"{len(reader.model.charset)} characters, {sum(map(len, sources.values())):,} crops")
         result = evaluate(reader, sources, args, rank, world)
     if result and args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
+        with open(args.json, "w", encoding="utf-8", errors="backslashreplace") as file:    # JSON's own way to write half a letter
             json.dump(result, file, indent=1, ensure_ascii=False)
 
 if __name__ == "__main__":

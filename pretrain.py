@@ -548,7 +548,7 @@ def main():
                      f"--method {args.method} --guide {guide} has {looks}")
     args.objective = method                                                 # --resume refuses another
     training = Run(args)
-    source = open_sources(args.data, fonts=args.fonts, rotate_tall=args.rotate_tall)
+    source = open_sources(args.data, fonts=args.fonts, rotate_tall=args.rotate_tall, labels=False)
     teacher = None
     if args.teacher:
         teacher = load_encoder(args.teacher).to(training.device)

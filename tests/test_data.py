@@ -94,7 +94,8 @@ def test_lmdb_without_num_samples(tmp_path):
 
 
 def test_lmdb_labels(tmp_path):
-    """A set without any label is unlabelled, but a single missing or undecodable label is damage, not an empty word."""
+    """A set without any label is unlabelled, but a single missing or undecodable label is damage, not an empty word; and none
+    to pre-training, which asks for no label and would lose a whole image."""
     image = encode(picture(0))
     assert data.open_source(write_lmdb(tmp_path / "none", [(image, None)] * 3))[2][1] is None
     some = [(image, "é".encode()), (image, None), (image, b"\xff\xfe")]
@@ -103,6 +104,7 @@ def test_lmdb_labels(tmp_path):
     for i, why in ((1, "label-000000002 is missing"), (2, "not UTF-8")):
         with pytest.raises(Damaged, match=why):
             source[i]
+        assert data.open_source(str(tmp_path / "some"), labels=False)[i][1] is None
 
 
 def test_tree_and_several(tmp_path, words):
@@ -187,7 +189,9 @@ def test_foreign_sources(tmp_path, words):
     (tmp_path / "short" / "data.mdb").write_bytes(half)                     # reading it would be SIGBUS
     for name, text in {"a.txt": "path label\n", "b.jsonl": "{}", "c.jsonl": "[1", "d.json": "{}", "e.txt": "",
                        "f.tsv": "no.png\tx",
-                       "g.json": '{"data_list": [{"img_path": "a", "instances": []}]}', "h.csv": "a,b"}.items():
+                       "g.json": '{"data_list": [{"img_path": "a", "instances": []}]}', "h.csv": "a,b",
+                       "half.jsonl": r'{"filename": "a", "text": "x\ud83d"}', "null.jsonl": '{"filename": null, "text": null}',
+                       "list.jsonl": '{"filename": "a", "text": ["x"]}'}.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "i.txt").write_bytes(b"a\t\xff\n")
     bad = ["synth:x", "synth:0", "synth:1:2:3", "synth:-1", "nowhere"]
@@ -198,7 +202,7 @@ def test_foreign_sources(tmp_path, words):
         message = str(error.value)
         assert message.startswith(src) and "\n" not in message
         assert "expected" in message or "copy" in message or "relative" in message
-    assert len(bad) == 20
+    assert len(bad) == 23
 
 
 def test_opening_a_large_lmdb_is_cheap(tmp_path):
@@ -334,6 +338,17 @@ def test_whole_batch_damaged(tmp_path):
     assert images.shape == (0, 3, 32, 128) and masks.shape == (0, 32, 128) and labels == taken == [] and len(named) == 4
 
 
+def test_error_of_a_worker_is_one_line(tmp_path):
+    """A file that becomes shorter during the run: the worker's traceback, 25 lines of it, then a process that never ends."""
+    path = write_lmdb(tmp_path / "d", [(encode(picture(i)), b"x") for i in range(50)])
+    code = f"""import data, os
+source = data.open_source({path!r})
+os.truncate({os.path.join(path, "data.mdb")!r}, 8192)
+data.run(lambda: list(data.read_all(source, 8, workers=1)))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(data.__file__), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "copy it again" in done.stderr
+
+
 def test_damaged_tree(tmp_path):
     """An LMDB of which a block went bad ends the run with lmdb's own error, its crops uncounted."""
     path = write_lmdb(tmp_path / "d", [(encode(picture(i)), b"w%d" % i) for i in range(200)])
@@ -448,7 +463,9 @@ def test_charset(tmp_path):
     assert data.charset(str(tmp_path / "c.txt")) == "абвце\u0301漢 ".replace("е\u0301", "е\u0301")
     (tmp_path / "e.txt").write_text("ae\u0301b", encoding="utf-8")
     assert data.charset(str(tmp_path / "e.txt")) == "aéb"
-    for name, content in (("twice", "abcda".encode()), ("none", b"\n"), ("latin", b"\xe9"), (None, b"")):
+    (tmp_path / "lines.txt").write_text("a\nz\n\u0301\nb", encoding="utf-8")
+    assert data.charset(str(tmp_path / "lines.txt")) == "az\u0301b"                # not ź: a z would be lost
+    for name, content in (("twice", b"abcda"), ("none", b"\n"), ("blank", b" \n"), ("latin", b"\xe9"), (None, b"")):
         if name:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="--charset"):

@@ -219,6 +219,14 @@ def test_score_refuses_what_is_no_file_of_readings(call, tmp_path):
     refused(call("--score", tmp_path / "words.txt", "--errors", "e.png"), "--errors needs --data")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_file_name_that_is_not_utf8(call, tmp_path):
+    """A traceback after all has been read, and half a JSON file."""
+    (tmp_path / "\udcff.txt").write_text("a\ta\n")
+    assert call("--score", tmp_path / "\udcff.txt", "--json", tmp_path / "r.json")[0] == 0
+    assert list(json.loads((tmp_path / "r.json").read_text("utf-8"))["sets"]) == ["\udcff.txt"]
+
+
 def test_table_json_predictions_and_pictures(bench, call, tmp_path):
     """One run with everything: the torn crop is counted and named, never replaced; labels of every length are
     evaluated; the predictions hold all nine and score the same; 32 pixels and 0 degrees change nothing; the pictures
