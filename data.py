@@ -783,7 +783,7 @@ def read_all(source, batch_size, workers=0, rank=0, world=1):
     mine = range(rank, len(source), world)
     batches = [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
     with tqdm(total=len(mine), desc=source.name[:40], disable=rank or None) as bar:
-        for batch, (images, labels, _, damaged, taken) in zip(batches, loader(source, batches, workers)):
+        for (images, labels, _, damaged, taken), batch in zip(loader(source, batches, workers), batches):   # its end ends its workers
             yield [batch[j] for j in taken], images, labels, damaged
             bar.update(len(batch))
 

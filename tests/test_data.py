@@ -338,6 +338,15 @@ def test_whole_batch_damaged(tmp_path):
     assert images.shape == (0, 3, 32, 128) and masks.shape == (0, 32, 128) and labels == taken == [] and len(named) == 4
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader")
+def test_workers_end_with_their_reading(words):
+    """The workers of every validation, alive until the run ends."""
+    before = set(multiprocessing.active_children())
+    for _ in range(2):
+        assert len(list(data.read_all(data.open_source(words), 20, workers=1))) == 3
+    assert set(multiprocessing.active_children()) <= before
+
+
 def test_error_of_a_worker_is_one_line(tmp_path):
     """A file that becomes shorter during the run: the worker's traceback, 25 lines of it, then a process that never ends."""
     path = write_lmdb(tmp_path / "d", [(encode(picture(i)), b"x") for i in range(50)])
