@@ -25,6 +25,7 @@ import signal
 import sys
 import unicodedata
 import warnings
+import weakref
 from collections import Counter, namedtuple
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache, partial, partialmethod, reduce
@@ -61,6 +62,8 @@ def run(main):
             stream.reconfigure(errors="backslashreplace")       # letters that a terminal lacks are no error
     try:
         main()
+    except KeyboardInterrupt:
+        status = 130
     except (UserError, OSError) as error:
         text = str(error).strip().split("\n")[-1]               # a loader's process sends its whole traceback
         text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else text
@@ -326,7 +329,7 @@ class Synth(Source):
     def __init__(self, n=SYNTH_N, seed=0, fonts=None, charset=None):
         self.n, self.seed, self.fonts = n, seed, font_files(fonts)
         self.charset = "".join((charset or PRINTABLE).split())
-        self.foreign = [char for char in self.charset if not char.isascii()]
+        self.foreign = [] if self.charset.isascii() else [c for c in self.charset if c.isalpha() or not c.isascii()]
         if charset:
             lack = {font: [char for char in self.charset if not glyph(font, 40, 0, char)] for font in self.fonts}
             self.fonts = [font for font in lack if not lack[font]]
@@ -546,7 +549,8 @@ def open_source(src, fonts=None, rotate_tall=False, chars=None, labels=True):
     if kind == "synth":
         if not re.fullmatch("synth(:0*[1-9][0-9]*(:[0-9]+)?)?", src):
             raise UserError(f"{src}: expected synth, synth:N or synth:N:SEED, whole numbers, N at least 1")
-        return Synth(*map(int, numbers), fonts=fonts, charset=chars)
+        drawn = CHARSETS["62"] if chars == CHARSETS["36"] else chars       # labels are folded, words of both cases are drawn
+        return Synth(*map(int, numbers), fonts=fonts, charset=drawn)
     if os.path.isdir(src):
         files, seen = [], {os.path.realpath(src)}
         for at, folders, names in os.walk(src, followlinks=True):
@@ -752,13 +756,21 @@ def start_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+STREAMS = weakref.WeakSet()                 # not held here: one that is over must close its pipes
+
+@atexit.register
+def end_workers():
+    """They ignore signals: told to end, or multiprocessing waits for them for ever."""
+    for stream in list(STREAMS):
+        stream._shutdown_workers()
+
 def loader(source, batches, workers, char_maps=False):
     """batches: lists of indices -> what read_batch makes of each. The workers are handed indices alone."""
     stream = iter(DataLoader(range(len(source)), batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
                              collate_fn=partial(read_batch, source=source, char_maps=char_maps),
                              pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None))
-    if workers:             # they ignore signals: told to end, or multiprocessing waits for them for ever
-        atexit.register(stream._shutdown_workers)
+    if workers:
+        STREAMS.add(stream)
     return stream
 
 def order(n, batch_size, seed, position=0, rank=0, world=1):

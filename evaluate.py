@@ -31,7 +31,7 @@ PROTOCOLS = {
     "exact": "nothing folded but composed and decomposed Unicode (NFC); spaces count",
     "ci": "as exact, in lower case; spaces count",
     "waics": "only ASCII letters and digits count, in lower case; spaces and symbols do not",
-    "parseq36": "PARSeq's: no spaces, NFKD to ASCII, labels over 25 letters dropped, a-z 0-9 kept, empty ones dropped",
+    "parseq36": "PARSeq's: no spaces, NFKD to ASCII, labels over 25 characters dropped, a-z 0-9 kept, empty ones dropped",
     "zh": "FudanVI's: lower case, no spaces, full width to half; traditional is not made simplified, lacking a table"}
 HALF = {0x3000: " ", **{c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}}
 
@@ -160,30 +160,33 @@ def print_table(result):
 # ---- reading
 
 class Reader:
-    """A checkpoint of finetune.py, which holds size, charset and length; a UserError if it is none. In float32 a reading
-    does not depend on its batch; half precision gives no such promise."""
+    """A model.Recognizer that reads crops. In float32 a reading does not depend on its batch; half precision gives no such
+    promise."""
 
-    def __init__(self, path, device="cpu", dtype="float32"):
-        checkpoint, self.device, self.dtype = model.read_checkpoint(path), device, getattr(torch, dtype)
-        args = checkpoint.get("args")
-        if not (isinstance(args, dict) and {"charset", "model"} <= set(checkpoint) and {"max_length", "spell"} <= set(args)
-                and args.get("model") in model.MODELS):
-            raise UserError(f"{path}: not a recognizer; expected a checkpoint of finetune.py")
-        sizes = model.MODELS[args["model"]]
-        self.model = model.Recognizer(model.ViT(**sizes["encoder"]), checkpoint["charset"], args["max_length"],
-                                      spell=args["spell"], **sizes["reader"]).to(device).eval()
-        model.load_state(self.model, checkpoint["model"], path)
+    def __init__(self, net, device, dtype):
+        self.model, self.device, self.dtype = net, torch.device(device), dtype
 
     @torch.inference_mode()
     def read(self, images, batch_size=128):
         """uint8 or float in [0, 1], (B, 3, 32, 128) -> [(text, confidence)]."""
         words = []
-        with torch.autocast(torch.device(self.device).type, self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             for batch in images.split(batch_size):
-                words += self.model.strings(*self.model.decode(data.normalize(batch.to(self.device))))
+                words += self.model.strings(*self.model.decode(data.normalize(data.put(batch, self.device))))
         return words
 
-load_recognizer = Reader
+def load_recognizer(path, device="cpu", dtype="float32"):
+    """A checkpoint of finetune.py, which holds size, charset and length -> Reader. Raises UserError if it is none."""
+    checkpoint = model.read_checkpoint(path)
+    args = checkpoint.get("args")
+    if not (isinstance(args, dict) and {"charset", "model"} <= set(checkpoint) and {"max_length", "spell"} <= set(args)
+            and args.get("model") in model.MODELS):
+        raise UserError(f"{path}: not a recognizer; expected a checkpoint of finetune.py")
+    sizes = model.MODELS[args["model"]]
+    net = model.Recognizer(model.ViT(**sizes["encoder"]), checkpoint["charset"], args["max_length"], spell=args["spell"],
+                           **sizes["reader"])
+    model.load_state(net, checkpoint["model"], path)
+    return Reader(net.to(device).eval(), device, getattr(torch, dtype))
 
 def changed(images, kind, value):
     """heights: crops at `value` pixels, their shape kept, enlarged again as crops of that height would be, bicubically.
@@ -248,8 +251,6 @@ def look(reader, source, path):
     within a patch) and its entropy / log N (1: all over), for [cls], the mean patch and the mean letter; `text_area` is
     the share that blind attention has. Else None."""
     images, labels, maps, _, _ = data.read_batch(range(min(256, len(source))), source, char_maps=True)
-    if not maps.any():                                                           # not rendered
-        images, labels = images[:16], labels[:16]
     if not labels:
         return None
     net, (h, w), rows = reader.model, reader.model.encoder.grid, []
@@ -268,7 +269,7 @@ def look(reader, source, path):
         rows += [cells[k:k + 6] for k in range(0, len(cells), 6)]
     draw_sheet(rows, path)
     print(f"{path}: full red is {full * h * w:.1f} times an even spread")
-    if not maps.any():
+    if not maps.any():                                                           # not rendered
         return None
 
     text = F.avg_pool2d((maps[:, None] > 0).float(), net.encoder.patch).flatten(1).to(own)  # (B, N) part of a patch
@@ -368,7 +369,7 @@ def main():
         print_table(result)
     else:
         device = data.device(args.device)
-        reader, sources = Reader(args.ckpt, device, args.dtype), {}
+        reader, sources = load_recognizer(args.ckpt, device, args.dtype), {}
         args.protocol = args.protocol or default_protocol(reader.model.charset)
     if args.images:
         source = data.Files([(path, None) for path in args.images], "", "--images", args.rotate_tall)

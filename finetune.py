@@ -13,7 +13,7 @@ from contextlib import suppress
 import torch
 
 import evaluate
-from data import (CHARSETS, Damaged, Parser, Parts, UserError, augment, charset, fit_label, fit_labels, normalize, open_sources,
+from data import (Damaged, Parser, Parts, UserError, augment, charset, fit_label, fit_labels, normalize, open_sources,
                   run, unit, within)
 from model import MODELS, Recognizer, ViT, load_encoder, load_state, read_checkpoint
 from pretrain import Run, parse, training_flags
@@ -41,26 +41,25 @@ def under_patches(char_maps, targets, model):
     return torch.where(k > 0, targets.gather(1, (k - 1).clamp(min=0)), model.pad)
 
 def label_fraction(source, share, seed):
-    """A random `share` of a source's crops, the same for the same seed."""
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-    return Parts([source], source.name, order[:max(1, round(share * len(source)))].sort().values)
+    """A random `share` of the crops of each of source.parts, the same for the same seed, and in every copy of a SRC@N."""
+    def drawn(part):
+        order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
+        return Parts([part], part.name, order[:max(1, round(share * len(part)))].sort().values)
+    return Parts([drawn(part) for part in source.parts], source.name)
 
 # ---- model
 
 def build(args, chars):
     """Recognizer from --init: an encoder (ours or MAE's), or a whole recognizer; left out: random weights."""
     options = {} if args.freeze_encoder else dict(dropout=args.dropout, drop_path=args.drop_path)
-    start = read_checkpoint(args.init) if args.init else {}
-    config = MODELS[args.model]["encoder"]
-    encoder = load_encoder(args.init, **options) if args.init else ViT(**config, **options)
+    start, said = read_checkpoint(args.init) if args.init else {}, "from scratch"
+    encoder = ViT(**MODELS[args.model]["encoder"], **options)
     reader = dict(MODELS[args.model]["reader"], dropout=args.dropout, spell=args.spell)
     model = Recognizer(encoder, chars, args.max_length, **reader)
-    want = tuple(config[key] for key in ("depth", "width", "heads", "patch"))
-    have = (len(encoder.blocks), encoder.width, encoder.blocks[0].attn.heads, encoder.patch)
-    if want != have:
-        raise UserError(f"--init {args.init}: depth, width, heads and patch are {have}, those of --model {args.model} "
-                        f"{want}; name the --model it was made with")
-    said = f"--init {args.init}: all {encoder.matched} tensors of the encoder loaded" if args.init else "from scratch"
+    if args.init:
+        stored = load_encoder(args.init).state_dict()
+        matched = load_state(encoder, stored, f"--init {args.init}", f"; name the --model it was made with, not {args.model}")
+        said = f"--init {args.init}: all {matched} tensors of the encoder loaded"
     if "charset" in start:
         own, old = model.state_dict(), start["model"]
         letters = ("embed.", "classifier.", "char_head.") if start["charset"] != chars else ()
@@ -74,22 +73,30 @@ def build(args, chars):
 
 # ---- validation
 
-@torch.inference_mode()
+def open_val(srcs, protocol, **options):
+    """--val as one Source, once it is known, before any training, that its labels are there and can be scored."""
+    val = open_sources(srcs, **options)
+    def letters(i):
+        with suppress(Damaged):                         # which is counted when it is read
+            if val.label(i) is None:
+                raise UserError(f"--val {val.where(i)}: no label; expected labelled crops")
+            return len(evaluate.normalize(val.label(i), protocol))
+        return 0
+    if not sum(map(letters, range(len(val)))):
+        raise UserError(f"--val {val.name}: no label keeps a letter under the protocol {protocol}, which goes with --charset")
+    return val
+
 def validate(training, source, protocol):
     """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first few (label, reading)."""
-    model = training.raw.eval()
-
-    def read(images):
-        with training.autocast():
-            return model.strings(*model.decode(normalize(training.put(images))))
+    reader = evaluate.Reader(training.raw.eval(), training.device, training.dtype)
+    read = lambda images: reader.read(images, len(images))
     rows, broken = evaluate.read_source(read, source, training.args, training.rank, training.world, training.hosts)
-    model.train()
+    training.raw.train()
     if broken:
         training.say(f"--val: {len(broken)} crops are damaged and were not read, the first being {broken[0]}")
     result = evaluate.score([row[:2] for row in rows], protocol)
     if result["accuracy"] is None:
-        raise UserError(f"--val {source.name}: {len(broken)} of its {len(source)} crops cannot be read, and no label of the "
-                        f"others keeps a letter under the protocol {protocol}")
+        raise UserError(f"--val {source.name}: {len(broken)} of its {len(source)} crops cannot be read, the rest hold no letter")
     return result, [row[:2] for row in rows if row[1] is not None][:4]
 
 # ---- main
@@ -117,19 +124,15 @@ def main():
     training = Run(args)
     chars = charset(args.charset)
     protocol = evaluate.default_protocol(chars)
-    drawn = CHARSETS["62"] if args.charset == "36" else chars     # labels are folded, but words of both cases are drawn
-    options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall, chars=drawn)
-    source, report = fit_labels(open_sources(args.data, **options), chars, args.max_length)
+    options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall, chars=chars)
+    source = open_sources(args.data, **options)
     if args.label_fraction < 1:
         source = label_fraction(source, args.label_fraction, args.seed)
+    source, report = fit_labels(source, chars, args.max_length)
     training.say(report)
     if not len(source):
         raise UserError(f"--data {' '.join(args.data)}: no crop has a label that fits --charset {args.charset}")
-    val = open_sources(args.val, **options) if args.val else None
-    for part in val.parts if val is not None else []:
-        with suppress(Damaged):                         # that is counted, as what lies deeper, when it is read
-            if part.label(0) is None:
-                raise UserError(f"--val {part.name}: has no labels; expected labelled crops")
+    val = open_val(args.val, protocol, **options) if args.val else None
     model, said = build(args, chars)
     training.say(said)
     training.more = dict(charset=chars, best=-1.0)

@@ -427,11 +427,11 @@ def load_state(module, state, path, hint=""):
 ENCODER_PREFIXES = ("", "module.", "model_maeenc.", "module.model_maeenc.", "encoder.", "backbone.")
 NOT_ENCODER = ("decoder", "mask_token", "scale_embed", "model_maeenc_momentum", "head", "fc_norm", "linear_norm")
 
-def load_encoder(path, **options):
+def load_encoder(path):
     """ViT of a checkpoint for crops of 32 x 128: this project's (any method, or a recognizer), or one in MAE's format, such as
     MAERec's and LMIM's, with or without {"model": ...}. Width, depth and patch are read off the tensors, the stored `pos_embed`
-    is kept as it is, heads are those of the row of MODELS with that shape, else 64 wide, coarse scales are left behind. `options`
-    go to ViT. `encoder.matched` says how many tensors came from the file."""
+    is kept as it is, heads are those of the row of MODELS with that shape, else 64 wide, coarse scales are left behind.
+    `encoder.matched` says how many tensors came from the file."""
     checkpoint = read_checkpoint(path)
     state = checkpoint.get("model", checkpoint)
     state = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)} if isinstance(state, dict) else {}
@@ -447,7 +447,7 @@ def load_encoder(path, **options):
     width, _, p, q = patches.shape
     found = dict(depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")), width=width, patch=(p, q))
     ours = (row["encoder"]["heads"] for row in MODELS.values() if found.items() <= row["encoder"].items())
-    encoder = ViT(**found, heads=next(ours, max(width // 64, 1)), **options)
+    encoder = ViT(**found, heads=next(ours, max(width // 64, 1)))
     encoder.matched = load_state(encoder, state, path, f"; expected 32x128 crops in patches of {p}x{q}")
     return encoder
 

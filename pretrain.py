@@ -137,8 +137,6 @@ class Run:
         self.dtype = self.pick_dtype()
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=4096, enabled=self.dtype == torch.float16)
         torch.manual_seed(args.seed)
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, lambda *_: setattr(self, "stop", True))
         self.say(f"{' '.join(sys.argv)}\ntorch {torch.__version__}  {self.device} x{self.world}  {str(self.dtype)[6:]}")
         self.find_checkpoint()
 
@@ -290,6 +288,8 @@ class Run:
         return torch.Generator().manual_seed((self.args.seed * 1_000_003 + self.step) * 16 + salt)
 
     def steps(self):
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, lambda *_: setattr(self, "stop", True))
         self.open_log()
         self.clock()
         while self.step < self.total and not self.over_ranks(self.stop)[0]:

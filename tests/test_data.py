@@ -340,11 +340,12 @@ def test_whole_batch_damaged(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader")
 def test_workers_end_with_their_reading(words):
-    """The workers of every validation, alive until the run ends."""
-    before = set(multiprocessing.active_children())
-    for _ in range(2):
+    """The workers of every validation, alive until the run ends; or their pipes, until no more files can be opened."""
+    before, files = set(multiprocessing.active_children()), []
+    for _ in range(3):
         assert len(list(data.read_all(data.open_source(words), 20, workers=1))) == 3
-    assert set(multiprocessing.active_children()) <= before
+        files.append(len(os.listdir("/dev/fd")))
+    assert set(multiprocessing.active_children()) <= before and files[2] <= files[0]
 
 
 def test_error_of_a_worker_is_one_line(tmp_path):
@@ -461,6 +462,16 @@ def test_drawn_words_are_their_own_nfc():
         synth.charset, synth.foreign = chars, [char for char in chars if not char.isascii()]
         words = [synth.label(i) for i in range(100)]
         assert set("".join(words)) == set(chars) and all(data.fit_label(word, chars, 25) == (word, "") for word in words)
+
+
+def test_words_of_an_accented_alphabet(monkeypatch):
+    """Drawn from what is not ASCII alone: German of ä, ö and ü. Upper case never drawn where labels are folded."""
+    monkeypatch.setattr(data, "glyph", lambda *_: True)             # as if a font had them
+    synth = data.Synth(200, charset=data.CHARSETS["94"] + "äöüßÄÖÜ")
+    drawn = "".join(map(synth.label, range(200)))
+    assert .02 < sum(not c.isascii() for c in drawn) / len(drawn) < .3
+    folded = data.open_source("synth:50", chars=data.CHARSETS["36"])
+    assert any(label != label.lower() for label in map(folded.label, range(50)))
 
 
 def test_charset(tmp_path):

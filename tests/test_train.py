@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -524,11 +525,37 @@ def test_labels_become_classes():
 
 def test_label_fraction_is_the_same_every_time():
     """Another subset for every run: a table over methods would compare subsets."""
-    from data import open_source
-    source = open_source("synth:200")
+    source = data.open_sources(["synth:200"])
     one, two, other = (finetune.label_fraction(source, 0.1, seed) for seed in (0, 0, 1))
-    words = lambda s: [s.label(i) for i in range(len(s))]
+    words = lambda s: [s.where(i) for i in range(len(s))]
     assert len(one) == 20 and words(one) == words(two) != words(other)
+
+
+def test_label_fraction_of_crops_that_count_often():
+    """Places drawn, not crops: of a set that counts twenty times nearly every label would be used."""
+    drawn = finetune.label_fraction(data.open_sources(["synth:200@20", "synth:50:1"]), 0.1, 0)
+    seen = Counter(drawn.where(i) for i in range(len(drawn)))
+    assert sorted(seen.values()) == [1] * 5 + [20] * 20
+
+
+@pytest.mark.parametrize("labels, says", [(["да", "нет"], "no label keeps a letter under the protocol waics"), (["no", None], "no label;")])
+def test_val_that_cannot_be_scored(go, tmp_path, capsys, labels, says):
+    """Found at the first validation, an hour into a run that is then lost."""
+    for k in range(2):
+        data.Image.fromarray(data.open_source("synth:2")[k][0].permute(1, 2, 0).numpy()).save(tmp_path / f"{k}.png")
+    rows = [json.dumps({"filename": f"{k}.png", "text": label}) for k, label in enumerate(labels)]
+    (tmp_path / "val.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match=says):
+        go(finetune, "--val", str(tmp_path / "val.jsonl"), "--max_steps", "1")
+    assert "step 1 " not in capsys.readouterr().out
+
+
+def test_ctrl_c_before_the_first_step(go, monkeypatch, tmp_path):
+    """Taken for a stop between steps: labels are read to the end, and a checkpoint of step 0 then refuses the mended command."""
+    monkeypatch.setattr(finetune, "fit_labels", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        go(finetune, "--max_steps", "1")
+    assert not list((tmp_path / "run").glob("*"))
 
 
 def test_case_folded_words_are_drawn_in_both_cases(go, monkeypatch):
