@@ -601,7 +601,8 @@ def fixed(constant, device):
     return constant.to(device)
 
 def put(x, device):
-    """A host's tensor on the device; nothing waits for it (but MPS, which would read it too late: pytorch issue 139550)."""
+    """A host's tensor on the device; if its memory is pinned nothing waits for the copy (but MPS, which would read it too
+    late: pytorch issue 139550)."""
     return x.to(device, non_blocking=torch.device(device).type != "mps")
 
 def uniform(generator, n, *shape, rows=None, device="cpu"):

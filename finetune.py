@@ -113,7 +113,7 @@ def main():
     add("--layer_decay", type=share, default=0.75, help="each encoder layer learns at this share of the next's rate")
     add("--drop_path", type=within("[0, 1)"), default=0.1, help="share of encoder branches skipped; 0 for short runs")
     add("--dropout", type=within("[0, 1)"), default=0.1, help="in attention, FFN and embeddings; 0 for short runs")
-    add("--label_fraction", type=share, default=1.0, help="train on this share of --data, drawn once by --seed")
+    add("--label_fraction", type=share, default=1.0, help="train on this share of each SRC, drawn once by --seed")
     add("--freeze_encoder", action="store_true", help="train all but the encoder, to measure what it holds")
     add("--spell", type=within("[0, inf)"), default=0.0,
         help="weight of naming the character under each patch of rendered words, whose boxes are known: supervision "
