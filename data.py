@@ -759,11 +759,12 @@ def start_worker(_):
 
 STREAMS = weakref.WeakSet()                 # not held here: one that is over must close its pipes
 
-@atexit.register
 def end_workers():
     """They ignore signals: told to end, or multiprocessing waits for them for ever."""
     for stream in list(STREAMS):
         stream._shutdown_workers()
+
+atexit.register(end_workers)
 
 def loader(source, batches, workers, char_maps=False):
     """batches: lists of indices -> what read_batch makes of each. The workers are handed indices alone."""
