@@ -251,6 +251,8 @@ def look(reader, source, path):
     within a patch) and its entropy / log N (1: all over), for [cls], the mean patch and the mean letter; `text_area` is
     the share that blind attention has. Else None."""
     images, labels, maps, _, _ = data.read_batch(range(min(256, len(source))), source, char_maps=True)
+    if not maps.any():                                                           # not rendered: only drawn
+        images, labels = images[:16], labels[:16]
     if not labels:
         return None
     net, (h, w), rows = reader.model, reader.model.encoder.grid, []
@@ -269,7 +271,7 @@ def look(reader, source, path):
         rows += [cells[k:k + 6] for k in range(0, len(cells), 6)]
     draw_sheet(rows, path)
     print(f"{path}: full red is {full * h * w:.1f} times an even spread")
-    if not maps.any():                                                           # not rendered
+    if not maps.any():
         return None
 
     text = F.avg_pool2d((maps[:, None] > 0).float(), net.encoder.patch).flatten(1).to(own)  # (B, N) part of a patch

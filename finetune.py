@@ -9,6 +9,7 @@ Writes to --out_dir: last.pt, prev.pt, best.pt (highest accuracy on --val, which
 """
 import os
 from contextlib import suppress
+from functools import cache
 
 import torch
 
@@ -42,6 +43,7 @@ def under_patches(char_maps, targets, model):
 
 def label_fraction(source, share, seed):
     """A random `share` of the crops of each of source.parts, the same for the same seed, and in every copy of a SRC@N."""
+    @cache                                              # the copies of a SRC@N are one part
     def drawn(part):
         order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
         return Parts([part], part.name, order[:max(1, round(share * len(part)))].sort().values)
@@ -75,14 +77,14 @@ def build(args, chars):
 
 def open_val(srcs, protocol, **options):
     """--val as one Source, once it is known, before any training, that its labels are there and can be scored."""
-    val = open_sources(srcs, **options)
-    def letters(i):
+    val, letters = open_sources(srcs, **options), 0
+    for i in range(len(val)):
         with suppress(Damaged):                         # which is counted when it is read
-            if val.label(i) is None:
+            label = val.label(i)
+            if label is None:
                 raise UserError(f"--val {val.where(i)}: no label; expected labelled crops")
-            return len(evaluate.normalize(val.label(i), protocol))
-        return 0
-    if not sum(map(letters, range(len(val)))):
+            letters += len(evaluate.normalize(label, protocol))
+    if not letters:
         raise UserError(f"--val {val.name}: no label keeps a letter under the protocol {protocol}, which goes with --charset")
     return val
 
