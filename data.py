@@ -16,6 +16,7 @@ import gc
 import io
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import random
@@ -23,9 +24,9 @@ import re
 import shutil
 import signal
 import sys
+import traceback
 import unicodedata
 import warnings
-import weakref
 from collections import Counter, namedtuple
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache, partial, partialmethod, reduce
@@ -64,8 +65,13 @@ def run(main):
         main()
     except KeyboardInterrupt:
         status = 130
-    except (UserError, OSError) as error:
+    except (UserError, OSError, RuntimeError) as error:
         text = str(error).strip().split("\n")[-1]               # a loader's process sends its whole traceback
+        traceback.clear_frames(error.__traceback__)             # which hold the loader, and it them: its processes end now
+        if isinstance(error, RuntimeError):
+            if "DataLoader worker" not in text:
+                raise
+            text = f"{text.rstrip('.')}; if memory ran out, lower --workers; training goes on with --resume"
         text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else text
         print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
         status = 2
@@ -85,6 +91,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
+        message = re.sub("^argument (.*?): (.*: expected)", r"\1 \2", message)
         self.exit(2, f"{self.prog}: {message}\n")
 
 def within(interval, kind=float):
@@ -104,7 +111,7 @@ def device(name):
     kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
-        torch.empty(1, device=found)
+        torch.empty(1, device=found).cpu()                 # which a device without memory, meta, cannot
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if found.type == "cuda":
@@ -157,17 +164,19 @@ def charset(name):
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--charset {name}: expected 36, 62, 94 or a UTF-8 file of characters ({error})") from None
     chars = "".join(unicodedata.normalize("NFC", line) for line in lines)      # no accent joins the line above
-    twice = [f"{c!r} stands in it twice" for c, n in Counter(chars).items() if n > 1]
-    if twice or not chars.strip():
-        raise UserError(f"--charset {name}: {twice[0] if twice else 'holds no character'}")
+    wrong = [f"{c!r} stands in it twice" for c, n in Counter(chars).items() if n > 1]
+    wrong += [f"{c!r} is a control character" for c in chars if unicodedata.category(c) == "Cc"]
+    if wrong or not chars.strip():
+        raise UserError(f"--charset {name}: {wrong[0] if wrong else 'holds no character'}")
     return chars
 
 def fit_label(label, chars, max_length):
     """-> (the label as it is trained on: NFC, lower case where the charset is 36; why it cannot be, or "")."""
     text = unicodedata.normalize("NFC", label or "")
     text = text.lower() if chars == CHARSETS["36"] else text
-    odd = text.strip(chars)                 # empty only if every character is in the charset
-    return text, "outside the charset" if odd else "too long" if len(text) > max_length else "empty" * (not text)
+    if set(text) - set(chars):
+        return text, "outside the charset"
+    return text, "too long" if len(text) > max_length else "" if text else "empty"
 
 def fit_labels(source, chars, max_length):
     """-> (the crops whose label can be trained on, a line that says how many cannot, why, and which characters are to
@@ -263,13 +272,13 @@ def bend(rng, w, h, a):
     lean, taper = rng.gauss(rng.choice((0, 0, 0, 0, 0, .25)), .05), max(-.35, min(.35, rng.gauss(0, .1)))
     turn = np.exp(1j * (rng.gauss(0, .03) if rng.random() < .8 else rng.uniform(-.26, .26) * min(1, 3 / a)))
     sag = rng.uniform(-.2, .2) * min(a, 5) if a > 2 and rng.random() < .18 else 0
-    u, v, n = np.arange(-4, 5) / 4, np.array([[-.5], [.5]]), 8 if sag else 1
+    u, v, n = np.arange(-4, 5) / 4, np.array([[-.5], [.5]]), 8 if sag else 1  # u along the word, v up and down, n quads
     y = sag * (1 - u * u) + (1 + taper * u) * v  # the letters stand upright on a parabola
-    z = turn * (a / 2 * u + 4 * sag / a * u * v - lean * y + 1j * y)
+    z = turn * (a / 2 * u + 4 * sag / a * u * v - lean * y + 1j * y)  # where its rims go, x + iy: a product turns them
     left, right, top, bottom = (max(-.05, rng.gauss(.06, .08)) for _ in range(4))
     left, top, right, bottom = z.real.min() - left, z.imag.min() - top, z.real.max() + right, z.imag.max() + bottom
     z = (left + (right - left) / n * np.arange(n + 1) + 1j * np.array([[top], [bottom]])) / turn
-    u = 2 / a * (z.real + lean * z.imag)
+    u = 2 / a * (z.real + lean * z.imag)  # the lines above undone: which place of the word the crop's rims show
     v = (z.imag - sag * (1 - u * u)) / (1 + taper * u)
     x, y = ((.5 + u / 2 - 4 * sag / a ** 2 * u * v) * w).T.tolist(), ((.5 + v / 2) * h).T.tolist()
     quads = [(x[k][0], y[k][0], x[k][1], y[k][1], x[k + 1][1], y[k + 1][1], x[k + 1][0], y[k + 1][0]) for k in range(n)]
@@ -402,12 +411,13 @@ def decode(data, rotate_tall=False):
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.format == "JPEG" and "exif" not in image.info:     # let the decoder halve what is far too large
-                image.draft(None, (2 * W, 2 * (H if image.width > image.height else W)))
+                image.draft(None, (2 * W, 2 * H))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":                                   # 16 or 32 bits of grey
                 grey = np.asarray(image, np.float32)
-                scale = 255 if image.mode == "F" and grey.max() <= 1 else 1 / 257 if grey.max() > 255 else 1
+                deep = image.mode.startswith("I;16") or grey.max() > 255
+                scale = 1 / 257 if deep else 255 if image.mode == "F" and grey.max() <= 1 else 1
                 image = Image.fromarray((grey * scale).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -455,15 +465,18 @@ class Lmdb(Source):
         self.folder, self.name, self.rotate_tall = os.path.realpath(folder), name, rotate_tall
         with reading(self.folder) as txn, txn.cursor() as cursor:
             starts = lambda kind: cursor.set_range(kind) and cursor.key().startswith(kind)
-            self.labelled, count = labels and starts(b"label-"), txn.get(b"num-samples")
-            if count is None and starts(b"image-"):                     # then the last image says it; ':' follows '9'
-                (cursor.prev if cursor.set_range(b"image-:") else cursor.last)()
-                count = cursor.key()[6:]
-            if not starts(b"image-") or not count.strip().isdigit() or not int(count):
+            self.labelled, last = labels and starts(b"label-"), b""
+            if starts(b"image-"):                                       # the last is the key before "image-:"
+                cursor.prev() if cursor.set_range(b"image-:") else cursor.last()
+                last = cursor.key()[6:]
+            count, entries = txn.get(b"num-samples", last).strip(), txn.stat()["entries"]
+            if not (starts(b"image-") and re.fullmatch(b"0*[1-9][0-9]{,8}", count) and int(count) <= entries):
                 first = cursor.key().decode(errors="replace") if cursor.first() else "none"
-                raise UserError(f"{folder}: no word crops (num-samples {count}, first key {first}); expected the keys "
-                                "image-000000001, label-000000001 and so on, and num-samples")
+                raise UserError(f"{folder}: no word crops (num-samples {count[:20]}, {entries:,} entries, first key {first}); "
+                                "expected the keys image-000000001, label-000000001 and so on, and num-samples")
             self.n = int(count)
+            if last.isdigit() and int(last) > self.n and os.environ.get("RANK", "0") == "0":
+                print(f"{folder}: num-samples says {self.n:,}; images after that, up to {int(last):,}, are not looked at")
 
     def where(self, i): return f"{self.name} image-{i + 1:09d}"
     def bytes(self, i): return self.value(f"image-{i + 1:09d}")
@@ -497,8 +510,10 @@ def read_labels(path):
                 else:
                     name, label = line.rstrip("\n").split("\t", 1)
                 os.fsencode(name), str.encode("" if label is None else label)      # fails for a number, for half an emoji
+                if "\0" in name:
+                    raise ValueError("a NUL in a path")
                 yield name, label
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         want = {".json": 'MMOCR\'s {"data_list": [{"img_path": ..., "instances": [{"text": ...}]}]}',
                 ".jsonl": '{"filename": ..., "text": ...}'}.get(kind, "path<TAB>label")
         raise UserError(f"{path}: entry {number}: expected {want} ({type(error).__name__}: {error})") from None
@@ -538,7 +553,8 @@ class Parts(Source):
         k = np.searchsorted(self.starts, i, "right") - 1
         return getattr(self.parts[k], what)(int(i - self.starts[k]))
 
-    get, bytes, label, where = map(partial(partialmethod, ask), ("get", "bytes", "label", "where"))
+    get, bytes = partialmethod(ask, "get"), partialmethod(ask, "bytes")                    # get(i) is ask("get", i)
+    label, where = partialmethod(ask, "label"), partialmethod(ask, "where")
 
 def open_source(src, fonts=None, rotate_tall=False, chars=None, labels=True):
     """SRC (see the top of this file) -> Source; `fonts` (a folder) and `chars` are for rendered words, labels=False is for
@@ -547,8 +563,8 @@ def open_source(src, fonts=None, rotate_tall=False, chars=None, labels=True):
     name, there = os.path.basename(os.path.abspath(src)), os.path.exists(src)
     kind, *numbers = src.split(":")
     if kind == "synth":
-        if not re.fullmatch("synth(:0*[1-9][0-9]*(:[0-9]+)?)?", src):
-            raise UserError(f"{src}: expected synth, synth:N or synth:N:SEED, whole numbers, N at least 1")
+        if not re.fullmatch("synth(:0*[1-9][0-9]{,8}(:[0-9]+)?)?", src):
+            raise UserError(f"{src}: expected synth, synth:N or synth:N:SEED, whole numbers, N from 1 to 999999999")
         drawn = CHARSETS["62"] if chars == CHARSETS["36"] else chars       # labels are folded, words of both cases are drawn
         return Synth(*map(int, numbers), fonts=fonts, charset=drawn)
     if os.path.isdir(src):
@@ -583,7 +599,7 @@ def open_sources(srcs, **options):
     """Several SRCs as one Source with .parts. SRC@N stands for N times SRC, to weigh more."""
     parts = []
     for src in map(str, srcs):
-        weighted = not os.path.exists(src) and re.fullmatch("(.+)@([1-9][0-9]*)", src)
+        weighted = not os.path.exists(src) and re.fullmatch("(.+)@([1-9][0-9]{,5})", src)
         path, times = weighted.groups() if weighted else (src, 1)
         parts += [open_source(path, **options)] * int(times)
     return Parts(parts, " ".join(map(str, srcs)))
@@ -720,11 +736,11 @@ def guidance_view(images, generator, rows=None, moved=True, strength=1.0):
     leaves every pixel in its place and every edge its sign (no solarizing), or else what a coarse view has to predict
     could not be known: of the ten LOOK's four are left, and noise. `strength` scales every range: 0 changes nothing."""
     numbers = uniform(generator, len(images), 80, rows=rows, device=images.device)
-    order, rest = numbers[:, :10].argsort(1).argsort(1), numbers[:, 10:14].unbind(1)
-    chosen = strength * (order < 3 + (rest[0][:, None] * 8).floor())                # 3 to 10 of the ten
+    rank, (many, jitter, grey, grain) = numbers[:, :10].argsort(1).argsort(1), numbers[:, 10:14].unbind(1)
+    chosen = strength * (rank < 3 + (8 * many[:, None]).floor())                    # the first 3 to 10 of the ten, shuffled
     on = dict(zip(LOOK + MOVE + ("solarize",) if moved else LOOK, chosen.unbind(1)))
-    on.update(jitter=strength * (rest[1] < .8), grey=1. * (rest[2] < .2 * strength))
-    return distort(unit(images), numbers[:, 14:], on if moved else on | {"noise": strength * (rest[3] < .5)})
+    on.update(jitter=strength * (jitter < .8), grey=1. * (grey < .2 * strength))
+    return distort(unit(images), numbers[:, 14:], on if moved else on | {"noise": strength * (grain < .5)})
 
 def augment(images, generator, rows=None):
     """Fine-tuning's augmentation, of PARSeq's kinds: (B, 3, H, W) uint8 or float in [0, 1] -> float in [0, 1], new for
@@ -757,23 +773,20 @@ def start_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-STREAMS = weakref.WeakSet()                 # not held here: one that is over must close its pipes
-
 def end_workers():
-    """They ignore signals: told to end, or multiprocessing waits for them for ever."""
-    for stream in list(STREAMS):
-        stream._shutdown_workers()
+    """They ignore signals: killed, or multiprocessing waits for them for ever."""
+    with suppress(AttributeError):                              # Windows has no such signal
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # torch's handler would call it an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 atexit.register(end_workers)
 
 def loader(source, batches, workers, char_maps=False):
     """batches: lists of indices -> what read_batch makes of each. The workers are handed indices alone."""
-    stream = iter(DataLoader(range(len(source)), batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
-                             collate_fn=partial(read_batch, source=source, char_maps=char_maps),
-                             pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None))
-    if workers:
-        STREAMS.add(stream)
-    return stream
+    return iter(DataLoader(range(len(source)), batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
+                           collate_fn=partial(read_batch, source=source, char_maps=char_maps),
+                           pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None))
 
 def order(n, batch_size, seed, position=0, rank=0, world=1):
     """Yields for ever the indices of a rank's micro-batches: position p of the stream is crop perm[epoch](p % n) with
@@ -828,7 +841,7 @@ def draw_sheet(rows, path):
     sheet = Image.new("RGB", (w * max(map(len, rows), default=1), max(1, sum(tall))), "white")
     cells = ((x * w + 6, sum(tall[:k]), tall[k], *cell) for k, row in enumerate(rows) for x, cell in enumerate(row))
     for x, y, h, picture, pieces in cells:
-        pieces = [(text.replace("\n", " "), colour) for text, colour in pieces]
+        pieces = [(text[:200].replace("\n", " "), colour) for text, colour in pieces]
         base, size, line = *((min(46, h - 12), 24) if picture is None else (84, 14)), "".join(text for text, _ in pieces)
         if picture is not None:
             picture = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
@@ -871,9 +884,9 @@ def fingerprint(images):
 def check(args):
     if args.write_list and not args.against:
         raise UserError("--write_list is of what --against finds; name test sets with it")
+    source, tests = open_sources(args.src), open_sources(args.against or [])
     if args.write_list:                             # now, not after an hour of reading
         open(args.write_list, "a").close()
-    source, tests = open_sources(args.src), open_sources(args.against or [])
     same, places, marks = {}, [None], [torch.zeros(1, 472)]     # of the test crops; nothing is alike to the first
     for indices, images, _, _ in read_all(tests, 256, args.workers) if args.against else ():
         same.update((hash(tests.bytes(i)), i) for i in indices)         # 64 bits, which no two files share by chance
@@ -888,8 +901,6 @@ def check(args):
         sizes += [Image.open(io.BytesIO(data)).size for data in files]
         lengths += [len(label) for label in labels if label is not None]
         bad += damaged
-        if not args.against:
-            continue
         likeness, nearest = (fingerprint(images) @ marks.T).max(1)
         for i, label, file, alike, k in zip(indices, labels, map(hash, files), likeness.tolist(), nearest.tolist()):
             if file in same or alike > args.alike:

@@ -126,7 +126,8 @@ def published(sets):
     for sizes, methods in BENCHMARKS:
         place = {name: k for k, (known, n) in enumerate(sizes.items()) for name in names
                  if known in loose(name) and sets[name]["n"] == n}
-        place.update({"average": -1} if len(set(place.values())) == len(sizes) == len(names) else {})
+        if len(set(place.values())) == len(sizes) == len(names):             # the whole benchmark and nothing else
+            place["average"] = -1                                            # its last figure
         for method, figures in methods.items():
             columns.setdefault(method, {}).update({name: figures.split()[k] for name, k in place.items()})
     return {method: cells for method, cells in columns.items() if set(cells.values()) - {"-"}}
@@ -233,14 +234,14 @@ def marked(truth, reading, protocol):
 def attention(net, images):
     """-> what is read, ids (B, T); where the encoder's last block looks (B, 1+N, 1+N) and, for each letter, the reader's
     last cross-attention (B, T, N), means over heads, as seen when the net is given its own reading once more."""
-    own, cross, (ids, _), found = net.encoder.blocks[-1].attn, net.layers[-1].cross_attn, net.decode(images), {}
-    weights = lambda q, k: (q.float() @ k.float().mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)
-    hooks = [own.register_forward_pre_hook(lambda _, x: found.update(own=weights(*own.split(*x)[:2]))),
-             cross.register_forward_pre_hook(lambda _, x: found.update(cross=weights(cross.queries(x[0]), x[1][0])))]
+    own, cross, (ids, _), given = net.encoder.blocks[-1].attn, net.layers[-1].cross_attn, net.decode(images), {}
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: given.update({layer: inputs})) for layer in (own, cross)]
     net(images, ids)
     for hook in hooks:
         hook.remove()
-    return ids, found["own"], found["cross"]
+    weights = lambda q, k: (q.float() @ k.float().mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)
+    (x,), (letters, (keys, _), *_) = given[own], given[cross]
+    return ids, weights(*own.split(x)[:2]), weights(cross.queries(letters), keys)
 
 @torch.inference_mode()
 def look(reader, source, path):
@@ -364,6 +365,8 @@ def evaluate(reader, sources, args, rank, world):
 def main():
     args, start = parse(), time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank and not args.data:                                               # one process is enough
+        return
     if args.score:
         args.protocol = args.protocol or "waics"
         one = dict(score(read_predictions(args.score), args.protocol), seconds=time.perf_counter() - start)
@@ -381,11 +384,12 @@ def main():
         if broken:
             raise UserError(f"{len(broken)} of {len(args.images)} could not be read: " + "; ".join(broken))
         return
+    if args.data and len({*map(os.path.realpath, args.data)}) < len(args.data):
+        raise UserError(f"--data {' '.join(args.data)}: one set twice; each is one row of the table")
     for src in args.data or ():
         source = data.open_source(src, fonts=args.fonts, rotate_tall=args.rotate_tall, chars=reader.model.charset)
-        sources[src.rstrip("/") if source.name in sources else source.name] = source
-    if args.data and min(len(sources), len({*map(os.path.realpath, args.data)})) < len(args.data):
-        raise UserError(f"--data {' '.join(args.data)}: one set twice; each is one row of the table")
+        names = source.name, src.rstrip("/"), os.path.abspath(src)
+        sources[next(name for name in names if name not in sources)] = source
     for path in filter(None, (args.json, args.predictions, args.errors)):        # now, not after an hour of reading
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         open(path, "a").close()

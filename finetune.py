@@ -138,7 +138,7 @@ def main():
     model, said = build(args, chars)
     training.say(said)
     training.more = dict(charset=chars, best=-1.0)
-    training.prepare(model, source, args.layer_decay, char_maps=args.spell > 0)
+    training.prepare(model, source, (0.9, 0.999), args.layer_decay, char_maps=args.spell > 0)
     if training.more["charset"] != chars:
         raise UserError(f"--resume: --charset {args.charset} does not hold the characters, in the order, of the checkpoint's")
 

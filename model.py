@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_gather
 
 from data import UserError
 
@@ -287,20 +288,6 @@ METHODS = {  # guide: what mim's decoder sees besides visible patches: none; a l
 def mse(pred, target):
     return F.mse_loss(pred.float(), target.float())
 
-class Gather(torch.autograd.Function):
-    """Rows of all ranks, in rank order; each rank's rows get the gradients of every rank's loss."""
-
-    @staticmethod
-    def forward(ctx, x):
-        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x.contiguous())
-        return torch.cat(rows)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dist.all_reduce(grad := grad.contiguous())
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
 def align_mse(a, b, crops=None):
     """LMIM's: mean square difference, gradients through both sides. [cls] collapse (watch `spread`), and
     if the target is pixels, not features, `lmim` then learns little that helps to read (README, "Which method")."""
@@ -312,12 +299,12 @@ def align_infonce(a, b, crops=None, temperature=0.2):
     ranks = torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
     with torch.autocast(a.device.type, enabled=False):
         a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
-        most = crops if ranks and crops else len(a)
-        everyone = lambda x: Gather.apply(F.pad(x, (0, 0, 0, most - len(x)))) if ranks else x
-        truth = torch.arange(len(a), device=a.device) + (dist.get_rank() * most if ranks else 0)
-        nobody = everyone(torch.ones_like(a[:, :1]))[:, 0] == 0
-        logits = [(x @ everyone(y).T / temperature).masked_fill(nobody, -math.inf) for x, y in ((a, b), (b, a))]
-        return sum(F.cross_entropy(x, truth) for x in logits) / 2
+        rows = crops if ranks and crops else len(a)                          # of each rank, padding included
+        gather = lambda x: torch.cat(all_gather(F.pad(x, (0, 0, 0, rows - len(x))))) if ranks else x         # with gradients
+        partner = torch.arange(len(a), device=a.device) + (dist.get_rank() * rows if ranks else 0)           # its row in gather(b)
+        padding = gather(torch.ones_like(a[:, :1]))[:, 0] == 0
+        logits = [(x @ gather(y).T / temperature).masked_fill(padding, -math.inf) for x, y in ((a, b), (b, a))]
+        return sum(F.cross_entropy(x, partner) for x in logits) / 2
 
 ALIGN = {"mse": align_mse, "infonce": align_infonce}
 
@@ -367,10 +354,10 @@ class Pretrainer(nn.Module):
         """How far [cls] of neighbouring views are from agreeing, mean over the pairs: (guide, coarse), (coarse, masked crop) in
         mnsp, (guide, masked crop) in lmim. `others`: (micro-batches in the step, [cls] of the other ones, without gradients): by
         GradCache (2101.06983) each micro-batch adds its share of one large batch's gradient."""
-        parts, whole = (1, cls) if others is None else (others[0], [torch.cat(pair) for pair in zip(cls, others[1])])
+        n, whole = (1, cls) if others is None else (others[0], [torch.cat(pair) for pair in zip(cls, others[1])])
         pairs = list(zip(whole, whole[1:]))
         align = sum(ALIGN[self.method["form"]](a, b, self.rank_crops) for a, b in pairs) / len(pairs)
-        return parts * align - (parts - 1) * align.detach()
+        return n * align - (n - 1) * align.detach()                          # of align's value, with n times its gradient: Run.backward divides by n
 
     def forward(self, image, views, ids_keep, ids_mask, others=None):
         """image (B, 3, H, W); views in the order of `make_views` in pretrain.py: mim's guide, if it has one of its own, then nsp's,
@@ -442,10 +429,10 @@ def load_encoder(path):
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     state = {k: v for k, v in state.items() if not k.startswith(NOT_ENCODER)}
     patches = state.get("patch_embed.proj.weight", torch.zeros(0))
-    if patches.dim() != 4 or "pos_embed" not in state:
+    if patches.dim() != 4 or 0 in patches.shape or "pos_embed" not in state:
         raise UserError(f"{path}: no patch_embed.proj.weight of a convolution, or no pos_embed; expected a whole ViT encoder")
     width, _, p, q = patches.shape
-    found = dict(depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")), width=width, patch=(p, q))
+    found = dict(depth=sum(k.endswith(".attn.qkv.weight") for k in state), width=width, patch=(p, q))
     ours = (row["encoder"]["heads"] for row in MODELS.values() if found.items() <= row["encoder"].items())
     encoder = ViT(**found, heads=next(ours, max(width // 64, 1)))
     encoder.matched = load_state(encoder, state, path, f"; expected 32x128 crops in patches of {p}x{q}")

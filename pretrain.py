@@ -48,7 +48,7 @@ def training_flags(parser):
     add("--max_damaged", type=within("(0, 1)"), default=.01, help="stop if of 100 crops or more a larger share is unreadable")
     add("--batch_size", type=count, default=64, help="crops a process and micro-step; lower it if memory runs out")
     add("--accum_iter", type=count, default=1, help="micro-steps that add up to a step; raise it as --batch_size falls")
-    add("--epochs", type=positive, default=10, help="passes over --data")
+    add("--epochs", type=within("(0, 1e9)"), default=10, help="passes over --data")
     add("--max_steps", type=count, help="steps in all, instead of --epochs")
     add("--blr", type=positive, default=1.5e-4, help="the learning rate is blr * crops a step / 256")
     add("--lr", type=positive, help="the learning rate itself, instead of --blr")
@@ -88,22 +88,23 @@ def parse(parser, recipes):
 # ---- ranks
 
 def meet(rank, world):
-    """The store of this start. torchrun keeps one store over restarts, in which the addresses of ranks that were killed
-    still stand (pytorch issue 135712): rank 0 opens a fresh corner and names it to those who say hello just now."""
-    store, corner, hello = next(dist.rendezvous("env://"))[0], uuid.uuid4().hex, uuid.uuid4().hex
+    """torchrun's store, under a prefix that no earlier start has used: addresses of ranks that were killed still stand in
+    it (pytorch issue 135712). Each rank leaves a random ticket; rank 0 answers every ticket with its prefix, until all
+    have signed in."""
+    store, prefix, ticket = next(dist.rendezvous("env://"))[0], uuid.uuid4().hex, uuid.uuid4().hex
     if rank:
-        store.set(f"hello/{rank}", hello)
-        corner = store.get(f"corner/{hello}").decode()                      # waits
-        store.set(f"{corner}/{rank}", "here")
+        store.set(f"ticket/{rank}", ticket)
+        prefix = store.get(f"prefix/{ticket}").decode()                     # waits for rank 0's answer to this very ticket
+        store.set(f"{prefix}/{rank}", "here")
     began = time.time()
-    while rank == 0 and not store.check([f"{corner}/{r}" for r in range(1, world)]):
+    while rank == 0 and not store.check([f"{prefix}/{r}" for r in range(1, world)]):
         for r in range(1, world):
-            if store.check([f"hello/{r}"]):                                 # perhaps of a rank that is dead
-                store.set(f"corner/{store.get(f'hello/{r}').decode()}", corner)
+            if store.check([f"ticket/{r}"]):                                # perhaps of a rank that is dead: answered in vain
+                store.set(f"prefix/{store.get(f'ticket/{r}').decode()}", prefix)
         if time.time() - began > 1800:
             raise UserError(f"rank 0 waited half an hour for the other {world - 1}; were all of them started?")
         time.sleep(0.05)
-    return dist.PrefixStore(corner, store)
+    return dist.PrefixStore(prefix, store)
 
 # ---- one run: device, ranks, steps, checkpoints, logs (fine-tuning uses the same)
 
@@ -182,7 +183,7 @@ class Run:
         if there and not self.args.resume:
             raise UserError(f"--out_dir {self.out}: holds {there[0]}; add --resume to go on, or name another folder")
         self.loaded, self.torn = None, False
-        found = [os.path.join(self.out, name) for name in there if name != "best.pt"]
+        found = [os.path.join(self.out, name) for name in there]
         for path in found:
             try:
                 self.loaded = dict(read_checkpoint(path), path=path)
@@ -208,15 +209,14 @@ class Run:
         except OSError as e:
             raise UserError(f"--out_dir {self.out}: {e.strerror}; expected a folder that can be written")
 
-    def prepare(self, model, source, layer_decay=1.0, char_maps=False):
-        """Puts model, optimizer and data in place, at the very step where the checkpoint is, if there is one. With
+    def prepare(self, model, source, betas=(0.9, 0.95), layer_decay=1.0, char_maps=False):
+        """Puts model, optimizer (AdamW; its betas are MAE's) and data in place, at the very step where the checkpoint is. With
         `char_maps` crops come with the pixels of each character, where they are known."""
         args = self.args
         self.raw = model.to(self.device)
         self.total = args.max_steps or max(1, round(args.epochs * len(source) / self.crops))
         self.warmup = max(1, round(self.total * min(1, args.warmup_epochs / args.epochs)))
         self.lr = args.lr or args.blr * self.crops / 256
-        betas = (0.9, 0.95) if hasattr(args, "method") else (0.9, 0.999)    # MAE's, and fine-tuning's
         groups = weight_groups(model, args.weight_decay, layer_decay)
         self.optimizer = torch.optim.AdamW(groups, self.lr, betas, fused=True)
         self.damage = DamageCount(args.max_damaged)
@@ -530,7 +530,7 @@ def main():
     method, (p, q) = dict(METHODS[args.method]), MODELS[args.model]["encoder"]["patch"]
     scales = [size(s) for s in args.scales]
     for h, w in scales:
-        if h % p or w % q or not (0 < h < H and 0 < w < W):
+        if h % p or w % q or h >= H or w >= W:
             parser.error(f"--scales {h}x{w}: expected multiples of the patch, {p}x{q}, below {H}x{W}")
     if scales != sorted(set(scales)):
         parser.error(f"--scales {' '.join(args.scales)}: expected coarse to fine, each once")

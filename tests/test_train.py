@@ -1,4 +1,5 @@
 """pretrain.py and finetune.py: training arithmetic, resuming, what goes wrong and how it is said. Rendered words."""
+import contextlib
 import json
 import math
 import os
@@ -326,6 +327,19 @@ def test_kill_while_a_checkpoint_is_written(go, tmp_path):
     assert same(weights(whole), weights(cut)) and losses(whole) == losses(cut)
 
 
+def test_best_alone_is_gone_on_from(go, capsys):
+    """Killed between the first best.pt and last.pt: a run that starts anew in silence and writes over it."""
+    flags = ["--val", "synth:2:1", "--max_steps", "2", "--sample_every", "1"]
+    out = go(finetune, *flags)
+    for name in "last.pt", "prev.pt":
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(out, name))
+    best = torch.load(os.path.join(out, "best.pt"), weights_only=True)
+    go(finetune, *flags, "--resume")
+    assert f"best.pt at step {best['step']}" in capsys.readouterr().out
+    assert torch.load(os.path.join(out, "last.pt"), weights_only=True)["best"] >= best["best"]
+
+
 def test_torn_lines_of_the_log_are_dropped(go):
     """Half a line, left by a full disk or a crash in the midst of it, that makes --resume fail."""
     out = go(pretrain, "--method", "mim", "--max_steps", "3")
@@ -453,7 +467,7 @@ def test_loader_processes_end_with_the_run(tmp_path):
 @pytest.mark.parametrize("script, flags, said", [
     ("pretrain.py", ["--data", "nowhere"], "nowhere"),
     ("pretrain.py", ["--out_dir", "README.md/run"], "README.md/run"),
-    ("pretrain.py", ["--batch_size", "0"], "0: expected a number in [1, inf)"),
+    ("pretrain.py", ["--batch_size", "0"], "pretrain.py: --batch_size 0: expected a number in [1, inf)"),
     ("pretrain.py", ["--method", "byol"], "byol"),
     ("pretrain.py", ["--mask_ratio", "1.4"], "1.4: expected a number in (0, 1)"),
     ("pretrain.py", ["--teacher", "README.md"], "README.md"),
@@ -465,6 +479,8 @@ def test_loader_processes_end_with_the_run(tmp_path):
     ("pretrain.py", ["--method", "nsp", "--guide", "coarse"], "a guide needs mim"),
     ("pretrain.py", ["--method", "mim", "--guide", "still"], "still needs nsp too"),
     ("pretrain.py", ["--device", "gpu"], "gpu"),
+    ("pretrain.py", ["--device", "meta"], "--device meta"),
+    ("pretrain.py", ["--epochs", "1e308"], "--epochs 1e308"),
     ("pretrain.py", ["--seed", "10000000000"], "--seed"),
     ("pretrain.py", ["--model"], "--model"),
     ("finetune.py", ["--init", "README.md"], "README.md"),
