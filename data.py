@@ -67,11 +67,11 @@ def run(main):
         status = 130
     except (UserError, OSError, RuntimeError) as error:
         text = str(error).strip().split("\n")[-1]               # a loader's process sends its whole traceback
-        traceback.clear_frames(error.__traceback__)             # which hold the loader, and it them: its processes end now
         if isinstance(error, RuntimeError):
             if "DataLoader worker" not in text:
                 raise
             text = f"{text.rstrip('.')}; if memory ran out, lower --workers; training goes on with --resume"
+        traceback.clear_frames(error.__traceback__)             # which hold the loader, and it them: its processes end now
         text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else text
         print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
         status = 2
@@ -174,7 +174,7 @@ def fit_label(label, chars, max_length):
     """-> (the label as it is trained on: NFC, lower case where the charset is 36; why it cannot be, or "")."""
     text = unicodedata.normalize("NFC", label or "")
     text = text.lower() if chars == CHARSETS["36"] else text
-    if set(text) - set(chars):
+    if any(c not in chars for c in text):
         return text, "outside the charset"
     return text, "too long" if len(text) > max_length else "" if text else "empty"
 
@@ -777,7 +777,7 @@ def end_workers():
     """They ignore signals: killed, or multiprocessing waits for them for ever."""
     with suppress(AttributeError):                              # Windows has no such signal
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # torch's handler would call it an error
-    for worker in multiprocessing.active_children():
+    for worker in filter(lambda worker: worker.daemon, multiprocessing.active_children()):
         worker.kill()
 
 atexit.register(end_workers)
