@@ -901,6 +901,8 @@ def check(args):
         sizes += [Image.open(io.BytesIO(data)).size for data in files]
         lengths += [len(label) for label in labels if label is not None]
         bad += damaged
+        if not args.against:
+            continue
         likeness, nearest = (fingerprint(images) @ marks.T).max(1)
         for i, label, file, alike, k in zip(indices, labels, map(hash, files), likeness.tolist(), nearest.tolist()):
             if file in same or alike > args.alike:
