@@ -228,11 +228,13 @@ def tables(found):
             values = [None if value is None else value.get(key) for value in values]
         return values
 
-    def table(title, head, body):
+    def table(title, head, body, folded=False):
+        """Folded tables open at a click where the README is shown as a page."""
         rows = [row for row in body if set(row[1:]) - {"-", 0}]
         if rows:
-            lines.extend(["", f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)])
-            lines.extend("| " + " | ".join(map(str, row)) + " |" for row in rows)
+            rows = ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
+            lines.extend(["", f"<details><summary>{title}</summary>" if folded else f"**{title}**", "", *rows])
+            lines.extend(["", "</details>"] if folded else [])
     seeds = lambda run: sum(value is not None for value in of(run))
     for share, (steps, labels, *_) in SHARES.items():
         body = []
@@ -256,7 +258,7 @@ def tables(found):
             kept = lambda *keys: mean_sd([100 * b / a if a and b is not None else None for a, b in zip(of(runs, "average"), of(runs, *keys))])
             body.append([f"`{name}`", *(kept("heights", h) for h in ("16", "12", "8")), *(kept("rotations", r) for r in ("15", "30"))])
         table(f"Robustness after {steps:,} steps with {labels} of the real words: accuracy on reduced or turned crops, "
-              "in per cent of that on crops as they are", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body)
+              "in per cent of that on crops as they are", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body, folded=True)
     area = next((row["text_area"] for row in found.values() if "text_area" in row), 0)
     for share, when, who in (("before", "before", ("cls", "patches")), ("tenth", "after 2,000 steps of", ("cls", "patches", "decoder"))):
         body = []
@@ -265,7 +267,7 @@ def tables(found):
             looks = [mean_sd(of(runs, look, what), "{:.3f}") for look in who for what in ("share", "entropy")]
             body.append([f"`{name}`", *looks, seeds(runs)])
         table(f"Attention {when} fine-tuning, on 256 rendered words: share on text (blind: {area:.3f}) and entropy",
-              ["from", "[cls]", "entropy", "patches", "entropy", "letters", "entropy"][:1 + 2 * len(who)] + ["seeds"], body)
+              ["from", "[cls]", "entropy", "patches", "entropy", "letters", "entropy"][:1 + 2 * len(who)] + ["seeds"], body, folded=True)
     return "\n".join(lines) + "\n"
 
 
