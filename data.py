@@ -116,6 +116,7 @@ def device(name):
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if found.type == "cuda":
         torch.cuda.set_device(found)
+        torch.backends.cuda.enable_cudnn_sdp(False)        # it plans anew for each new shape, and words end at all lengths
     if found.type == "cpu":         # glibc gives each large block back, and Linux clears it anew: half of a step's time
         with suppress(OSError, AttributeError, TypeError):              # other systems
             for option in (-4, 0), (-1, -1):                            # M_MMAP_MAX, M_TRIM_THRESHOLD
@@ -786,7 +787,7 @@ def loader(source, batches, workers, char_maps=False):
     """batches: lists of indices -> what read_batch makes of each. The workers are handed indices alone."""
     return iter(DataLoader(range(len(source)), batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
                            collate_fn=partial(read_batch, source=source, char_maps=char_maps),
-                           pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None))
+                           pin_memory=torch.cuda.is_initialized(), prefetch_factor=4 if workers else None))
 
 def order(n, batch_size, seed, position=0, rank=0, world=1):
     """Yields for ever the indices of a rank's micro-batches: position p of the stream is crop perm[epoch](p % n) with

@@ -92,7 +92,7 @@ def validate(training, source, protocol):
     """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first few (label, reading)."""
     reader = evaluate.Reader(training.raw.eval(), training.device, training.dtype)
     read = lambda images: reader.read(images, len(images))
-    rows, broken = evaluate.read_source(read, source, training.args, training.rank, training.world, training.hosts)
+    rows, broken = evaluate.read_source(read, source, training.args, training.rank, training.world, training.gloo)
     training.raw.train()
     if broken:
         training.say(f"--val: {len(broken)} crops are damaged and were not read, the first being {broken[0]}")

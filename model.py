@@ -1,6 +1,6 @@
 """The networks: a plain ViT, the pre-training objective of four methods, and a recognizer that reads.
 
-`pretrain.py` and `finetune.py` hold the loops; of ranks only `align_infonce` knows, which compares the crops of them all.
+`pretrain.py` and `finetune.py` hold the loops. Only `align_infonce` knows of ranks: it compares the crops of them all.
 
     # B batch   H W pixels   h w patch grid   N = h*w patches (N' of another view)   K kept   M masked (K + M = N)
     # D width   C channels of the target   T characters   V classes
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_gather
+from torch.distributed._functional_collectives import all_gather_single
 
 from data import UserError
 
@@ -203,8 +203,8 @@ class CachedAttention(nn.Module):
         self.q, self.kv, self.proj = (nn.Linear(width, n * width, bias=bias) for n in (1, 2, 1))
 
     def keys_values(self, y):
-        kv = self.kv(y).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)            # (2, B, heads, S, d)
-        return kv.contiguous()                                                               # read by every query
+        kv = self.kv(y).unflatten(-1, (2, self.heads, -1))                                   # (B, S, 2, heads, d)
+        return kv.permute(2, 0, 3, 1, 4).contiguous()                                        # (2, B, heads, S, d), read by every query
 
     def queries(self, x):
         return self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)                     # (B, heads, T, d)
@@ -277,8 +277,8 @@ class Decoder(nn.Module):
 # ---- methods: a fifth is a fifth row
 
 GUIDES = ("none", "full", "coarse", "still")
-METHODS = {  # guide: what mim's decoder sees besides visible patches: none; a look that is moved, bent and recoloured, of full or coarse
-    # size; still: nsp's own looks, which are coarse, recoloured and in place. Then the terms' weights, and the form of align
+METHODS = {  # guide: what mim's decoder sees besides visible patches; mim, nsp, align: the terms' weights; form: of align
+    # full, coarse: a view of that size, moved, bent and recoloured; still: nsp's own views, coarse, recoloured and in place
     "mim":  dict(guide="none",   mim=1.0, nsp=0.0, align=0.0),
     "nsp":  dict(guide="none",   mim=0.0, nsp=1.0, align=0.0),
     "lmim": dict(guide="full",   mim=1.0, nsp=0.0, align=1.0,  form="mse"),
@@ -300,7 +300,7 @@ def align_infonce(a, b, crops=None, temperature=0.2):
     with torch.autocast(a.device.type, enabled=False):
         a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
         rows = crops if ranks and crops else len(a)                          # of each rank, padding included
-        gather = lambda x: torch.cat(all_gather(F.pad(x, (0, 0, 0, rows - len(x))))) if ranks else x         # with gradients
+        gather = lambda x: all_gather_single(F.pad(x, (0, 0, 0, rows - len(x))), 0, dist.group.WORLD) if ranks else x  # with gradients
         partner = torch.arange(len(a), device=a.device) + (dist.get_rank() * rows if ranks else 0)           # its row in gather(b)
         padding = gather(torch.ones_like(a[:, :1]))[:, 0] == 0
         logits = [(x @ gather(y).T / temperature).masked_fill(padding, -math.inf) for x, y in ((a, b), (b, a))]
@@ -357,7 +357,7 @@ class Pretrainer(nn.Module):
         n, whole = (1, cls) if others is None else (others[0], [torch.cat(pair) for pair in zip(cls, others[1])])
         pairs = list(zip(whole, whole[1:]))
         align = sum(ALIGN[self.method["form"]](a, b, self.rank_crops) for a, b in pairs) / len(pairs)
-        return n * align - (n - 1) * align.detach()                          # of align's value, with n times its gradient: Run.backward divides by n
+        return n * align - (n - 1) * align.detach()                          # align, with n times its gradient: Run.backward divides by n
 
     def forward(self, image, views, ids_keep, ids_mask, others=None):
         """image (B, 3, H, W); views in the order of `make_views` in pretrain.py: mim's guide, if it has one of its own, then nsp's,

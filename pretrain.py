@@ -38,7 +38,7 @@ RECIPES = {  # what --model changes in the flags' defaults, which are LMIM's for
 # ---- flags (fine-tuning adds its own to these)
 
 def training_flags(parser):
-    add, count, positive, share = parser.add_argument, within("[1, inf)", int), within("(0, inf)"), within("[0, inf)")
+    add, count, positive, nonnegative = parser.add_argument, within("[1, inf)", int), within("(0, inf)"), within("[0, inf)")
     add("--model", choices=MODELS, default="vit_small", help="vit_nano trains on a laptop, vit_small is the papers'")
     add("--data", nargs="+", default=["synth"], metavar="SRC",
         help="synth[:N[:SEED]], an LMDB folder or a tree of them, a .txt/.tsv/.jsonl/.json of labels, a folder of "
@@ -52,10 +52,10 @@ def training_flags(parser):
     add("--max_steps", type=count, help="steps in all, instead of --epochs")
     add("--blr", type=positive, default=1.5e-4, help="the learning rate is blr * crops a step / 256")
     add("--lr", type=positive, help="the learning rate itself, instead of --blr")
-    add("--min_lr", type=share, default=0.0, help="where the cosine ends")
-    add("--warmup_epochs", type=share, default=1, help="epochs of rising rate; with --max_steps the same share of them")
-    add("--weight_decay", type=share, default=0.05, help="AdamW's; never on biases, norms and tokens")
-    add("--clip_grad", type=share, default=0.0, help="largest norm of the gradient; 0 leaves it as it is")
+    add("--min_lr", type=nonnegative, default=0.0, help="where the cosine ends")
+    add("--warmup_epochs", type=nonnegative, default=1, help="epochs of rising rate; with --max_steps the same share of them")
+    add("--weight_decay", type=nonnegative, default=0.05, help="AdamW's; never on biases, norms and tokens")
+    add("--clip_grad", type=nonnegative, default=0.0, help="largest norm of the gradient; 0 leaves it as it is")
     add("--max_bad_steps", type=count, default=10, help="stop after so many skipped (non-finite) steps in a row")
     add("--seed", type=within("[0, 4294967296)", int), default=0, help="of weights, masks, views and order")
     add("--workers", type=within("[0, inf)", int), default=min(4, os.cpu_count()),
@@ -133,8 +133,8 @@ class Run:
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=meet(self.rank, self.world),
                                     rank=self.rank, world_size=self.world)
-        # numbers between hosts travel over Gloo: asking a GPU would stop the queue of work
-        self.hosts = dist.new_group(backend="gloo") if self.world > 1 else None
+        # numbers on the host travel over Gloo: NCCL would wait for the GPU's queue of work
+        self.gloo = dist.new_group(backend="gloo") if self.world > 1 else None
         self.dtype = self.pick_dtype()
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=4096, enabled=self.dtype == torch.float16)
         torch.manual_seed(args.seed)
@@ -163,7 +163,7 @@ class Run:
         """Sums of numbers, on the host. Ranks decide on these, or some would wait for others that have left."""
         numbers = torch.tensor(numbers, dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(numbers, group=self.hosts)
+            dist.all_reduce(numbers, group=self.gloo)
         return numbers.tolist()
 
     @contextlib.contextmanager
@@ -179,11 +179,10 @@ class Run:
 
     def find_checkpoint(self):
         """self.loaded: the newest checkpoint of --out_dir that can be read, once it is known to fit the flags."""
-        there = [name for name in ("last.pt", "prev.pt", "best.pt") if os.path.exists(os.path.join(self.out, name))]
-        if there and not self.args.resume:
-            raise UserError(f"--out_dir {self.out}: holds {there[0]}; add --resume to go on, or name another folder")
-        self.loaded, self.torn = None, False
-        found = [os.path.join(self.out, name) for name in there]
+        paths = (os.path.join(self.out, name) for name in ("last.pt", "prev.pt", "best.pt"))
+        found, self.loaded, self.torn = list(filter(os.path.exists, paths)), None, False
+        if found and not self.args.resume:
+            raise UserError(f"--out_dir {self.out}: holds {os.path.basename(found[0])}; add --resume to go on, or name another folder")
         for path in found:
             try:
                 self.loaded = dict(read_checkpoint(path), path=path)
@@ -238,7 +237,8 @@ class Run:
         self.model = torch.compile(self.raw) if args.compile else self.raw
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.model = torch.nn.parallel.DistributedDataParallel(self.model, ids, gradient_as_bucket_view=True)
+            self.model = torch.nn.parallel.DistributedDataParallel(self.model, ids, gradient_as_bucket_view=True,
+                                                                   forward_sync_buffers=False)
         self.batches = batches(source, args.batch_size, args.seed, self.step * self.crops, self.rank, self.world,
                                args.workers, char_maps)
         parameters = sum(p.numel() for p in model.parameters())
@@ -542,10 +542,10 @@ def main():
     if guide not in GUIDES or not (mim or nsp) or guide != "none" and not mim or guide == "still" and not nsp:
         parser.error(f"--method {args.method} --guide {guide}: expected one of {' '.join(GUIDES)}, and a weight for mim or "
                      "nsp; a guide needs mim, and still needs nsp too")
-    looks = (guide in ("full", "coarse")) + len(scales) * nsp + mim         # one [cls] each
-    if method["align"] and (looks < 2 or form not in ALIGN):
+    n_cls = (guide in ("full", "coarse")) + len(scales) * nsp + mim         # one of each view, one of the masked crop
+    if method["align"] and (n_cls < 2 or form not in ALIGN):
         parser.error(f"--align {form} --align_weight {method['align']}: expected {' or '.join(ALIGN)}, and two [cls]; "
-                     f"--method {args.method} --guide {guide} has {looks}")
+                     f"--method {args.method} --guide {guide} has {n_cls}")
     args.objective = method                                                 # --resume refuses another
     training = Run(args)
     source = open_sources(args.data, fonts=args.fonts, rotate_tall=args.rotate_tall, labels=False)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import bench
@@ -301,9 +302,17 @@ def test_every_method_trains_every_parameter(method):
     torch.testing.assert_close(loss, sum(v for k, v in terms.items() if k != "spread"))
 
 
+@pytest.fixture
+def one_rank():
+    """A process group, as under torchrun."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_compiled_step_has_no_graph_break_and_equals_eager(method, monkeypatch):
-    """An .item(), a boolean index or a Python branch on data in the loss path."""
+def test_compiled_step_has_no_graph_break_and_equals_eager(method, monkeypatch, one_rank):
+    """An .item(), a boolean index or a Python branch on data in the loss path; a collective that the compiler cannot follow."""
     nano = MODELS["vit_nano"]
     monkeypatch.setitem(MODELS, "vit_nano", dict(nano, encoder=dict(nano["encoder"], depth=2)))      # every block is the same code
     m, *inputs = batch(method, n=2)
