@@ -31,7 +31,7 @@ PRETRAINING = {  # name: flags of pretrain.py, {run} being its checkpoint; the f
     "scratch": None, "mim": "--method mim", "nsp": "--method nsp", "lmim": "--method lmim", "mnsp": "--method mnsp",
     "mim_.6": "--method mim --mask_ratio 0.6", "mnsp_.6": "--method mnsp --mask_ratio 0.6",
     "mim_x2": "--method mim --max_steps 8000", "mnsp_x2": "--method mnsp --max_steps 8000",   # mim_x2 takes as long as mnsp
-    "mnsp_none_x2": "--method mnsp --guide none --max_steps 8000",
+    "mnsp_none_x2": "--method mnsp --guide none --max_steps 8000", "lmim_x2": "--method lmim --max_steps 8000",
     "mnsp_no_mla": "--method mnsp --align none",
     "mnsp_mse": "--method mnsp --align mse --align_weight 1", "mnsp_mse_.1": "--method mnsp --align mse --align_weight 0.1",
     "mnsp_infonce_.1": "--method mnsp --align infonce --align_weight 0.1", "mnsp_infonce_1": "--method mnsp --align infonce --align_weight 1",
@@ -40,6 +40,7 @@ PRETRAINING = {  # name: flags of pretrain.py, {run} being its checkpoint; the f
     "mnsp_two_scales": "--method mnsp --scales 8x32 16x64", "mnsp_8x32": "--method mnsp --scales 8x32",
     "mnsp_weak": "--method mnsp --guidance_strength 0.5", "mnsp_strong": "--method mnsp --guidance_strength 1.5",
     "lmim_no_align": "--method lmim --align none", "lmim_infonce": "--method lmim --align infonce --align_weight 0.02",
+    "lmim_mse_.02": "--method lmim --align_weight 0.02",
     "mim_features": "--method mim --teacher {mim-s0}", "lmim_features": "--method lmim --teacher {mim-s0}",   # LMIM's own target
     "mnsp_features": "--method mnsp --teacher {mim-s0}", "mim_random_features": "--method mim --teacher {scratch-s0-before}",
     "mim_.4": "--method mim --mask_ratio 0.4", "mim_.9": "--method mim --mask_ratio 0.9", "mim_block": "--method mim --mask block",
