@@ -99,9 +99,12 @@ def within(interval, kind=float):
     low, high = map(float, interval[1:-1].split(","))
 
     def number(text):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
         if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
-            raise argparse.ArgumentTypeError(f"{text}: expected a number in {interval}")
+            raise argparse.ArgumentTypeError(f"{text}: expected a number in {interval}{', whole' * (kind is int)}")
         return value
     return number
 
@@ -737,8 +740,9 @@ def guidance_view(images, generator, rows=None, moved=True, strength=1.0):
     leaves every pixel in its place and every edge its sign (no solarizing), or else what a coarse view has to predict
     could not be known: of the ten LOOK's four are left, and noise. `strength` scales every range: 0 changes nothing."""
     numbers = uniform(generator, len(images), 80, rows=rows, device=images.device)
-    rank, (many, jitter, grey, grain) = numbers[:, :10].argsort(1).argsort(1), numbers[:, 10:14].unbind(1)
-    chosen = strength * (rank < 3 + (8 * many[:, None]).floor())                    # the first 3 to 10 of the ten, shuffled
+    place = numbers[:, :10].argsort(1).argsort(1)                                   # of each of the ten, shuffled
+    many, jitter, grey, grain = numbers[:, 10:14].unbind(1)
+    chosen = strength * (place < 3 + (8 * many[:, None]).floor())                   # the first 3 to 10
     on = dict(zip(LOOK + MOVE + ("solarize",) if moved else LOOK, chosen.unbind(1)))
     on.update(jitter=strength * (jitter < .8), grey=1. * (grey < .2 * strength))
     return distort(unit(images), numbers[:, 14:], on if moved else on | {"noise": strength * (grain < .5)})

@@ -9,7 +9,6 @@ Writes to --out_dir: last.pt, prev.pt, best.pt (highest accuracy on --val, which
 """
 import os
 from contextlib import suppress
-from functools import cache
 
 import torch
 
@@ -43,11 +42,11 @@ def under_patches(char_maps, targets, model):
 
 def label_fraction(source, share, seed):
     """A random `share` of the crops of each of source.parts, the same for the same seed, and in every copy of a SRC@N."""
-    @cache                                              # the copies of a SRC@N are one part
-    def drawn(part):
+    parts = []
+    for part in source.parts:
         order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
-        return Parts([part], part.name, order[:max(1, round(share * len(part)))].sort().values)
-    return Parts([drawn(part) for part in source.parts], source.name)
+        parts.append(Parts([part], part.name, order[:max(1, round(share * len(part)))].sort().values))
+    return Parts(parts, source.name)
 
 # ---- model
 

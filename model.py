@@ -4,6 +4,7 @@
 
     # B batch   H W pixels   h w patch grid   N = h*w patches (N' of another view)   K kept   M masked (K + M = N)
     # D width   C channels of the target   T characters   V classes
+    # view: another look at the crop, nothing hidden   guide: mim's view   coarse: nsp's views, smaller, in place
 """
 import argparse
 import math
@@ -82,7 +83,7 @@ def attend(q, k, v, dropout=0.0, causal=False):
     """softmax(q k' / sqrt(d)) v on (B, heads, T, d). CUDA takes the fused kernel. Elsewhere the lines are written
     out: on a CPU that is faster in the backward pass, and for the single queries of reading."""
     if q.is_cuda:
-        q = q.expand(len(k), -1, -1, -1)
+        q = q.expand(len(k), -1, -1, -1)                                                     # nsp's queries: one crop's, for all
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                 # (B, heads, T, S)
     if causal:
@@ -262,7 +263,7 @@ class Decoder(nn.Module):
         hidden ones come last, and the head runs on them alone."""
         pos = getattr(self, f"pos_{scale % self.n_grids}")                                   # (1, N, D)
         if seen is None:
-            x, M = self.mask_token + pos, pos.shape[1]                                       # (1, N, D): the same until they see memory
+            x, M = self.mask_token + pos, pos.shape[1]                                       # (1, N, D): for all crops, until they see memory
         else:
             pos, M = pos.expand(len(seen), -1, -1), ids_mask.shape[1]
             seen = self.embed(seen) + F.pad(take(pos, ids_keep), (0, 0, 1, 0))               # (B, 1+K, D), [cls] has no place
@@ -296,15 +297,20 @@ def align_mse(a, b, crops=None):
 def align_infonce(a, b, crops=None, temperature=0.2):
     """A crop's two [cls] tokens (B, D) find each other among those of all crops of all ranks (InfoNCE, 1807.03748), both
     ways. A rank with a damaged crop has fewer than its `crops` rows and is padded. Without gradients nothing is gathered."""
-    ranks = torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
+    ranks = torch.is_grad_enabled() and dist.is_initialized()
+    rows = crops if ranks and crops else len(a)                              # of each rank, padding included
+
+    def gather(x):                                                           # rows of all ranks, with gradients
+        x = F.pad(x, (0, 0, 0, rows - len(x)))
+        return all_gather_single(x, 0, dist.group.WORLD) if ranks else x
+
     with torch.autocast(a.device.type, enabled=False):
         a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
-        rows = crops if ranks and crops else len(a)                          # of each rank, padding included
-        gather = lambda x: all_gather_single(F.pad(x, (0, 0, 0, rows - len(x))), 0, dist.group.WORLD) if ranks else x  # with gradients
         partner = torch.arange(len(a), device=a.device) + (dist.get_rank() * rows if ranks else 0)           # its row in gather(b)
         padding = gather(torch.ones_like(a[:, :1]))[:, 0] == 0
-        logits = [(x @ gather(y).T / temperature).masked_fill(padding, -math.inf) for x, y in ((a, b), (b, a))]
-        return sum(F.cross_entropy(x, partner) for x in logits) / 2
+        a_to_b = (a @ gather(b).T / temperature).masked_fill(padding, -math.inf)
+        b_to_a = (b @ gather(a).T / temperature).masked_fill(padding, -math.inf)
+        return (F.cross_entropy(a_to_b, partner) + F.cross_entropy(b_to_a, partner)) / 2
 
 ALIGN = {"mse": align_mse, "infonce": align_infonce}
 
@@ -339,34 +345,31 @@ class Pretrainer(nn.Module):
         grids = [F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2) for grid in self.grids]
         return [F.layer_norm(tokens, tokens.shape[-1:]) for tokens in grids]
 
-    def split(self, views):
-        """The views, or their tokens -> (mim's guide: one, nsp's own or none; nsp's coarse ones)."""
-        coarse = views[-len(self.scales):] if self.method["nsp"] else []
-        return (coarse if self.method["guide"] == "still" else views[:len(views) - len(coarse)]), coarse
-
     def encode(self, image, views, ids_keep):
-        """Tokens of each view (B, 1+N', D), of the visible patches (B, 1+K, D) or None; [cls] of them all (B, D)."""
-        memory = [self.encoder(view) for view in views]
+        """Lists of tokens (B, 1+N', D): what mim's decoder sees beside visible patches, what nsp's sees; the visible patches'
+        (B, 1+K, D), or None; a list of the [cls] (B, D) of mim's guide, nsp's views and the masked crop, as far as there are."""
+        guide, coarse = ([self.encoder(view) for view in group] for group in views)
         seen = self.encoder(image, ids_keep) if self.method["mim"] else None
-        return memory, seen, [tokens[:, 0] for tokens in (*memory, seen) if tokens is not None]
+        cls = [tokens[:, 0] for tokens in (*guide, *coarse, seen) if tokens is not None]
+        return coarse if self.method["guide"] == "still" else guide, coarse, seen, cls
 
     def agree(self, cls, others):
         """How far [cls] of neighbouring views are from agreeing, mean over the pairs: (guide, coarse), (coarse, masked crop) in
         mnsp, (guide, masked crop) in lmim. `others`: (micro-batches in the step, [cls] of the other ones, without gradients): by
         GradCache (2101.06983) each micro-batch adds its share of one large batch's gradient."""
-        n, whole = (1, cls) if others is None else (others[0], [torch.cat(pair) for pair in zip(cls, others[1])])
-        pairs = list(zip(whole, whole[1:]))
+        parts = 1
+        if others is not None:
+            parts, cls = others[0], [torch.cat(pair) for pair in zip(cls, others[1])]
+        pairs = list(zip(cls, cls[1:]))
         align = sum(ALIGN[self.method["form"]](a, b, self.rank_crops) for a, b in pairs) / len(pairs)
-        return n * align - (n - 1) * align.detach()                          # align, with n times its gradient: Run.backward divides by n
+        return align + (parts - 1) * (align - align.detach())                # `parts` times its gradient: Run.backward divides by parts
 
     def forward(self, image, views, ids_keep, ids_mask, others=None):
-        """image (B, 3, H, W); views in the order of `make_views` in pretrain.py: mim's guide, if it has one of its own, then nsp's,
-        coarse to fine; ids_keep (B, K), ids_mask (B, M) -> (loss, terms weighted, pred: what mim and nsp predict of the fine scale,
-        (B, M, C) and (B, N, C))."""
+        """image (B, 3, H, W); views: two lists, `make_views` of pretrain.py; ids_keep (B, K), ids_mask (B, M) -> (loss, terms
+        weighted, pred: what mim and nsp predict of the fine scale, (B, M, C) and (B, N, C))."""
         weight, terms, pred = self.method, {}, {}
         target = self.target(image)                                          # (B, N, C) each, the fine scale last
-        memory, seen, cls = self.encode(image, views, ids_keep)
-        guide, coarse = self.split(memory)                                   # what mim and nsp attend to
+        guide, coarse, seen, cls = self.encode(image, views, ids_keep)       # guide, coarse: what mim and nsp attend to
 
         if weight["mim"]:                                                    # hidden patches from visible ones and the guide
             pred["mim"] = self.decoder(guide, seen, ids_keep, ids_mask)      # (B, M, C)
@@ -450,7 +453,7 @@ class Recognizer(nn.Module):
         self.encoder, self.charset, self.max_length, self.spell = encoder, charset, max_length, spell
         self.index = {c: i for i, c in enumerate(charset)}
         V = len(charset) + 3
-        self.end, self.pad, self.unknown, self.start = V - 3, V - 2, V - 1, V
+        self.end, self.pad, self.start = V - 3, V - 2, V                     # V - 1, unknown, is LMIM's and no target here
         self.proj = nn.Sequential(nn.Linear(encoder.width, width), nn.LayerNorm(width))
         self.embed = nn.Embedding(V + 1, width)
         row = (1, max_length + 1)                                            # of places, of which sincos's first half, x, is taken
@@ -500,14 +503,15 @@ class Recognizer(nn.Module):
         ids = torch.full((len(images), self.max_length + 1), self.end, device=images.device)
         probs, rows = torch.ones_like(ids, dtype=torch.float32), torch.arange(len(ids), device=ids.device)
         last, going = torch.full_like(rows, self.start), torch.ones_like(rows, dtype=torch.bool)
-        caches = [m[:, :, :, :0] for m in memory]
+        caches = [m[:, :, :, :0] for m in memory]                            # empty: (2, B, heads, 0, d)
         for t in range(self.max_length + 1):
             logits, caches = self.step(last[:, None], memory, caches)
             logits = logits[:, -1].float()
             logits[:, self.pad:] = -math.inf                                 # padding and unknown are never read
-            first = 0 if t < self.max_length else self.end                   # the longest word ends here
-            p, last = logits.softmax(-1)[:, first:].max(-1)
-            last = last + first
+            probabilities = logits.softmax(-1)
+            if t == self.max_length:
+                probabilities[:, :self.end] = -1                             # the longest word ends here
+            p, last = probabilities.max(-1)
             ids[rows, t], probs[rows, t] = last.where(going, self.end), p.where(going, 1.0)
             going = going & (last != self.end)
             left = going.sum().item()

@@ -324,6 +324,7 @@ class Run:
             yield self.put(images), labels, char_maps, rows
 
     def micro_batches(self, drawn=None):
+        """The body of the caller's loop runs inside the `with`: forward and backward are under no_sync, but for the last."""
         for i, part in enumerate(drawn or self.draw()):
             alone = self.world > 1 and i < self.args.accum_iter - 1         # ranks share gradients once a step
             with self.model.no_sync() if alone else contextlib.nullcontext():
@@ -341,7 +342,7 @@ class Run:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf)
         bad = (~torch.isfinite(norm)).float()
-        self.optimizer.found_inf = bad                                      # if this is 1, the fused step does nothing
+        self.optimizer.found_inf = bad                                      # 1: the fused step does nothing (float16: the scaler's own)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -431,14 +432,14 @@ def weight_groups(model, weight_decay, layer_decay=1.0):
 # ---- views, masks and pictures of pre-training
 
 def make_views(images, method, scales, generator, rows=None, strength=1.0):
-    """The guidance views of a row of METHODS, normalised: mim's guide, moved and bent, at full scale or the finest coarse
-    one; then nsp's, at every coarse scale, which stay in place, or else what they have to predict could not be known."""
+    """The views of a row of METHODS, normalised, as two lists: mim's guide, if it has its own, moved and bent, at full scale
+    or the finest coarse one; nsp's at every coarse scale, which stay in place, or what they have to predict could not be known."""
     def look(sizes, moved):
         view = guidance_view(images, generator, rows, moved, strength)                       # (B, 3, H, W) in [0, 1]
         return [normalize(coarse_view(view, s)) for s in sizes]
     coarse = look(scales, moved=False) if method["nsp"] else []
     guide = {"full": [(H, W)], "coarse": scales[-1:]}.get(method["guide"])
-    return (look(guide, moved=True) if guide else []) + coarse
+    return look(guide, moved=True) if guide else [], coarse
 
 def make_mask(n, args, encoder, generator, rows=None):
     """-> ids_keep (n, K), ids_mask (n, M): keeps the N - round(mask_ratio * N) patches of least noise, as many in every
@@ -453,7 +454,7 @@ def make_mask(n, args, encoder, generator, rows=None):
         corner, noise = noise.split([2, N], dim=1)
         y = (torch.arange(h) + (corner[:, :1] * a).long()) // a                               # (n, h) row of blocks
         x = (torch.arange(w) + (corner[:, 1:] * b).long()) // b                               # (n, w)
-        cell = (y[:, :, None] * (w // b + 1) + x[:, None, :]).flatten(1) % N                  # (n, N)
+        cell = (y[:, :, None] * ((w + b - 2) // b + 1) + x[:, None, :]).flatten(1)            # (n, N): which block
         noise = noise.gather(1, cell) + 1e-4 * noise
     ids, K = noise.argsort(dim=1), min(max(N - round(args.mask_ratio * N), 1), N - 1)
     return ids[:, :K], ids[:, K:]
@@ -481,7 +482,8 @@ def draw_samples(training, images, path):
         return unpatchify(x, grid, patch) / 2 + 0.5
 
     enlarge = lambda view: F.interpolate(view, images.shape[-2:]) / 2 + 0.5
-    guide, coarse = model.split(views)
+    guide, coarse = views
+    guide = coarse if model.method["guide"] == "still" else guide
     visible = fill(torch.zeros_like(pixels)[:, :ids_mask.shape[1]], ids_mask, pixels)
     columns = [("crop", image / 2 + 0.5)]
     for name, pred in predicted.items():
@@ -559,16 +561,19 @@ def main():
     few = read_batch(range(min(64, len(source))), source)[0][:8]             # some may be damaged
 
     for step in training.steps():
-        parts, cls = [], None
+        parts, everyone = [], None
         for images, _, _, rows in training.draw():
             views = make_views(images, method, model.scales, training.generator(0), rows, args.guidance_strength)
             ids = make_mask(len(images), args, model.encoder, training.generator(1), rows)
             parts.append((normalize(images), views, *map(training.put, ids)))
-        if args.accum_iter > 1 and method["align"] and form == "infonce":   # it compares [cls] of the whole step
+        if args.accum_iter > 1 and method["align"] and form == "infonce":   # it compares [cls] of the whole step (GradCache)
             with torch.no_grad(), training.autocast():
-                cls = [model.encode(*part[:3])[2] for part in parts]
+                everyone = [model.encode(*part[:3])[-1] for part in parts]  # for each part, [cls] of each view
         for i, part in enumerate(training.micro_batches(parts)):            # image, views, ids_keep, ids_mask
-            others = cls and (args.accum_iter, [torch.cat(scale) for scale in zip(*cls[:i], *cls[i + 1:])])
+            others = None
+            if everyone:
+                rest = everyone[:i] + everyone[i + 1:]
+                others = args.accum_iter, [torch.cat(view) for view in zip(*rest)]
             with training.autocast():
                 loss, terms, _ = training.model(*part, others=others)
             training.backward(loss, terms)

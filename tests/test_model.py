@@ -31,8 +31,8 @@ def batch(method="mnsp", n=4, scales=((16, 64),), teacher=None, seed=0):
     m = Pretrainer(method, "vit_nano", scales, teacher)
     image = torch.rand(n, 3, 32, 128) * 2 - 1
     look = torch.rand(n, 3, 32, 128) * 2 - 1
-    views = [F.adaptive_avg_pool2d(look, s) for s in scales] if m.method["nsp"] else []
-    views = {"none": [], "still": [], "full": [-look], "coarse": [F.adaptive_avg_pool2d(-look, scales[-1])]}[m.method["guide"]] + views
+    coarse = [F.adaptive_avg_pool2d(look, s) for s in scales] if m.method["nsp"] else []
+    views = {"none": [], "still": [], "full": [-look], "coarse": [F.adaptive_avg_pool2d(-look, scales[-1])]}[m.method["guide"]], coarse
     ids_keep, ids_mask = hide(n, m.encoder.grid, seed=seed)
     return m, image, views, ids_keep, ids_mask
 
@@ -253,7 +253,7 @@ def test_nsp_cannot_see_the_fine_scale(scales):
     with torch.no_grad():
         loss, _, pred = m.eval()(image, views, ids_keep, ids_mask)
         other, _, same = m(torch.randn_like(image), views, ids_keep, ids_mask)
-        _, _, changed = m(image, [v + 0.5 * torch.randn_like(v) for v in views], ids_keep, ids_mask)
+        _, _, changed = m(image, [[v + 0.5 * torch.randn_like(v) for v in group] for group in views], ids_keep, ids_mask)
     assert torch.equal(pred["nsp"], same["nsp"]) and loss != other and not torch.allclose(pred["nsp"], changed["nsp"])
 
 
@@ -268,7 +268,7 @@ def test_mim_does_not_see_hidden_pixels(method):
         _, _, pred = m.eval()(image, views, ids_keep, ids_mask)
         _, _, same = m(image + cover * torch.randn_like(image), views, ids_keep, ids_mask)
         _, _, changed = m(image + (1 - cover) * torch.randn_like(image), views, ids_keep, ids_mask)
-        _, _, other = m(image, [v + 0.5 * torch.randn_like(v) for v in views], ids_keep, ids_mask)
+        _, _, other = m(image, [[v + 0.5 * torch.randn_like(v) for v in group] for group in views], ids_keep, ids_mask)
     assert torch.equal(pred["mim"], same["mim"]) and not torch.allclose(pred["mim"], changed["mim"])
     assert torch.equal(pred["mim"], other["mim"]) == (m.method["guide"] == "none")
 

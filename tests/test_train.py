@@ -468,6 +468,7 @@ def test_loader_processes_end_with_the_run(tmp_path):
     ("pretrain.py", ["--data", "nowhere"], "nowhere"),
     ("pretrain.py", ["--out_dir", "README.md/run"], "README.md/run"),
     ("pretrain.py", ["--batch_size", "0"], "pretrain.py: --batch_size 0: expected a number in [1, inf)"),
+    ("pretrain.py", ["--batch_size", "1.5"], "pretrain.py: --batch_size 1.5: expected a number in [1, inf), whole"),
     ("pretrain.py", ["--method", "byol"], "byol"),
     ("pretrain.py", ["--mask_ratio", "1.4"], "1.4: expected a number in (0, 1)"),
     ("pretrain.py", ["--teacher", "README.md"], "README.md"),
