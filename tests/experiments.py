@@ -32,6 +32,7 @@ PRETRAINING = {  # name: flags of pretrain.py, {run} being its checkpoint; the f
     "mim_.6": "--method mim --mask_ratio 0.6", "mnsp_.6": "--method mnsp --mask_ratio 0.6",
     "mim_x2": "--method mim --max_steps 8000", "mnsp_x2": "--method mnsp --max_steps 8000",   # mim_x2 takes as long as mnsp
     "mnsp_none_x2": "--method mnsp --guide none --max_steps 8000", "lmim_x2": "--method lmim --max_steps 8000",
+    "nsp_x2": "--method nsp --max_steps 8000",
     "mnsp_no_mla": "--method mnsp --align none",
     "mnsp_mse": "--method mnsp --align mse --align_weight 1", "mnsp_mse_.1": "--method mnsp --align mse --align_weight 0.1",
     "mnsp_infonce_.1": "--method mnsp --align infonce --align_weight 0.1", "mnsp_infonce_1": "--method mnsp --align infonce --align_weight 1",
