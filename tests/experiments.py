@@ -49,6 +49,7 @@ PRETRAINING = {  # name: flags of pretrain.py, {run} being its checkpoint; the f
 }
 TABLE1 = list(PRETRAINING)[:7]
 SEVERAL = (*TABLE1, "mnsp_none")                                            # whose every seed is run
+EQUAL_TIME = ("mim_x2", "nsp_x2", "lmim", "lmim_no_align", "mnsp")          # a step of the last three takes about twice as long
 STEPS = 4000
 SHARES = {  # steps of fine-tuning; how many of the real labels, the part of `split` that has them, and how often it counts
     "tenth": (2000, "a tenth", "tenth", 60), "tenth_long": (8000, "a tenth", "tenth", 60), "all": (8000, "all", "fit", 6)}
@@ -246,6 +247,9 @@ def tables(found):
             body.append([f"`{name}`", *sets, mean_sd(of(runs, "average")), seeds(runs)])
         table(f"Words read (%) after {steps:,} steps of fine-tuning on 200,000 rendered words and {labels} of the real ones",
               ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "seeds"], body)
+    body = [[f"`{name}`", f"{STEPS * (1 + name.endswith('_x2')):,}", mean_sd(of(name + "-s{}-tenth", "average")[:1])] for name in EQUAL_TIME]
+    table("Words read (%) after pre-training for about the same time, then 2,000 steps of fine-tuning, a tenth of the real words (first seed)",
+          ["pre-training", "its steps", "average"], [row for row in body if row[-1] != "-"])
     body, usual = [], found.get("mim-s0", {}).get("cpu")               # speeds of another CPU compare with nothing
     for name in PRETRAINING:
         last = lambda key, form="{:.3f}": mean_sd(of(name + "-s{}", key), form)
