@@ -291,7 +291,7 @@ def mse(pred, target):
 
 def align_mse(a, b, crops=None):
     """LMIM's: mean square difference, gradients through both sides. [cls] collapse (watch `spread`), and
-    if the target is pixels, not features, `lmim` then learns little that helps to read (README, "Which method")."""
+    if the target is pixels, not features, `lmim` at this weight learns little that helps to read (README, "Which method")."""
     return mse(a, b)
 
 def align_infonce(a, b, crops=None, temperature=0.2):

@@ -523,8 +523,8 @@ def main():
         help="what mim's decoder sees besides visible patches: a look that is moved and bent, of full or coarse size; "
         "still: nsp's own, in place; left out: the method's own")
     add("--align", choices=[*ALIGN, "none"],
-        help="how [cls] tokens are brought together; left out: the method's own; none suits lmim if there is no --teacher")
-    add("--align_weight", type=within("[0, inf)"), help="weight of that term; left out: the method's own, or mnsp's")
+        help="how [cls] tokens are brought together; left out: the method's own")
+    add("--align_weight", type=within("[0, inf)"), help="weight of that term; left out: the method's own, or mnsp's; 0.02 suits lmim without a --teacher")
     add("--out_dir", help="where to write; left out: out/METHOD")
     args = parse(parser, RECIPES)
     args.out_dir = args.out_dir or os.path.join("out", args.method)
