@@ -190,14 +190,12 @@ def fit_labels(source, chars, max_length):
         if isinstance(part, Synth) and not fit_label(part.charset, chars, len(part.charset))[1] and max_length >= MAX_LENGTH:
             continue                        # a million drawn words need not be asked one by one
         for i in range(len(part)):
-            try:
+            with suppress(Damaged):             # the loader names and counts it
                 text, reason = fit_label(part.label(i), chars, max_length)
-            except Damaged:
-                continue
-            if reason:
-                fits[start + i] = False
-                why[reason] += 1
-                odd.update(c for c in dict.fromkeys(text) if c not in chars)
+                if reason:
+                    fits[start + i] = False
+                    why[reason] += 1
+                    odd.update(c for c in dict.fromkeys(text) if c not in chars)
     report = [f"{source.name}: {fits.sum():,} of {len(source):,} labels fit", *(f"{n:,} {x}" for x, n in why.items())]
     blame = f" ({', '.join(f'{c!r} {n:,}' for c, n in odd.most_common(8))})" if odd else ""
     return Parts([source], source.name, fits.nonzero()[0]), ", ".join(report) + blame
@@ -231,7 +229,7 @@ def font_files(folder=None):
     files = [None]
     for place in (*FONT_FOLDERS, folder) if folder else FONT_FOLDERS:
         found = sorted(pathlib.Path(os.path.expanduser(os.path.expandvars(place))).rglob("*.[oOtT][tT][cCfF]"))
-        files += [str(path) for path in found if not re.search(NO_LETTERS, path.name)]
+        files += [str(path) for path in found if place == folder or not re.search(NO_LETTERS, path.name)]
     if folder and not found:
         raise UserError(f"--fonts {folder}: no .ttf, .otf or .ttc file in it; give a folder that holds some")
     return files
@@ -335,14 +333,16 @@ def worn(rng, image, a):
 
 class Synth(Source):
     """n rendered words; crop i is a pure function of (seed, i), whatever the process, the worker or the order.
-    fonts: a folder of more fonts. charset: the letters to use; unless they are ASCII its words are random letters.
+    fonts: a folder of more fonts. charset: the characters to use; its words are English if that is ASCII and has all of a to z,
+    else random letters (of its characters, if it has no letter).
     Pictures depend on the installed fonts, words on the Python version: another machine draws another set."""
     name = "synth"
 
     def __init__(self, n=SYNTH_N, seed=0, fonts=None, charset=None):
         self.n, self.seed, self.fonts = n, seed, font_files(fonts)
         self.charset = "".join((charset or PRINTABLE).split())
-        self.foreign = [] if self.charset.isascii() else [c for c in self.charset if c.isalpha() or not c.isascii()]
+        english = self.charset.isascii() and set(PRINTABLE[64:90]) <= set(self.charset.lower())
+        self.foreign = [] if english else [c for c in self.charset if c.isalpha() or not c.isascii()] or list(self.charset)
         if charset:
             lack = {font: [char for char in self.charset if not glyph(font, 40, 0, char)] for font in self.fonts}
             self.fonts = [font for font in lack if not lack[font]]
@@ -680,16 +680,16 @@ def focus(images, sigma, sharpen):
     padded = F.pad(images, (3, 3, 3, 3), mode="replicate").view(1, b * c, h + 6, w + 6)
     return F.conv2d(padded, kernel.repeat_interleave(c, 0)[:, None], groups=b * c).view(b, c, h, w)
 
-def recolour(images, bright, contrast, fade, saturation, hue):
-    """Brightness, contrast about the crop's mean grey, contrast about mid-grey, saturation (factors (B,)) and hue
+def recolour(images, bright, contrast, haze, saturation, hue):
+    """Brightness, contrast about the crop's mean grey, contrast about mid-grey (`haze`), saturation (factors (B,)) and hue
     (turns): one 3 x 4 colour matrix for each crop."""
     grey, quarter = fixed(LUMA, images.device), fixed(QUARTER, images.device)
     column = lambda numbers: numbers[:, None, None]
     cos, sin = column(torch.cos(2 * math.pi * hue)), column(torch.sin(2 * math.pi * hue))
     onto = grey.expand(3, 3)                                            # a colour's grey, which the next line keeps
     colour = onto + column(saturation) * (cos * (torch.eye(3, device=images.device) - onto) + sin * quarter)
-    offset = fade * (1 - contrast) * bright * (images.mean((2, 3)) @ grey) + .5 * (1 - fade)
-    colour = column(fade * contrast * bright) * colour
+    offset = haze * (1 - contrast) * bright * (images.mean((2, 3)) @ grey) + .5 * (1 - haze)
+    colour = column(haze * contrast * bright) * colour
     return torch.baddbmm(column(offset), colour, images.flatten(2)).view_as(images).clamp_(0, 1)
 
 TAPE = torch.rand(2 ** 20, generator=torch.Generator().manual_seed(0)) - .5
@@ -847,7 +847,8 @@ def draw_sheet(rows, path):
     cells = ((x * w + 6, sum(tall[:k]), tall[k], *cell) for k, row in enumerate(rows) for x, cell in enumerate(row))
     for x, y, h, picture, pieces in cells:
         pieces = [(text[:200].replace("\n", " "), colour) for text, colour in pieces]
-        base, size, line = *((min(46, h - 12), 24) if picture is None else (84, 14)), "".join(text for text, _ in pieces)
+        base, size = (min(46, h - 12), 24) if picture is None else (84, 14)
+        line = "".join(text for text, _ in pieces)
         if picture is not None:
             picture = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
             sheet.paste(picture.resize((2 * W, 2 * H), Image.Resampling.NEAREST), (x, y + 4))
@@ -994,7 +995,7 @@ def main():
     add("--coarse", metavar="HxW", help="beside each crop its area average of that size, such as 16x64")
     add = commands.choices["check"].add_argument
     add("--against", nargs="+", metavar="TEST", help="test sets: find the crops that they hold too")
-    add("--alike", type=float, default=.9, help="likeness of near duplicates; lower finds more, and wrong ones")
+    add("--alike", type=within("[0, inf)"), default=.9, help="likeness of near duplicates; lower finds more, and wrong ones")
     add("--write_list", metavar="FILE", help="write what --against finds, for pack --without")
     add = commands.choices["pack"].add_argument
     add("out", metavar="OUT", help="a new folder for data.mdb")

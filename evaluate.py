@@ -150,12 +150,14 @@ def print_table(result):
     line("average", "", "", result["average"], "", "", *beside("average"))
     line("weighted", "", "", result["weighted"])
     other = "" if result["protocol"] == "waics" else f"; not comparable with {result['protocol']}"
-    print(f"{', '.join(columns)}: as published, protocol waics, original labels{other}\n" if columns else "", end="")
+    print(f"{', '.join(columns)}: as published, protocol waics; LMIM's paper: original labels{other}\n" if columns else "", end="")
+
+    def accuracies(view):
+        return {name: one["accuracy"] for name, one in view["sets"].items()} | {"average": view["average"]}
     for kind in ("heights", "rotations"):
         for value, view in result.get(kind, {}).items():
             print(f"\n{kind[:-1]} {value}, and the change")
-            for name in (*sets, "average"):
-                a, b = (each["sets"].get(name, {"accuracy": each["average"]})["accuracy"] for each in (view, result))
+            for (name, a), b in zip(accuracies(view).items(), accuracies(result).values()):
                 line(name, "", "", a, "-" if None in (a, b) else f"{a - b:+.2f}")
 
 # ---- reading
@@ -373,8 +375,7 @@ def main():
         result = summary({os.path.basename(args.score): one}, args.protocol)
         print_table(result)
     else:
-        device = data.device(args.device)
-        reader, sources = load_recognizer(args.ckpt, device, args.dtype), {}
+        reader, sources = load_recognizer(args.ckpt, data.device(args.device), args.dtype), {}
         args.protocol = args.protocol or default_protocol(reader.model.charset)
     if args.images:
         source = data.Files([(path, None) for path in args.images], "", "--images", args.rotate_tall)
@@ -398,7 +399,7 @@ def main():
         if world > 1:
             dist.init_process_group("gloo")                                      # only readings travel, from CPU to CPU
         if rank == 0:
-            print(f"{' '.join(sys.argv)}\ntorch {torch.__version__}  {device} x{world}  {args.dtype}\n"
+            print(f"{' '.join(sys.argv)}\ntorch {torch.__version__}  {reader.device} x{world}  {args.dtype}\n"
                   f"{sum(p.numel() for p in reader.model.parameters()) / 1e6:.2f} M parameters, "
                   f"{len(reader.model.charset)} characters, {sum(map(len, sources.values())):,} crops")
         result = evaluate(reader, sources, args, rank, world)

@@ -112,7 +112,7 @@ def main():
     add("--charset", default="94", help="36 (case folded), 62, 94, or a UTF-8 file of the characters of your script")
     add("--max_length", type=within("[1, inf)", int), default=25, help="longest word, in characters; 40 for lines of Chinese")
     add("--layer_decay", type=share, default=0.75, help="each encoder layer learns at this share of the next's rate")
-    add("--drop_path", type=within("[0, 1)"), default=0.1, help="share of encoder branches skipped; 0 for short runs")
+    add("--drop_path", type=within("[0, 1)"), default=0.1, help="share of branches skipped in the encoder's last block, less below; 0 for short runs")
     add("--dropout", type=within("[0, 1)"), default=0.1, help="in attention, FFN and embeddings; 0 for short runs")
     add("--label_fraction", type=share, default=1.0, help="train on this share of each SRC, drawn once by --seed")
     add("--freeze_encoder", action="store_true", help="train all but the encoder, to measure what it holds")

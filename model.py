@@ -321,18 +321,18 @@ def spread(cls):
 class Pretrainer(nn.Module):
     """One model and one loss path for every row of METHODS."""
 
-    def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None):
+    def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None, rank_crops=None):
         super().__init__()
         self.method = METHODS[method] if isinstance(method, str) else method
         guide, nsp = self.method["guide"], self.method["nsp"]
         self.scales = [tuple(s) for s in (scales if nsp else scales[-1:] if guide == "coarse" else ())]
         self.encoder = ViT(**MODELS[model]["encoder"], scales=self.scales)
         self.__dict__["teacher"] = teacher and teacher.requires_grad_(False).eval()  # no part of the model: not trained, not saved
-        self.grids = [self.encoder.grid_of(s) for s in [*self.scales[1:], self.encoder.size]]  # those that are predicted
+        self.grids = [self.encoder.grid_of(s) for s in [*self.scales[1:], self.encoder.size]]  # predicted: all but the coarsest
         out = teacher.width if teacher else 3 * math.prod(self.encoder.patch)
         self.decoder = Decoder(self.encoder.width, out, self.grids, seen=self.method["mim"] > 0, cross=bool(nsp or guide != "none"),
                                **MODELS[model]["decoder"])
-        self.rank_crops = None                                               # of one rank in a step, for InfoNCE over ranks
+        self.rank_crops = rank_crops                                         # of one rank in a step, for InfoNCE over ranks
 
     @torch.no_grad()
     def target(self, image):
@@ -346,25 +346,23 @@ class Pretrainer(nn.Module):
         return [F.layer_norm(tokens, tokens.shape[-1:]) for tokens in grids]
 
     def encode(self, image, views, ids_keep):
-        """Lists of tokens (B, 1+N', D): what mim's decoder sees beside visible patches, what nsp's sees; the visible patches'
-        (B, 1+K, D), or None; a list of the [cls] (B, D) of mim's guide, nsp's views and the masked crop, as far as there are."""
+        """Lists of tokens (B, 1+N', D): what mim's decoder sees besides visible patches, what nsp's sees; the visible patches'
+        (B, 1+K, D), or None; a list of the [cls] (B, D) of mim's guide, nsp's views and the masked crop, where there are such."""
         guide, coarse = ([self.encoder(view) for view in group] for group in views)
         seen = self.encoder(image, ids_keep) if self.method["mim"] else None
         cls = [tokens[:, 0] for tokens in (*guide, *coarse, seen) if tokens is not None]
         return coarse if self.method["guide"] == "still" else guide, coarse, seen, cls
 
     def agree(self, cls, others):
-        """How far [cls] of neighbouring views are from agreeing, mean over the pairs: (guide, coarse), (coarse, masked crop) in
-        mnsp, (guide, masked crop) in lmim. `others`: (micro-batches in the step, [cls] of the other ones, without gradients): by
+        """How far [cls] of neighbouring views are from agreeing, mean over the pairs: (guide, nsp's view), (nsp's view, masked
+        crop) in mnsp, (guide, masked crop) in lmim. `others`: `cls` of each other micro-batch of the step, without gradients: by
         GradCache (2101.06983) each micro-batch adds its share of one large batch's gradient."""
-        parts = 1
-        if others is not None:
-            parts, cls = others[0], [torch.cat(pair) for pair in zip(cls, others[1])]
+        cls = [torch.cat(view) for view in zip(cls, *others)]
         pairs = list(zip(cls, cls[1:]))
         align = sum(ALIGN[self.method["form"]](a, b, self.rank_crops) for a, b in pairs) / len(pairs)
-        return align + (parts - 1) * (align - align.detach())                # `parts` times its gradient: Run.backward divides by parts
+        return align + len(others) * (align - align.detach())                # same value, n times the gradient: Run.backward divides by n parts
 
-    def forward(self, image, views, ids_keep, ids_mask, others=None):
+    def forward(self, image, views, ids_keep, ids_mask, others=()):
         """image (B, 3, H, W); views: two lists, `make_views` of pretrain.py; ids_keep (B, K), ids_mask (B, M) -> (loss, terms
         weighted, pred: what mim and nsp predict of the fine scale, (B, M, C) and (B, N, C))."""
         weight, terms, pred = self.method, {}, {}

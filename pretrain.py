@@ -61,7 +61,7 @@ def training_flags(parser):
     add("--workers", type=within("[0, inf)", int), default=min(4, os.cpu_count()),
         help="processes that read crops, for each rank; more if 'wait' is high")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="of matrix products; auto takes bfloat16 where the device has it")
+        help="of matrix products; auto: bfloat16 where the device has it, else float16 on a GPU, float32 on a CPU")
     add("--compile", action="store_true", help="some minutes' wait, then faster; a CPU gains little, and needs a C++ compiler")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a CUDA GPU if there is one")
     add("--resume", action="store_true", help="go on from --out_dir's checkpoint, or start if there is none")
@@ -128,8 +128,6 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.crops = args.batch_size * args.accum_iter * self.world         # a step, all ranks
         self.device = device(args.device)
-        if self.device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = True
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=meet(self.rank, self.world),
                                     rank=self.rank, world_size=self.world)
@@ -248,7 +246,8 @@ class Run:
     def save(self, name="last.pt"):
         """False, on every rank, if the checkpoint could not be written. Every rank calls this, for what is counted over all of them."""
         damage = self.over_ranks(self.damage.seen, self.damage.bad)
-        return not self.over_ranks(self.rank == 0 and not self.write_checkpoint(name, damage))[0]
+        failed = self.rank == 0 and not self.write_checkpoint(name, damage)     # rank 0 alone writes
+        return self.over_ranks(failed)[0] == 0
 
     def write_checkpoint(self, name, damage):
         """To a temporary file, which is flushed and renamed; the old last.pt becomes prev.pt. False if that failed."""
@@ -541,7 +540,7 @@ def main():
         method.update(form=args.align, align=0.0 if args.align == "none" else method["align"] or METHODS["mnsp"]["align"])
     method.update(align=method["align"] if args.align_weight is None else args.align_weight)
     guide, mim, nsp, form = method["guide"], method["mim"] > 0, method["nsp"] > 0, method.get("form")
-    if guide not in GUIDES or not (mim or nsp) or guide != "none" and not mim or guide == "still" and not nsp:
+    if not {"none": mim or nsp, "full": mim, "coarse": mim, "still": mim and nsp}.get(guide):
         parser.error(f"--method {args.method} --guide {guide}: expected one of {' '.join(GUIDES)}, and a weight for mim or "
                      "nsp; a guide needs mim, and still needs nsp too")
     n_cls = (guide in ("full", "coarse")) + len(scales) * nsp + mim         # one of each view, one of the masked crop
@@ -551,31 +550,25 @@ def main():
     args.objective = method                                                 # --resume refuses another
     training = Run(args)
     source = open_sources(args.data, fonts=args.fonts, rotate_tall=args.rotate_tall, labels=False)
-    teacher = None
-    if args.teacher:
-        teacher = load_encoder(args.teacher).to(training.device)
+    teacher = load_encoder(args.teacher).to(training.device) if args.teacher else None
+    if teacher:
         training.say(f"--teacher {args.teacher}: all {teacher.matched} tensors loaded")
-    model = Pretrainer(method, args.model, scales, teacher)
-    model.rank_crops = args.batch_size * args.accum_iter
+    model = Pretrainer(method, args.model, scales, teacher, args.batch_size * args.accum_iter)
     training.prepare(model, source)
     few = read_batch(range(min(64, len(source))), source)[0][:8]             # some may be damaged
 
     for step in training.steps():
-        parts, everyone = [], None
+        parts, everyone = [], []
         for images, _, _, rows in training.draw():
             views = make_views(images, method, model.scales, training.generator(0), rows, args.guidance_strength)
             ids = make_mask(len(images), args, model.encoder, training.generator(1), rows)
             parts.append((normalize(images), views, *map(training.put, ids)))
-        if args.accum_iter > 1 and method["align"] and form == "infonce":   # it compares [cls] of the whole step (GradCache)
-            with torch.no_grad(), training.autocast():
+        if args.accum_iter > 1 and method["align"] and form == "infonce":   # it needs every [cls] of the step: a first pass
+            with torch.no_grad(), training.autocast():                      # without gradients (GradCache)
                 everyone = [model.encode(*part[:3])[-1] for part in parts]  # for each part, [cls] of each view
         for i, part in enumerate(training.micro_batches(parts)):            # image, views, ids_keep, ids_mask
-            others = None
-            if everyone:
-                rest = everyone[:i] + everyone[i + 1:]
-                others = args.accum_iter, [torch.cat(view) for view in zip(*rest)]
             with training.autocast():
-                loss, terms, _ = training.model(*part, others=others)
+                loss, terms, _ = training.model(*part, others=everyone[:i] + everyone[i + 1:])
             training.backward(loss, terms)
         training.update()
 

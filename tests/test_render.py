@@ -119,13 +119,14 @@ def test_crops_vary():
     assert .4 < np.mean(lighter) < .6 and np.mean(np.array(spread) < 6) < .1
 
 
-@pytest.mark.parametrize("charset", ["0123456789abcdefghijklmnopqrstuvwxyz", "XYZ", "7"])
+@pytest.mark.parametrize("charset", ["0123456789abcdefghijklmnopqrstuvwxyz", "0123456789", "ABCDEF0123456789", "7"])
 def test_ascii_charset(charset):
-    """A letter outside the charset cannot be learned; filtering it out must not leave an empty label."""
+    """A letter outside the charset cannot be learned; filtering it out must not leave an empty label, nor, where the charset
+    has few letters or none, one character of each word."""
     synth = Synth(300, charset=charset)
     labels = [synth.label(i) for i in range(300)]
     assert all(0 < len(label) <= 25 and set(label) <= set(charset) for label in labels)
-    assert synth.get(0).label == labels[0]
+    assert synth.get(0).label == labels[0] and 4 < np.mean(list(map(len, labels))) < 7
     if "a" in charset:
         assert sum(label in render.vocabulary().get(len(label), ()) for label in labels) > 120
 
@@ -153,6 +154,12 @@ def test_folder_without_fonts(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match="--fonts"):
             Synth(3, fonts=str(folder))
+
+
+def test_folder_of_fonts_is_taken_whole(tmp_path):
+    """What names a system's fonts of symbols is part of honest names too: a user's Reading.ttf must not go in silence."""
+    (tmp_path / "Reading.ttf").write_bytes(b"")
+    assert str(tmp_path / "Reading.ttf") in render.font_files(str(tmp_path))
 
 
 def test_broken_font_is_passed_over(tmp_path):
