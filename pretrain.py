@@ -45,7 +45,7 @@ def training_flags(parser):
         "images; SRC@5 is seen five times as often")
     add("--fonts", help="a folder of .ttf or .otf files for rendered words, besides those of the system")
     add("--rotate_tall", action="store_true", help="turn crops much taller than wide; for data with vertical words")
-    add("--max_damaged", type=within("(0, 1)"), default=.01, help="stop if of 100 crops or more a larger share is unreadable")
+    add("--max_damaged", type=within("(0, 1)"), default=.01, help="stop if more of the crops are unreadable, chance allowed for")
     add("--batch_size", type=count, default=64, help="crops a process and micro-step; lower it if memory runs out")
     add("--accum_iter", type=count, default=1, help="micro-steps that add up to a step; raise it as --batch_size falls")
     add("--epochs", type=within("(0, 1e9)"), default=10, help="passes over --data")
@@ -171,7 +171,8 @@ class Run:
             yield
         except (OSError, RuntimeError) as e:                                # torch's writer puts a RuntimeError on top
             why = str(e.__context__ or e).partition("\n")[0]
-            self.say(f"step {self.step}: could not write {path} ({why}); training goes on, what was there stays")
+            with contextlib.suppress(OSError):                              # what is said may go to a file on that disk
+                self.say(f"step {self.step}: could not write {path} ({why}); training goes on, what was there stays")
 
     # -- checkpoints
 
@@ -210,7 +211,7 @@ class Run:
         """Puts model, optimizer (AdamW; its betas are MAE's) and data in place, at the very step where the checkpoint is. With
         `char_maps` crops come with the pixels of each character, where they are known."""
         args = self.args
-        self.raw = model.to(self.device)
+        self.raw, self.n = model.to(self.device), len(source)
         self.total = args.max_steps or max(1, round(args.epochs * len(source) / self.crops))
         self.warmup = max(1, round(self.total * min(1, args.warmup_epochs / args.epochs)))
         self.lr = args.lr or args.blr * self.crops / 256
@@ -228,6 +229,10 @@ class Run:
                 self.damage.seen, self.damage.bad = map(int, self.loaded["data"].get("damage", (0, 0)))
             self.scaler.load_state_dict(self.loaded["scaler"] or self.scaler.state_dict())
             self.say(f"resuming {self.loaded.pop('path')} at step {self.step}")
+            had = self.loaded["data"].get("n", self.n)
+            if had != self.n:
+                raise UserError(f"--resume: --data held {had:,} crops and holds {self.n:,} now: their order would be another; "
+                                "name another --out_dir")
         self.loaded = None                                                  # frees its memory
         if self.over_ranks(self.step)[0] != self.step * self.world:
             raise UserError(f"--out_dir {self.out}: rank {self.rank} found another checkpoint than the rest; "
@@ -254,7 +259,7 @@ class Run:
         path = os.path.join(self.out, name)
         state = dict(model=self.raw.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
                      args=vars(self.args), rng=dict(seed=self.args.seed, step=self.step), bad=self.bad.tolist(),
-                     data=dict(position=self.step * self.crops, crops=self.crops, damage=damage),
+                     data=dict(position=self.step * self.crops, crops=self.crops, n=self.n, damage=damage),
                      scaler=self.scaler.state_dict(), **self.more)
         if not all(p.isfinite().all() for p in self.raw.parameters()):
             self.say(f"step {self.step}: the weights are not finite and were not saved; lower --lr or --blr")
@@ -308,6 +313,8 @@ class Run:
             self.say(f"stopped by a signal at step {self.step}; add --resume to go on")
         if not saved:
             raise UserError(f"{self.out}: the last checkpoint was not written; mend the reason above and add --resume")
+        if self.step < self.total:
+            raise KeyboardInterrupt                                         # status 130: nothing that builds on this run may follow
 
     def draw(self):
         """The crops of a step, as `accum_iter` micro-batches: images, labels, char_maps, rows in the global batch."""

@@ -158,10 +158,8 @@ def work(job, out):
             with open(log, "a") as file:
                 status = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                                         pass_fds=[lock.fileno()]).returncode
-            with open(log) as file:
-                stopped = "stopped by a signal" in "".join(file.readlines()[-3:])
-            if status or stopped:
-                raise UserError(f"{job.name}: `{' '.join(command)}` {'was stopped' if stopped else f'ended with {status}'}; see {log}")
+            if status:
+                raise UserError(f"{job.name}: `{' '.join(command)}` ended with {status}; see {log}")
         with open(os.path.join(job.folder(out), "done.json"), "w") as file:
             json.dump(dict(seconds=time.time() - start, cpu=cpu()), file)
     return True

@@ -74,7 +74,7 @@ class Training:
         self.command = [os.path.join(ROOT, "pretrain.py"), *flags.split(), out]
         shutil.rmtree(out, ignore_errors=True)
         os.makedirs(out)
-        self.started = [self.start(flags) for flags in self.torchruns]
+        self.started, self.left = [self.start(flags) for flags in self.torchruns], None
 
     def start(self, flags):
         before = ["-m", "torch.distributed.run", *flags] if flags else []
@@ -115,7 +115,10 @@ class Training:
         return max((r["step"] for r in rows(self.out)), default=0)
 
     def writing(self):
-        return os.path.exists(os.path.join(self.out, "last.pt.tmp"))
+        """A checkpoint is being written, and is not what an earlier kill left."""
+        with contextlib.suppress(OSError):
+            return os.stat(os.path.join(self.out, "last.pt.tmp")).st_mtime_ns != self.left
+        return False
 
     def taken_up(self):
         """The steps at which it went on from a checkpoint so far."""
@@ -140,6 +143,8 @@ def campaign(args, training, kill):
         times = len(training.taken_up())
         whom = kill(rng)
         reached, caught = training.step(), training.writing()
+        with contextlib.suppress(OSError):
+            training.left = os.stat(os.path.join(training.out, "last.pt.tmp")).st_mtime_ns
         torn += caught
         if glob.glob(os.path.join(training.out, "*.pt")):
             training.until("going on", lambda: len(training.taken_up()) > times)

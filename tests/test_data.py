@@ -434,16 +434,22 @@ def test_fuzz(tmp_path):
 
 
 def test_damage_count(capsys):
-    """One damaged crop in the first batch stops a run; or a limit is never judged; or it blames nobody, or too many."""
+    """A few damaged crops in the first batches stop a run whose share is lower; or a limit is never judged; or it blames
+    nobody, or too many."""
     count = data.DamageCount(.01)
     count.add(50, ["a"])
     count.add(50, [])
-    assert capsys.readouterr().out == "damaged, left out: a\n"
-    with pytest.raises(UserError, match="2 of 110 crops are damaged, more than --max_damaged 0.01: a; b"):
-        count.add(10, ["b"])
-    with pytest.raises(UserError, match="more than --max_damaged 0.01: a; b; 0; 1; 2; 3; 4; 5; 6; 7$"):
+    count.add(10, ["b", "c", "d"])                          # 4 of 110, where 1.1 are allowed: within three deviations, 4.2
+    assert capsys.readouterr().out == "".join(f"damaged, left out: {c}\n" for c in "abcd")
+    with pytest.raises(UserError, match="5 of 120 crops are damaged, more than --max_damaged 0.01: a; b; c; d; e"):
+        count.add(10, ["e"])
+    with pytest.raises(UserError, match="more than --max_damaged 0.01: a; b; c; d; e; 0; 1; 2; 3; 4$"):
         count.add(10, list("0123456789"))
-    assert capsys.readouterr().out.count("left out") == 9
+    assert capsys.readouterr().out.count("left out") == 6
+    count = data.DamageCount(.01)
+    with pytest.raises(UserError, match="more than --max_damaged"):
+        for _ in range(100):
+            count.add(50, ["x"])                            # twice the limit, found in the end
 
 
 # ---- labels

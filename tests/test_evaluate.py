@@ -490,6 +490,14 @@ def test_real_attention_maps_sum_to_one(bench):
     for weights in (own, letters):
         assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-4)
     assert not net.layers[-1].cross_attn._forward_pre_hooks and not net.encoder.blocks[-1].attn._forward_pre_hooks
+    # the encoder's maps by the definition, of the last block
+    block, inputs = net.encoder.blocks[-1], []
+    block.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    net.encoder(images)
+    q, k, _ = block.attn.qkv(block.norm1(inputs[0])).chunk(3, -1)
+    heads = zip(q.chunk(block.attn.heads, -1), k.chunk(block.attn.heads, -1))
+    maps = [torch.softmax(a @ b.transpose(1, 2) / a.shape[-1] ** 0.5, -1) for a, b in heads]
+    assert torch.allclose(sum(maps) / len(maps), own, atol=1e-5)
     # the letters' maps by the definition: softmax of q k' in each head, of the last layer, one letter after the other
     _, memory = net.encode(images)
     layer, seen = net.layers[-1].cross_attn, []

@@ -40,6 +40,12 @@ def losses(out):
     return [row["loss"] for row in map(json.loads, open(os.path.join(out, "log.jsonl"))) if "loss" in row]
 
 
+def moments(out):
+    """AdamW's second moments, summed: losses alone cannot show gradients that are a factor too large."""
+    state = torch.load(os.path.join(out, "last.pt"), weights_only=True)["optimizer"]["state"]
+    return sum(of["exp_avg_sq"].sum().item() for of in state.values())
+
+
 def weights(out, name="last.pt"):
     return torch.load(os.path.join(out, name), weights_only=True)["model"]
 
@@ -50,16 +56,16 @@ def same(a, b):
 
 # ---- one process, two, or accumulated gradients
 
-TWENTY = "--max_steps 20 --clip_grad 0 --save_every 20".split()
+TEN = "--max_steps 10 --clip_grad 0 --save_every 10".split()
 JOBS = {  # all without dropout
-    "mim": (pretrain, ["--method", "mim", *TWENTY]),
-    "nsp": (pretrain, ["--method", "nsp", *TWENTY]),
-    "lmim": (pretrain, ["--method", "lmim", *TWENTY]),
-    "mnsp": (pretrain, ["--method", "mnsp", *TWENTY]),
-    "finetune": (finetune, ["--val", "synth:37:1", *TWENTY]),
+    "mim": (pretrain, ["--method", "mim", *TEN]),
+    "nsp": (pretrain, ["--method", "nsp", *TEN]),
+    "lmim": (pretrain, ["--method", "lmim", *TEN]),
+    "mnsp": (pretrain, ["--method", "mnsp", *TEN]),
+    "finetune": (finetune, ["--val", "synth:37:1", *TEN, "--max_steps", "20"]),
 }
 DRIVER = """
-import json, math, os, sys
+import json, math, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch, data, finetune, pretrain
 rank, normalize, save, log = int(os.environ["RANK"]), pretrain.normalize, pretrain.Run.save, pretrain.Run.log
@@ -76,6 +82,11 @@ def main():
             log(run)
             if plant == "weights" and rank == 1 and run.step == 3:
                 next(run.raw.decoder.parameters()).data.fill_(math.nan)
+            if plant == "stop" and rank == 1 and run.step == 3:
+                signal.raise_signal(signal.SIGTERM)
+            if plant == "kill" and rank == 1 and run.step == 3 and not os.path.exists("killed"):
+                open("killed", "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
         def saved(run, name="last.pt"):
             torch.save(run.raw.state_dict(), f"{run.out}/rank{rank}.pt.weights")
             return save(run, name)
@@ -83,20 +94,20 @@ def main():
         sys.argv = [script, *flags]
         try:
             {"pretrain": pretrain, "finetune": finetune}[script].main()
-        except data.UserError as error:
-            print(f"rank {rank}: {error}", file=sys.stderr)
+        except (data.UserError, KeyboardInterrupt) as error:
+            print(f"rank {rank}: {error!r}", file=sys.stderr)
 data.run(main)
 """
 
 
-def two_ranks(folder, jobs):
-    """Runs {name: (script, flags, what is planted in rank 1)} one after the other, two ranks of 8 crops."""
+def two_ranks(folder, jobs, *flags):
+    """Runs {name: (script, flags, what is planted in rank 1)} one after the other, two ranks of 8 crops; more flags of torchrun."""
     jobs = {name: (script.__name__, [*TINY, "--batch_size", "8", *flags, "--out_dir", str(folder / name)], plant)
             for name, (script, flags, plant) in jobs.items()}
     (folder / "driver.py").write_text(DRIVER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags]
     return subprocess.run([*command, str(folder / "driver.py"), ROOT, json.dumps(list(jobs.values()))], text=True,
-                          capture_output=True, timeout=300)
+                          capture_output=True, timeout=300, cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +115,7 @@ def two(tmp_path_factory):
     """Folder of the runs of two ranks, and what the ranks said."""
     folder, mim = tmp_path_factory.mktemp("two"), ["--method", "mim"]
     planted = {"nan in data": (pretrain, mim, "data"),
-               "nan in weights": (pretrain, [*mim, "--max_bad_steps", "2"], "weights")}
+               "nan in weights": (pretrain, [*mim, "--max_bad_steps", "2"], "weights"), "stop": (pretrain, mim, "stop")}
     done = two_ranks(folder, {**{k: (*job, "") for k, job in JOBS.items()}, **planted})
     assert done.returncode == 0, done.stderr
     return folder, done.stderr
@@ -119,8 +130,13 @@ def whole():
 def test_two_processes_equal_one(go, two, whole, name):
     """Ranks that draw the same crops or masks, InfoNCE without the other rank's negatives, gradients summed and not
     averaged, validation that reads a word twice."""
-    one = whole[name] = losses(go(JOBS[name][0], *JOBS[name][1]))
+    out = go(JOBS[name][0], *JOBS[name][1])
+    one, squares = whole[name] = losses(out), moments(out)
     assert losses(two[0] / name) == pytest.approx(one, abs=1e-5 * max(1, one[0])) and len(set(one)) == len(one) > 5
+    assert moments(two[0] / name) == pytest.approx(squares, rel=.02)
+    if name == "finetune":
+        ned = [json.loads(open(os.path.join(run, "log.jsonl")).readlines()[-1])["val_ned"] for run in (out, two[0] / name)]
+        assert ned[0] == pytest.approx(ned[1]) and ned[0] > 0
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -128,9 +144,12 @@ def test_accumulated_gradients_equal_one_large_batch(go, whole, name):
     """A loss that is not divided by accum_iter, other masks, views or crops for the parts than for the whole, InfoNCE
     without the other parts' negatives, or means over a micro-batch's characters: words would weigh differently."""
     script, flags = JOBS[name]
-    parts = losses(go(script, *flags, "--batch_size", "4", "--accum_iter", "4", out="parts"))
-    one = whole.get(name) or losses(go(script, *flags, out="whole"))
-    assert parts == pytest.approx(one, abs=1e-5 * max(1, one[0]))
+    parts = go(script, *flags, "--batch_size", "4", "--accum_iter", "4", out="parts")
+    if name not in whole:
+        out = go(script, *flags, out="whole")
+        whole[name] = losses(out), moments(out)
+    one, squares = whole[name]
+    assert losses(parts) == pytest.approx(one, abs=1e-5 * max(1, one[0])) and moments(parts) == pytest.approx(squares, rel=.02)
 
 
 def test_one_rank_with_nan_is_everybodys(two):
@@ -140,9 +159,23 @@ def test_one_rank_with_nan_is_everybodys(two):
     ranks = [torch.load(folder / "nan in data" / f"rank{r}.pt.weights") for r in (0, 1)]
     assert [row["bad_steps"] for row in rows] == [0, 0, 1, 1, 1, 1] and same(*ranks) and rows[-1]["loss"] < 10
     for r in (0, 1):
-        assert f"rank {r}: step 5: 2 steps in a row had a non-finite gradient" in said
+        assert f"rank {r}: UserError('step 5: 2 steps in a row had a non-finite gradient" in said
     last = torch.load(folder / "nan in weights" / "last.pt", weights_only=True)
     assert last["step"] == 2 and all(v.isfinite().all() for v in last["model"].values())
+
+
+def test_one_rank_that_is_told_to_stop_stops_all(two):
+    """The other would wait for it for half an hour, or the checkpoint be of two different steps."""
+    folder, said = two
+    assert torch.load(folder / "stop" / "last.pt", weights_only=True)["step"] == 3
+    assert all(f"rank {r}: KeyboardInterrupt()" in said for r in (0, 1))
+
+
+def test_killed_rank(two, tmp_path):
+    """torchrun starts all ranks again: they must find each other, go on at the checkpoint, and end where an unbroken run does."""
+    done = two_ranks(tmp_path, {"mim": (pretrain, [*JOBS["mim"][1], "--save_every", "2", "--resume"], "kill")}, "--max_restarts=1")
+    assert done.returncode == 0 and (tmp_path / "killed").exists() and "at step 2" in done.stdout, done.stderr
+    assert same(weights(tmp_path / "mim"), weights(two[0] / "mim")) and losses(tmp_path / "mim") == losses(two[0] / "mim")
 
 
 def test_one_ranks_failure_ends_all(tmp_path):
@@ -241,6 +274,23 @@ def test_learning_rate(go):
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, *cosine])
 
 
+def test_layers_learn_at_their_own_rates(go):
+    """--layer_decay that is parsed and grouped by, and never reaches the optimizer."""
+    out = go(finetune, "--layer_decay", "0.5", "--max_steps", "2")
+    groups = torch.load(os.path.join(out, "last.pt"), weights_only=True)["optimizer"]["param_groups"]
+    shares = sorted({group["lr"] / max(g["lr"] for g in groups) for group in groups})
+    assert shares == pytest.approx([0.5 ** k for k in range(7, -1, -1)])
+
+
+def test_a_teachers_features_are_the_target(go):
+    """--teacher that is loaded and not used, that moves, or that is saved; a picture that takes features for pixels."""
+    teacher = os.path.join(go(pretrain, "--method", "mim", "--max_steps", "1", out="teacher"), "last.pt")
+    flags = ["--method", "lmim", "--max_steps", "2", "--sample_every", "2"]
+    out, pixels = go(pretrain, *flags, "--teacher", teacher, out="features"), go(pretrain, *flags, out="pixels")
+    assert weights(out)["decoder.pred.bias"].shape == (128,) and weights(out).keys() == weights(pixels).keys()
+    assert os.path.exists(os.path.join(out, "samples", "step_000002.png")) and losses(out) != losses(pixels)
+
+
 def test_decay_groups():
     """Decay on biases, norms or tokens; a parameter in two groups or in none; the layers' rates upside down."""
     from model import MODELS, Pretrainer, Recognizer, ViT
@@ -277,12 +327,13 @@ def interrupt(monkeypatch, at, act):
 @pytest.mark.parametrize("script, flags, kind", [
     (pretrain, ["--method", "mnsp"], signal.SIGTERM),
     (finetune, ["--dropout", "0.1", "--drop_path", "0.1"], signal.SIGINT)])
-def test_resume_is_bit_identical(go, monkeypatch, script, flags, kind):
-    """Anything that a checkpoint forgets: moments, position in the data, masks, dropout. A signal saves and leaves."""
-    whole = go(script, *flags, out="whole")
-    with monkeypatch.context() as patch:
+def test_resume_is_bit_identical(go, monkeypatch, tmp_path, script, flags, kind):
+    """Anything that a checkpoint forgets: moments, position in the data, masks, dropout. A signal saves and leaves, and
+    `pretrain.py && finetune.py` must not go on with half a run."""
+    whole, cut = go(script, *flags, out="whole"), str(tmp_path / "cut")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 3, lambda: signal.raise_signal(kind))
-        cut = go(script, *flags, out="cut")
+        go(script, *flags, out="cut")
     assert torch.load(os.path.join(cut, "last.pt"), weights_only=True)["step"] == 3
     go(script, *flags, "--resume", out="cut")
     assert same(weights(whole), weights(cut)) and losses(whole) == losses(cut)
@@ -317,6 +368,8 @@ def test_kill_while_a_checkpoint_is_written(go, tmp_path):
     whole = go(pretrain, *flags, out="whole")
     for _ in range(2):
         command = [sys.executable, os.path.join(ROOT, "pretrain.py"), *TINY, *flags, "--resume", "--out_dir", str(cut)]
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(cut / "last.pt.tmp")                                  # the last kill's, or this one comes too early
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while not ((cut / "last.pt").exists() and (cut / "last.pt.tmp").exists()):
             assert process.poll() is None
@@ -356,10 +409,10 @@ def test_damage_is_counted_over_a_resume(go, monkeypatch, tmp_path):
         Image.new("RGB", (64, 16), (8 * i, 0, 0)).save(tmp_path / f"{i:02d}.png")
     (tmp_path / "15.png").write_bytes(b"torn")
     flags = ["--method", "mim", "--data", str(tmp_path), "--max_damaged", "0.5"]
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
-        out = go(pretrain, *flags)
-    go(pretrain, *flags, "--resume")
+        go(pretrain, *flags)
+    out = go(pretrain, *flags, "--resume")
     assert [json.loads(line)["damaged"] for line in open(os.path.join(out, "log.jsonl"))] == [1, 2, 3, 4, 5, 6]
 
 
@@ -373,6 +426,18 @@ def test_out_dir_and_arguments_are_guarded(go):
     go(pretrain, "--method", "mim", "--resume")                             # at its end: nothing to do, nothing lost
 
 
+def test_data_that_grew_is_no_longer_the_runs(go, tmp_path):
+    """More crops under the same name: in another order, some would be seen twice and some never, and nobody be told."""
+    crops = tmp_path / "crops"
+    crops.mkdir()
+    for i in range(17):
+        if i == 16:
+            go(pretrain, "--method", "mim", "--data", str(crops), "--max_steps", "1")
+        data.Image.new("RGB", (64, 16), (8 * i, 0, 0)).save(crops / f"{i:02d}.png")
+    with pytest.raises(UserError, match="--data held 16 crops and holds 17 now"):
+        go(pretrain, "--method", "mim", "--data", str(crops), "--max_steps", "2", "--resume")
+
+
 def test_a_charset_file_that_changed_is_no_longer_the_runs(go, tmp_path):
     """Letters in another order under the same name: classes would mean other letters, and the checkpoint name the old ones."""
     (tmp_path / "chars.txt").write_text(data.CHARSETS["62"])
@@ -380,6 +445,25 @@ def test_a_charset_file_that_changed_is_no_longer_the_runs(go, tmp_path):
     (tmp_path / "chars.txt").write_text(data.CHARSETS["62"][::-1])
     with pytest.raises(UserError, match="--charset .*chars.txt"):
         go(finetune, "--charset", str(tmp_path / "chars.txt"), "--max_steps", "2", "--resume")
+
+
+@pytest.mark.parametrize("script, paper", [
+    (pretrain, dict(model="vit_small", batch_size=64, accum_iter=1, epochs=10, max_steps=None, blr=1.5e-4, min_lr=0, warmup_epochs=1,
+                    weight_decay=0.05, mask="random", mask_ratio=0.8, guidance_strength=1)),
+    (finetune, dict(model="vit_small", batch_size=64, epochs=10, max_steps=None, blr=2e-4 / 512 * 256, min_lr=0, warmup_epochs=1,
+                    weight_decay=0.05, layer_decay=0.75, dropout=0.1, drop_path=0.1, charset="94", max_length=25, spell=0))])
+def test_the_defaults_are_the_papers(monkeypatch, script, paper):
+    """A small model's recipe, or a forgotten experiment, that became what everybody runs at LMIM's size (CVPR 2025, 4.1)."""
+    class Parsed(Exception):
+        pass
+
+    def stop(args):
+        raise Parsed(vars(args))
+    monkeypatch.setattr(script, "Run", stop)
+    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py"])
+    with pytest.raises(Parsed) as found:
+        script.main()
+    assert paper == {name: found.value.args[0][name] for name in paper}
 
 
 @pytest.mark.parametrize("typed, steps", [("", 2000), ("--epochs 3", None), ("--epochs 3 --max_steps 7", 7)])
@@ -424,6 +508,15 @@ def test_full_disk_keeps_the_old_checkpoint(go, monkeypatch, capsys):
     assert "step 4: could not write" in said and "File too large" in said and "training goes on" in said
     assert torch.load(os.path.join(out, "prev.pt"), weights_only=True)["step"] == 2 and len(losses(out)) == 6
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
+
+
+def test_full_disk_that_holds_the_log_too(monkeypatch):
+    """`nohup ... > out/log.txt`: what is said of the full disk cannot be written either, and would end the run."""
+    training = pretrain.Run.__new__(pretrain.Run)
+    training.rank = training.step = 0
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    with training.writing("last.pt"):
+        raise OSError(28, "No space left on device")
 
 
 def test_best_that_could_not_be_written_is_not_announced(go, monkeypatch, tmp_path, capsys):
