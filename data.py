@@ -76,7 +76,7 @@ def run(main):
         print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
         status = 2
     if torch.distributed.is_available() and torch.distributed.is_initialized() and (
-            status == 0 or torch.distributed.get_backend() != "nccl"):      # NCCL would wait for ranks that go on
+            status in (0, 130) or torch.distributed.get_backend() != "nccl"):      # NCCL would wait for ranks that go on
         # Gloo's threads must end before Python does, or one of them may abort it; the training script's handlers hold them
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -830,9 +830,10 @@ class DamageCount:
         """Of `seen` crops these, one string each, could not be read."""
         self.seen, self.bad, new = self.seen + seen, self.bad + len(damaged), damaged[:10 - len(self.first)]
         self.first += new
-        print("".join(f"damaged, left out: {line}\n" for line in new), end="", flush=True)
+        with suppress(OSError):                                 # as in Run.say
+            print("".join(f"damaged, left out: {line}\n" for line in new), end="", flush=True)
         allowed = self.limit * self.seen
-        if self.seen >= 100 and self.bad > allowed + 3 * allowed ** .5:
+        if self.seen >= 100 and self.bad > allowed + 3 * (allowed * (1 - self.limit)) ** .5:
             raise UserError(f"{self.bad} of {self.seen} crops are damaged, more than --max_damaged {self.limit}: "
                             + "; ".join(self.first))
 

@@ -150,7 +150,7 @@ def print_table(result):
     line("average", "", "", result["average"], "", "", *beside("average"))
     line("weighted", "", "", result["weighted"])
     other = "" if result["protocol"] == "waics" else f"; not comparable with {result['protocol']}"
-    print(f"{', '.join(columns)}: as published, protocol waics; LMIM's paper: original labels{other}\n" if columns else "", end="")
+    print(f"{', '.join(columns)}: as published, protocol waics; those of LMIM's paper on original labels{other}\n" if columns else "", end="")
 
     def accuracies(view):
         return {name: one["accuracy"] for name, one in view["sets"].items()} | {"average": view["average"]}

@@ -45,7 +45,7 @@ def training_flags(parser):
         "images; SRC@5 is seen five times as often")
     add("--fonts", help="a folder of .ttf or .otf files for rendered words, besides those of the system")
     add("--rotate_tall", action="store_true", help="turn crops much taller than wide; for data with vertical words")
-    add("--max_damaged", type=within("(0, 1)"), default=.01, help="stop if more of the crops are unreadable, chance allowed for")
+    add("--max_damaged", type=within("(0, 1)"), default=.01, help="stop if of 100 crops or more a larger share is unreadable, chance allowed for")
     add("--batch_size", type=count, default=64, help="crops a process and micro-step; lower it if memory runs out")
     add("--accum_iter", type=count, default=1, help="micro-steps that add up to a step; raise it as --batch_size falls")
     add("--epochs", type=within("(0, 1e9)"), default=10, help="passes over --data")
@@ -155,7 +155,8 @@ class Run:
 
     def say(self, text):
         if self.rank == 0:
-            print(text, flush=True)
+            with contextlib.suppress(OSError):                              # it may go to a file on a disk that is full
+                print(text, flush=True)
 
     def over_ranks(self, *numbers):
         """Sums of numbers, on the host. Ranks decide on these, or some would wait for others that have left."""
@@ -171,8 +172,7 @@ class Run:
             yield
         except (OSError, RuntimeError) as e:                                # torch's writer puts a RuntimeError on top
             why = str(e.__context__ or e).partition("\n")[0]
-            with contextlib.suppress(OSError):                              # what is said may go to a file on that disk
-                self.say(f"step {self.step}: could not write {path} ({why}); training goes on, what was there stays")
+            self.say(f"step {self.step}: could not write {path} ({why}); training goes on, what was there stays")
 
     # -- checkpoints
 

@@ -123,7 +123,7 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole():
-    return {}                                                                # losses of one process with batches of 16
+    return {}                                                                # losses, moments of one process with batches of 16
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -283,7 +283,7 @@ def test_layers_learn_at_their_own_rates(go):
 
 
 def test_a_teachers_features_are_the_target(go):
-    """--teacher that is loaded and not used, that moves, or that is saved; a picture that takes features for pixels."""
+    """--teacher that is loaded and not used, or that is saved; a picture that takes features for pixels."""
     teacher = os.path.join(go(pretrain, "--method", "mim", "--max_steps", "1", out="teacher"), "last.pt")
     flags = ["--method", "lmim", "--max_steps", "2", "--sample_every", "2"]
     out, pixels = go(pretrain, *flags, "--teacher", teacher, out="features"), go(pretrain, *flags, out="pixels")
@@ -517,6 +517,7 @@ def test_full_disk_that_holds_the_log_too(monkeypatch):
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
     with training.writing("last.pt"):
         raise OSError(28, "No space left on device")
+    training.say("step 20  loss 1.000")
 
 
 def test_best_that_could_not_be_written_is_not_announced(go, monkeypatch, tmp_path, capsys):
