@@ -114,11 +114,14 @@ class Training:
     def step(self):
         return max((r["step"] for r in rows(self.out)), default=0)
 
+    def stamp(self):
+        """When the unfinished checkpoint was last written to, or None."""
+        with contextlib.suppress(OSError):
+            return os.stat(os.path.join(self.out, "last.pt.tmp")).st_mtime_ns
+
     def writing(self):
         """A checkpoint is being written, and is not what an earlier kill left."""
-        with contextlib.suppress(OSError):
-            return os.stat(os.path.join(self.out, "last.pt.tmp")).st_mtime_ns != self.left
-        return False
+        return self.stamp() not in (None, self.left)
 
     def taken_up(self):
         """The steps at which it went on from a checkpoint so far."""
@@ -143,8 +146,7 @@ def campaign(args, training, kill):
         times = len(training.taken_up())
         whom = kill(rng)
         reached, caught = training.step(), training.writing()
-        with contextlib.suppress(OSError):
-            training.left = os.stat(os.path.join(training.out, "last.pt.tmp")).st_mtime_ns
+        training.left = training.stamp()
         torn += caught
         if glob.glob(os.path.join(training.out, "*.pt")):
             training.until("going on", lambda: len(training.taken_up()) > times)

@@ -36,8 +36,12 @@ def go(monkeypatch, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def log_of(out):
+    return list(map(json.loads, open(os.path.join(out, "log.jsonl"))))
+
+
 def losses(out):
-    return [row["loss"] for row in map(json.loads, open(os.path.join(out, "log.jsonl"))) if "loss" in row]
+    return [row["loss"] for row in log_of(out) if "loss" in row]
 
 
 def moments(out):
@@ -135,7 +139,7 @@ def test_two_processes_equal_one(go, two, whole, name):
     assert losses(two[0] / name) == pytest.approx(one, abs=1e-5 * max(1, one[0])) and len(set(one)) == len(one) > 5
     assert moments(two[0] / name) == pytest.approx(squares, rel=.02)
     if name == "finetune":
-        ned = [json.loads(open(os.path.join(run, "log.jsonl")).readlines()[-1])["val_ned"] for run in (out, two[0] / name)]
+        ned = [log_of(run)[-1]["val_ned"] for run in (out, two[0] / name)]
         assert ned[0] == pytest.approx(ned[1]) and ned[0] > 0
 
 
@@ -155,7 +159,7 @@ def test_accumulated_gradients_equal_one_large_batch(go, whole, name):
 def test_one_rank_with_nan_is_everybodys(two):
     """A step that one rank skips and the other takes: their weights would part. Or a rank that leaves alone."""
     folder, said = two
-    rows = [json.loads(line) for line in open(folder / "nan in data" / "log.jsonl")]
+    rows = log_of(folder / "nan in data")
     ranks = [torch.load(folder / "nan in data" / f"rank{r}.pt.weights") for r in (0, 1)]
     assert [row["bad_steps"] for row in rows] == [0, 0, 1, 1, 1, 1] and same(*ranks) and rows[-1]["loss"] < 10
     for r in (0, 1):
@@ -257,7 +261,7 @@ def test_overfits_2000_crops(go, method, steps, size, shares):
     images, *_ = read_batch(range(2000), open_source("synth:2000"))
     target = Pretrainer("mim", "vit_nano").target(normalize(images))[-1].flatten(0, 1)
     out = go(pretrain, "--method", method, "--data", "synth:2000", *f"--max_steps {steps} --batch_size {size} --lr 1e-3 --dtype auto".split())
-    rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+    rows = log_of(out)
     rows = [row for row in rows if row["step"] > steps - 400]
     for term, share in shares.items():
         reached = sum(row[term] for row in rows) / len(rows)
@@ -269,7 +273,7 @@ def test_overfits_2000_crops(go, method, steps, size, shares):
 def test_learning_rate(go):
     """A first step at rate 0, a warm-up that never ends, a cosine that ends early."""
     out = go(pretrain, "--method", "mim", "--lr", "1e-3", *"--min_lr 1e-5 --warmup_epochs 0.25 --epochs 0.5".split())
-    rates = [json.loads(line)["lr"] for line in open(os.path.join(out, "log.jsonl"))]
+    rates = [row["lr"] for row in log_of(out)]
     cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * i / 3)) / 2 for i in range(3)]
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, *cosine])
 
@@ -399,7 +403,7 @@ def test_torn_lines_of_the_log_are_dropped(go):
     with open(os.path.join(out, "log.jsonl"), "a") as f:
         f.write('{"step": 1, "lo{"step": 2, "loss": 1.0}\n{"step": 3, "loss"')
     go(pretrain, "--method", "mim", "--max_steps", "4", "--resume")
-    assert [json.loads(line)["step"] for line in open(os.path.join(out, "log.jsonl"))] == [1, 2, 3, 4]
+    assert [row["step"] for row in log_of(out)] == [1, 2, 3, 4]
 
 
 def test_damage_is_counted_over_a_resume(go, monkeypatch, tmp_path):
@@ -413,7 +417,7 @@ def test_damage_is_counted_over_a_resume(go, monkeypatch, tmp_path):
         interrupt(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
         go(pretrain, *flags)
     out = go(pretrain, *flags, "--resume")
-    assert [json.loads(line)["damaged"] for line in open(os.path.join(out, "log.jsonl"))] == [1, 2, 3, 4, 5, 6]
+    assert [row["damaged"] for row in log_of(out)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_out_dir_and_arguments_are_guarded(go):
@@ -487,7 +491,7 @@ def test_bad_steps_are_skipped_and_counted(go, monkeypatch):
     monkeypatch.setattr(pretrain, "normalize", planted)
     bad = {3}
     out = go(pretrain, "--method", "mim", out="once")
-    rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+    rows = log_of(out)
     assert rows[2]["loss"] is None and rows[3]["loss"] > 0                    # JSON has no NaN
     assert rows[-1]["bad_steps"] == 1 and all(v.isfinite().all() for v in weights(out).values())
     bad = set(range(1000))
@@ -535,7 +539,7 @@ def test_best_that_could_not_be_written_is_not_announced(go, monkeypatch, tmp_pa
     assert torch.load(os.path.join(out, "last.pt"), weights_only=True)["best"] == -1
     said = capsys.readouterr().out
     assert "best val" not in said and "--val: 1 crops are damaged" in said
-    rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+    rows = log_of(out)
     assert [row["step"] for row in rows] == [1, 2] and all({"loss", "val_accuracy", "val_ned"} <= set(row) for row in rows)
 
 
