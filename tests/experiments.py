@@ -231,7 +231,7 @@ def tables(found):
 
     def table(title, head, body, folded=False):
         """Folded tables open at a click where the README is shown as a page."""
-        rows = [row for row in body if set(row[1:]) - {"-", 0}]
+        rows = [row for row in body if set(row[1:-1]) - {"-"}]
         if rows:
             rows = ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
             lines.extend(["", f"<details><summary>{title}</summary>" if folded else f"**{title}**", "", *rows])
@@ -242,13 +242,15 @@ def tables(found):
         for name in TABLE1:
             runs = f"{name}-s{{}}-{share}"
             sets = [mean_sd(of(runs, "sets", s)) for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
-            body.append([f"`{name}`", *sets, mean_sd(of(runs, "average")), seeds(runs)])
+            averages = of(runs, "average")
+            body.append([f"`{name}`", *sets, mean_sd(averages), ", ".join(mean_sd([one]) for one in averages)])
         table(f"Words read (%) after {steps:,} steps of fine-tuning on 200,000 rendered words and {labels} of the real ones",
-              ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "seeds"], body)
+              ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "each seed"], body)
     body = [[f"`{name}`", f"{STEPS * (1 + name.endswith('_x2')):,}", mean_sd(of(name + "-s{}-tenth", "average")[:1])] for name in EQUAL_TIME]
     table("Words read (%) after pre-training for about the same time, then 2,000 steps of fine-tuning, a tenth of the real words (first seed)",
           ["pre-training", "its steps", "average"], [row for row in body if row[-1] != "-"])
-    body, usual = [], found.get("mim-s0", {}).get("cpu")               # speeds of another CPU compare with nothing
+    cpus = [row["cpu"] for row in found.values() if "crops_per_s" in row]
+    body, usual = [], max(cpus, key=cpus.count, default=None)          # speeds of another CPU compare with nothing
     for name in PRETRAINING:
         last = lambda key, form="{:.3f}": mean_sd(of(name + "-s{}", key), form)
         speed = [value if on == usual else None for value, on in zip(of(name + "-s{}", "crops_per_s"), of(name + "-s{}", "cpu"))]

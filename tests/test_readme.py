@@ -93,7 +93,7 @@ def test_tables_hold_what_was_recorded():
     assert shown == experiments.tables(found)
     seeds = [found[f"mim-s{seed}-tenth"]["average"] for seed in range(3)]
     first = next(line for line in shown.splitlines() if line.startswith("| `mim`"))
-    assert first.endswith(f"| {statistics.mean(seeds):.1f} ± {statistics.stdev(seeds):.1f} | 3 |")
+    assert first.endswith(f"| {statistics.mean(seeds):.1f} ± {statistics.stdev(seeds):.1f} | {', '.join(f'{seed:.1f}' for seed in seeds)} |")
 
 
 def test_processes_share_the_experiments(tmp_path):
