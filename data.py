@@ -621,9 +621,11 @@ def fixed(constant, device):
     return constant.to(device)
 
 def put(x, device):
-    """A host's tensor on the device; if its memory is pinned nothing waits for the copy (but MPS, which would read it too
-    late: pytorch issue 139550)."""
-    return x.to(device, non_blocking=torch.device(device).type != "mps")
+    """A tensor on the device. From the host it goes by pinned memory, so that nothing waits for the copy (but MPS waits: it
+    would read too late, pytorch issue 139550)."""
+    if not x.is_cpu or torch.device(device).type in ("cpu", "mps"):
+        return x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 def uniform(generator, n, *shape, rows=None, device="cpu"):
     """Numbers in [0, 1), (n, *shape). rows=(indices, total) draws for `total` crops and keeps those of n, so that a
@@ -750,8 +752,7 @@ def guidance_view(images, generator, rows=None, moved=True, strength=1.0):
 def augment(images, generator, rows=None):
     """Fine-tuning's augmentation, of PARSeq's kinds: (B, 3, H, W) uint8 or float in [0, 1] -> float in [0, 1], new for
     every crop. Each operation changes its share of the crops; one crop in eight stays as it is."""
-    chances = dict.fromkeys(MOVE, .4) | dict.fromkeys(LOOK, .2)
-    chances |= dict(bend=.2, jitter=.6, grey=.1, low=.15, invert=.1, noise=.25)
+    chances = dict.fromkeys(MOVE, .4) | dict.fromkeys(LOOK, .2) | dict(bend=.2, jitter=.6, grey=.1, low=.15, invert=.1, noise=.25)
     numbers = uniform(generator, len(images), 81, rows=rows, device=images.device)
     on = {name: 1. * ((u < p) & (numbers[:, 14] > .125)) for (name, p), u in zip(chances.items(), numbers.unbind(1))}
     return distort(unit(images), numbers[:, 15:], on)

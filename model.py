@@ -299,17 +299,14 @@ def align_infonce(a, b, crops=None, temperature=0.2):
     ways. A rank with a damaged crop has fewer than its `crops` rows and is padded. Without gradients nothing is gathered."""
     ranks = torch.is_grad_enabled() and dist.is_initialized()
     rows = crops if ranks and crops else len(a)                              # of each rank, padding included
-
-    def gather(x):                                                           # rows of all ranks, with gradients
-        x = F.pad(x, (0, 0, 0, rows - len(x)))
-        return all_gather_single(x, 0, dist.group.WORLD) if ranks else x
-
     with torch.autocast(a.device.type, enabled=False):
         a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
-        partner = torch.arange(len(a), device=a.device) + (dist.get_rank() * rows if ranks else 0)           # its row in gather(b)
-        padding = gather(torch.ones_like(a[:, :1]))[:, 0] == 0
-        a_to_b = (a @ gather(b).T / temperature).masked_fill(padding, -math.inf)
-        b_to_a = (b @ gather(a).T / temperature).masked_fill(padding, -math.inf)
+        both = F.pad(torch.cat([a, b], dim=1), (0, 0, 0, rows - len(a)))     # padding is rows of zeros
+        both = all_gather_single(both, 0, dist.group.WORLD) if ranks else both                               # with gradients
+        all_a, all_b, padding = *both.chunk(2, dim=1), (both == 0).all(1)
+        partner = torch.arange(len(a), device=a.device) + (dist.get_rank() * rows if ranks else 0)           # its row in all_b
+        a_to_b = (a @ all_b.T / temperature).masked_fill(padding, -math.inf)
+        b_to_a = (b @ all_a.T / temperature).masked_fill(padding, -math.inf)
         return (F.cross_entropy(a_to_b, partner) + F.cross_entropy(b_to_a, partner)) / 2
 
 ALIGN = {"mse": align_mse, "infonce": align_infonce}

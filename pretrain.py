@@ -239,9 +239,7 @@ class Run:
                             "expected a folder that all nodes share")
         self.model = torch.compile(self.raw) if args.compile else self.raw
         if self.world > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.model = torch.nn.parallel.DistributedDataParallel(self.model, ids, gradient_as_bucket_view=True,
-                                                                   forward_sync_buffers=False)
+            self.model = torch.nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True, forward_sync_buffers=False)
         self.batches = batches(source, args.batch_size, args.seed, self.step * self.crops, self.rank, self.world,
                                args.workers, char_maps)
         parameters = sum(p.numel() for p in model.parameters())
@@ -284,7 +282,7 @@ class Run:
         """Linear warm-up from above 0, then half a cosine down to --min_lr."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        share = (step - self.warmup) / max(1, self.total - self.warmup)
+        share = (step - self.warmup) / (self.total - self.warmup)
         return self.args.min_lr + (self.lr - self.args.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
     def generator(self, salt=0):

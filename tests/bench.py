@@ -95,7 +95,7 @@ def training_step(method, images, args, compiled=False):
     def step():
         views = pretrain.make_views(images, model.method, model.scales, generator)
         ids = pretrain.make_mask(len(images), mask, model.encoder, generator)
-        ids_keep, ids_mask = (each.to(device, non_blocking=True) for each in ids)
+        ids_keep, ids_mask = (data.put(each, device) for each in ids)
         with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
             loss, _, _ = net(data.normalize(images), views, ids_keep, ids_mask)
         loss.backward()

@@ -71,7 +71,7 @@ JOBS = {  # all without dropout
 DRIVER = """
 import json, math, os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import torch, data, finetune, pretrain
+import torch, data, finetune, model, pretrain
 rank, normalize, save, log = int(os.environ["RANK"]), pretrain.normalize, pretrain.Run.save, pretrain.Run.log
 
 def main():
@@ -88,6 +88,11 @@ def main():
                 next(run.raw.decoder.parameters()).data.fill_(math.nan)
             if plant == "stop" and rank == 1 and run.step == 3:
                 signal.raise_signal(signal.SIGTERM)
+            if plant == "uneven":                                            # rank 1 has three damaged crops
+                a, b = (x.split([8, 5])[rank].requires_grad_() for x in torch.randn(2, 13, 8, generator=torch.Generator().manual_seed(0)))
+                loss = model.align_infonce(a, b, crops=8)
+                loss.backward()
+                torch.save([loss.detach(), a.grad, b.grad], f"uneven{rank}.pt")
             if plant == "kill" and rank == 1 and run.step == 3 and not os.path.exists("killed"):
                 open("killed", "w").close()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -119,7 +124,8 @@ def two(tmp_path_factory):
     """Folder of the runs of two ranks, and what the ranks said."""
     folder, mim = tmp_path_factory.mktemp("two"), ["--method", "mim"]
     planted = {"nan in data": (pretrain, mim, "data"),
-               "nan in weights": (pretrain, [*mim, "--max_bad_steps", "2"], "weights"), "stop": (pretrain, mim, "stop")}
+               "nan in weights": (pretrain, [*mim, "--max_bad_steps", "2"], "weights"), "stop": (pretrain, mim, "stop"),
+               "uneven": (pretrain, [*mim, "--max_steps", "1"], "uneven")}
     done = two_ranks(folder, {**{k: (*job, "") for k, job in JOBS.items()}, **planted})
     assert done.returncode == 0, done.stderr
     return folder, done.stderr
@@ -141,6 +147,18 @@ def test_two_processes_equal_one(go, two, whole, name):
     if name == "finetune":
         ned = [log_of(run)[-1]["val_ned"] for run in (out, two[0] / name)]
         assert ned[0] == pytest.approx(ned[1]) and ned[0] > 0
+
+
+def test_infonce_of_uneven_ranks(two):
+    """Padding that counts as a negative, a partner that is another crop, gradients that do not come back from the other rank."""
+    a, b = both = torch.randn(2, 13, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    cos = torch.nn.functional.cosine_similarity(a[:, None], b, dim=-1) / 0.2
+    found = (torch.logsumexp(cos, 0) + torch.logsumexp(cos, 1)) / 2 - cos.diagonal()
+    rows = torch.stack([found[:8].mean(), found[8:].mean()])
+    expected, parts = torch.autograd.grad(rows.sum(), both)[0], [torch.load(two[0] / f"uneven{rank}.pt") for rank in (0, 1)]
+    assert [part[0].item() for part in parts] == pytest.approx(rows.tolist(), rel=1e-5)
+    for side in (0, 1):
+        torch.testing.assert_close(torch.cat([part[1 + side] for part in parts]), expected[side], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -207,8 +225,12 @@ class NeverWait(TorchFunctionMode):
             assert all(x.device.type == "chip" for x in index if isinstance(x, torch.Tensor)), "an index on the host waits"
         out = func(*args, **(kwargs or {}))
         if func in (torch.Tensor.cpu, torch.Tensor.to) and args[0].device != out.device:
-            assert out.device.type == "chip" and (kwargs or {}).get("non_blocking"), "a copy waits"
+            assert out.device.type == "chip" and (kwargs or {}).get("non_blocking") and getattr(args[0], "pinned", False), "a copy waits"
         return out
+
+def pin(x):
+    x.pinned = True
+    return x
 
 def steps(run, steps=pretrain.Run.steps):
     for step in steps(run):
@@ -226,9 +248,9 @@ backend.get_amp_supported_dtype = lambda: [torch.bfloat16]
 _setup_privateuseone_for_python_backend("chip", backend)
 with FakeTensorMode() as mode:                                  # tensors with a shape and a device, and no numbers
     crops = torch.zeros(8, 3, 32, 128, dtype=torch.uint8), ["word"] * 8, None, [], list(range(8))
-    torch.nn.Module.to = to
+    torch.nn.Module.to, torch.Tensor.pin_memory = to, pin
     data.SQUARE = mode.from_tensor(data.SQUARE)
-    data.fixed = lambda constant, device: mode.from_tensor(constant).to(device, non_blocking=True)     # once a run
+    data.fixed = lambda constant, device: pin(mode.from_tensor(constant)).to(device, non_blocking=True)     # once a run
     pretrain.batches, pretrain.read_batch = lambda *_: itertools.repeat(crops), lambda *_: (crops[0][:0],)
     pretrain.Run.log = pretrain.Run.save = lambda *_: True
     pretrain.Run.due, pretrain.Run.steps = lambda *_: False, steps
@@ -240,7 +262,8 @@ with FakeTensorMode() as mode:                                  # tensors with a
 
 
 def test_a_step_never_waits_for_the_device(tmp_path):
-    """A number asked of the GPU, a tensor made on the host for it, a copy that waits for it: each stops the queue of work.
+    """A number asked of the GPU, a tensor made on the host for it, a copy that waits for it or comes from memory that is not
+    pinned: each stops the queue of work.
     Shown by the scripts' own loops on a device that holds no numbers, so that whoever asks for one fails."""
     flags = [*TINY, "--batch_size", "8", "--max_steps", "1", "--device", "chip:0", "--out_dir", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", CHIP, ROOT, *flags], capture_output=True, text=True, timeout=300)
