@@ -135,7 +135,6 @@ def size(text):
 class Source(Dataset):
     """len(s); s[i] -> (uint8 (3, 32, 128), label or None). Subclasses set n and name, and have label(i), where(i), and
     bytes(i), the stored file, or get(i)."""
-    rotate_tall = False
 
     def __len__(self): return self.n
 
@@ -575,9 +574,9 @@ def open_source(src, fonts=None, rotate_tall=False, chars=None, labels=True):
         files, seen = [], {os.path.realpath(src)}
         for at, folders, names in os.walk(src, followlinks=True):
             files += [os.path.join(at, file) for file in names]
-            real = {folder: os.path.realpath(os.path.join(at, folder)) for folder in folders}
-            folders[:] = [folder for folder in folders if real[folder] not in seen]            # a link may lead back here
-            seen.update(real.values())
+            real = {os.path.realpath(os.path.join(at, folder)): folder for folder in sorted(folders, reverse=True)}
+            folders[:] = sorted(real[path] for path in real.keys() - seen)      # links: a folder is read once, by its first name
+            seen.update(real)
         files.sort()
         found = [os.path.relpath(os.path.dirname(file), src) for file in files if os.path.basename(file) == "data.mdb"]
         if found:
@@ -939,7 +938,7 @@ def pack(args):
     if os.path.exists(args.out):
         raise UserError(f"{args.out}: exists already; type the name of a new folder")
     try:
-        lines = pathlib.Path(args.without).read_text("utf-8", "surrogateescape").split("\n")[:-1] if args.without else []
+        lines = pathlib.Path(args.without).read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1] if args.without else []
         skip = dict(line.split("\t")[:2] for line in lines)
         if any(source.where(int(i)) != where for i, where in skip.items()):
             raise ValueError("it names other entries")

@@ -175,6 +175,7 @@ def test_folder(tmp_path):
         picture(0).save(tmp_path / name)
     (tmp_path / "readme.md").write_text("x")
     (tmp_path / "deep" / "er" / "round").symlink_to(tmp_path)          # read 40 times over, it would drown the rest
+    (tmp_path / "deep" / "far").symlink_to("er")                       # the same folder by another name
     source = data.open_source(str(tmp_path))
     assert [source.row(i)[0] for i in range(4)] == ["a.bmp", "b.PNG", "deep/10.png", "deep/er/a.jpg"]
     assert len(source) == 4 and source[3][1] is None
@@ -792,6 +793,10 @@ def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
     call(monkeypatch, capsys, "pack", words, tmp_path / "clean", "--without", tmp_path / "list.tsv")
     clean = data.open_source(str(tmp_path / "clean"))
     assert [label for _, label in clean] == [f"w{i}" for i in range(50) if i not in (7, 9)]
+    typed = write_lmdb(tmp_path / "typed", [(encode(picture(7)), b"w7\r"), (encode(picture(8)), b"w8\r")])     # Windows's line ends
+    call(monkeypatch, capsys, "check", typed, "--against", test, "--write_list", tmp_path / "typed.tsv")
+    call(monkeypatch, capsys, "pack", typed, tmp_path / "clean2", "--without", tmp_path / "typed.tsv")
+    assert [label for _, label in data.open_source(str(tmp_path / "clean2"))] == ["w8\r"]
     with pytest.raises(UserError, match="--without"):
         call(monkeypatch, capsys, "pack", test, tmp_path / "other", "--without", tmp_path / "list.tsv")
     with pytest.raises(UserError, match="--against"):                   # would empty the list
