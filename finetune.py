@@ -89,8 +89,8 @@ def open_val(srcs, protocol, **options):
 
 def validate(training, source, protocol):
     """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first few (label, reading)."""
-    reader = evaluate.Reader(training.raw.eval(), training.device, training.dtype)
-    read = lambda images: reader.read(images, len(images))
+    net = training.raw.eval()
+    read = lambda images: net.read(images, len(images), training.dtype)
     rows, broken = evaluate.read_source(read, source, training.args, training.rank, training.world, training.gloo)
     training.raw.train()
     if broken:
@@ -159,8 +159,7 @@ def main():
         training.update()
 
         if val is not None and training.due(args.sample_every):
-            with training.untimed():
-                result, few = validate(training, val, protocol)
+            result, few = validate(training, val, protocol)
             readings = "  ".join(f"{label}>{text}" for label, text in few)
             training.say(f"step {step + 1}  val {result['accuracy']:.1f} {protocol}  1-NED {result['ned']:.1f}  "
                          f"{readings}")

@@ -234,9 +234,9 @@ class Run:
                 raise UserError(f"--resume: --data held {had:,} crops and holds {self.n:,} now: their order would be another; "
                                 "name another --out_dir")
         self.loaded = None                                                  # frees its memory
-        if self.over_ranks(self.step)[0] != self.step * self.world:
-            raise UserError(f"--out_dir {self.out}: rank {self.rank} found another checkpoint than the rest; "
-                            "expected a folder that all nodes share")
+        if self.over_ranks(self.step, self.n) != [self.step * self.world, self.n * self.world]:
+            raise UserError(f"rank {self.rank} stands at step {self.step} of {self.out} and reads {self.n:,} crops of --data, other ranks "
+                            "do not; expected an --out_dir that all nodes share, and the same crops on each")
         self.model = torch.compile(self.raw) if args.compile else self.raw
         if self.world > 1:
             self.model = torch.nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True, forward_sync_buffers=False)
@@ -306,12 +306,11 @@ class Run:
             self.write_row()
             if self.step % self.args.save_every == 0 and self.step < self.total and self.bad[0] == 0:
                 self.save()
-        saved = self.save()
-        if self.step < self.total:
-            self.say(f"stopped by a signal at step {self.step}; add --resume to go on")
-        if not saved:
+            self.began = time.perf_counter()                                # what came after `update` was no training
+        if not self.save():
             raise UserError(f"{self.out}: the last checkpoint was not written; mend the reason above and add --resume")
         if self.step < self.total:
+            self.say(f"stopped by a signal at step {self.step}; add --resume to go on")
             raise KeyboardInterrupt                                         # status 130: nothing that builds on this run may follow
 
     def draw(self):
@@ -355,6 +354,7 @@ class Run:
         logged = self.due(self.args.log_every)
         if logged:
             self.log()
+        self.seconds += time.perf_counter() - self.began
         if (logged or self.device.type == "cpu") and self.bad[0] >= self.args.max_bad_steps:
             self.write_row()
             raise UserError(f"step {self.step}: {int(self.bad[0])} steps in a row had a non-finite gradient; lower "
@@ -367,14 +367,7 @@ class Run:
         return self.step % every == 0 or self.step == self.total
 
     def clock(self):
-        self.began, self.waited, self.since = time.perf_counter(), 0.0, 0
-
-    @contextlib.contextmanager
-    def untimed(self):
-        """Evaluation and pictures do not count as training time."""
-        before = time.perf_counter()
-        yield
-        self.began += time.perf_counter() - before
+        self.began, self.seconds, self.waited, self.since = time.perf_counter(), 0.0, 0.0, 0
 
     def open_log(self):
         """Lines after the checkpoint's step belong to steps that are run again: they are cut off, as are torn ones."""
@@ -396,8 +389,8 @@ class Run:
         return 0.0
 
     def log(self):
-        seconds, top = time.perf_counter() - self.began, self.optimizer.param_groups[-1]
-        *sums, damaged = self.over_ranks(*torch.stack(list(self.sums.values())).tolist(), self.damage.bad)
+        *sums, damaged = self.over_ranks(*torch.stack(list(self.sums.values())).tolist(), self.damage.bad)  # waits for the device
+        seconds, top = self.seconds + time.perf_counter() - self.began, self.optimizer.param_groups[-1]
         means = dict(sorted(zip(self.sums, (total / self.world for total in sums))))
         lr, ms, left = top["lr"] / top["lr_scale"], 1000 * seconds / self.since, self.total - self.step
         row = self.row = dict(means, lr=lr, crops_per_s=self.crops * self.since / seconds, ms_per_step=ms,
@@ -578,8 +571,7 @@ def main():
         training.update()
 
         if training.due(args.sample_every) and training.rank == 0 and len(few):
-            with training.untimed():
-                draw_samples(training, few, os.path.join(args.out_dir, "samples", f"step_{step + 1:06d}.png"))
+            draw_samples(training, few, os.path.join(args.out_dir, "samples", f"step_{step + 1:06d}.png"))
     training.say(f"checkpoint {os.path.join(args.out_dir, 'last.pt')}")
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def main():
             torch.save(run.raw.state_dict(), f"{run.out}/rank{rank}.pt.weights")
             return save(run, name)
         pretrain.normalize, pretrain.Run.log, pretrain.Run.save = planted, logged, saved
-        sys.argv = [script, *flags]
+        sys.argv = [script, *flags, *["--data", "synth:32"] * (plant == "fewer" and rank == 1)]
         try:
             {"pretrain": pretrain, "finetune": finetune}[script].main()
         except (data.UserError, KeyboardInterrupt) as error:
@@ -125,7 +126,7 @@ def two(tmp_path_factory):
     folder, mim = tmp_path_factory.mktemp("two"), ["--method", "mim"]
     planted = {"nan in data": (pretrain, mim, "data"),
                "nan in weights": (pretrain, [*mim, "--max_bad_steps", "2"], "weights"), "stop": (pretrain, mim, "stop"),
-               "uneven": (pretrain, [*mim, "--max_steps", "1"], "uneven")}
+               "uneven": (pretrain, [*mim, "--max_steps", "1"], "uneven"), "fewer": (pretrain, mim, "fewer")}
     done = two_ranks(folder, {**{k: (*job, "") for k, job in JOBS.items()}, **planted})
     assert done.returncode == 0, done.stderr
     return folder, done.stderr
@@ -159,6 +160,34 @@ def test_infonce_of_uneven_ranks(two):
     assert [part[0].item() for part in parts] == pytest.approx(rows.tolist(), rel=1e-5)
     for side in (0, 1):
         torch.testing.assert_close(torch.cat([part[1 + side] for part in parts]), expected[side], rtol=1e-4, atol=1e-6)
+
+
+def test_time_of_a_step(go, monkeypatch):
+    """Work of the device for which only the log waits, left out; a picture or a checkpoint counted as training."""
+    now = [0]
+    monkeypatch.setattr(pretrain, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def takes(seconds, where, name):
+        plain = getattr(where, name)
+
+        def slow(*args, **kwargs):
+            now[0] += seconds(*args)
+            return plain(*args, **kwargs)
+        monkeypatch.setattr(where, name, slow)
+
+    takes(lambda *_: 1, pretrain, "make_mask")
+    takes(lambda run, *numbers: 10 * (len(numbers) > 2), pretrain.Run, "over_ranks")        # of the terms, which the log reads
+    takes(lambda *_: 100, pretrain.Run, "save")
+    takes(lambda *_: 1000, pretrain, "draw_samples")
+    rows = log_of(go(pretrain, "--log_every", "2", "--save_every", "1", "--sample_every", "3"))
+    assert [row["ms_per_step"] for row in rows] == [1000 * (1 + 1 + 10) / 2] * 3
+    assert [row["crops_per_s"] for row in rows] == [pytest.approx(2 * 16 / 12)] * 3
+
+
+def test_ranks_of_other_data(two):
+    """Nodes whose copies of the data differ: one rank would end first, and the others wait for it."""
+    assert all(f"rank {rank} stands at step 0 of {two[0] / 'fewer'} and reads {n} crops" in two[1] for rank, n in ((0, 64), (1, 32)))
+    assert not os.path.exists(two[0] / "fewer" / "last.pt")
 
 
 @pytest.mark.parametrize("name", JOBS)
