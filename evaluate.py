@@ -162,24 +162,8 @@ def print_table(result):
 
 # ---- reading
 
-class Reader:
-    """A model.Recognizer that reads crops. In float32 a reading does not depend on its batch; half precision gives no such
-    promise."""
-
-    def __init__(self, net, device, dtype):
-        self.model, self.device, self.dtype = net, torch.device(device), dtype
-
-    @torch.inference_mode()
-    def read(self, images, batch_size=128):
-        """uint8 or float in [0, 1], (B, 3, 32, 128) -> [(text, confidence)]."""
-        words = []
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            for batch in images.split(batch_size):
-                words += self.model.strings(*self.model.decode(data.normalize(data.put(batch, self.device))))
-        return words
-
-def load_recognizer(path, device="cpu", dtype="float32"):
-    """A checkpoint of finetune.py, which holds size, charset and length -> Reader. Raises UserError if it is none."""
+def load_recognizer(path, device="cpu"):
+    """A checkpoint of finetune.py, which holds size, charset and length -> model.Recognizer. Raises UserError if it is none."""
     checkpoint = model.read_checkpoint(path)
     args = checkpoint.get("args")
     if not (isinstance(args, dict) and {"charset", "model"} <= set(checkpoint) and {"max_length", "spell"} <= set(args)
@@ -189,7 +173,7 @@ def load_recognizer(path, device="cpu", dtype="float32"):
     net = model.Recognizer(model.ViT(**sizes["encoder"]), checkpoint["charset"], args["max_length"], spell=args["spell"],
                            **sizes["reader"])
     model.load_state(net, checkpoint["model"], path)
-    return Reader(net.to(device).eval(), device, getattr(torch, dtype))
+    return net.to(device).eval()
 
 def changed(images, kind, value):
     """heights: crops at `value` pixels, their shape kept, enlarged again as crops of that height would be, bicubically.
@@ -246,7 +230,7 @@ def attention(net, images):
     return ids, weights(*own.split(x)[:2]), weights(cross.queries(letters), keys)
 
 @torch.inference_mode()
-def look(reader, source, path):
+def look(net, source, path):
     """Draws where the network looks on the first 16 crops: [cls] in the encoder's last block, each letter in the
     decoder's last cross-attention, means over heads, without what falls on [cls]; red on one scale for the sheet.
 
@@ -258,8 +242,8 @@ def look(reader, source, path):
         images, labels = images[:16], labels[:16]
     if not labels:
         return None
-    net, (h, w), rows = reader.model, reader.model.encoder.grid, []
-    batch = data.normalize(images.to(reader.device))
+    (h, w), rows = net.encoder.grid, []
+    batch = data.normalize(images.to(net.pos.device))
     ids, own, letters = attention(net, batch)                                    # (B, T), (B, 1+N, 1+N), (B, T, N)
     own = own[:, :, 1:] / own[:, :, 1:].sum(-1, keepdim=True)                    # (B, 1+N, N)
 
@@ -323,13 +307,13 @@ def parse():
         parser.error(f"--errors {args.errors}: expected a picture's name, such as errors.png")
     return args
 
-def evaluate(reader, sources, args, rank, world):
+def evaluate(net, sources, args, rank, world):
     """{name: source} -> what --json holds. Every set is read as it is, then at --heights and at --rotations."""
     def read(*view):
         rows, sets = {}, {}
         for name, source in sources.items():
             start = time.perf_counter()
-            looking = lambda images: reader.read(changed(images.to(reader.device), *view), args.batch_size)
+            looking = lambda images: net.read(changed(images.to(net.pos.device), *view), args.batch_size, getattr(torch, args.dtype))
             rows[name], broken = read_source(looking, source, args, rank, world)
             one = score([row[:2] for row in rows[name]], args.protocol)
             sets[name] = dict(one, seconds=time.perf_counter() - start)
@@ -360,7 +344,7 @@ def evaluate(reader, sources, args, rank, world):
         print(f"{args.errors}: the {len(sheet) - 1} most confident of {len(wrong):,} errors")
     if args.attention:
         paths = [os.path.join(args.attention, re.sub(r"[^\w.-]", "_", name) + ".png") for name in sources]
-        looks = {name: look(reader, sources[name], path) for name, path in zip(sources, paths)}
+        looks = {name: look(net, sources[name], path) for name, path in zip(sources, paths)}
         result["attention"] = {name: one for name, one in looks.items() if one}
     return result
 
@@ -375,11 +359,11 @@ def main():
         result = summary({os.path.basename(args.score): one}, args.protocol)
         print_table(result)
     else:
-        reader, sources = load_recognizer(args.ckpt, data.device(args.device), args.dtype), {}
-        args.protocol = args.protocol or default_protocol(reader.model.charset)
+        net, sources = load_recognizer(args.ckpt, data.device(args.device)), {}
+        args.protocol = args.protocol or default_protocol(net.charset)
     if args.images:
         source = data.Files([(path, None) for path in args.images], "", "--images", args.rotate_tall)
-        rows, broken = read_source(lambda images: reader.read(images, args.batch_size), source, args)
+        rows, broken = read_source(lambda images: net.read(images, args.batch_size, getattr(torch, args.dtype)), source, args)
         for path, (_, text, sure) in zip(args.images, rows):
             print(f"{path}\t{text}\t{sure:.6g}\n" if text is not None else "", end="")
         if broken:
@@ -388,7 +372,7 @@ def main():
     if args.data and len({*map(os.path.realpath, args.data)}) < len(args.data):
         raise UserError(f"--data {' '.join(args.data)}: one set twice; each is one row of the table")
     for src in args.data or ():
-        source = data.open_source(src, fonts=args.fonts, rotate_tall=args.rotate_tall, chars=reader.model.charset)
+        source = data.open_source(src, fonts=args.fonts, rotate_tall=args.rotate_tall, chars=net.charset)
         names = source.name, src.rstrip("/"), os.path.abspath(src)
         sources[next(name for name in names if name not in sources)] = source
     for path in filter(None, (args.json, args.predictions, args.errors)):        # now, not after an hour of reading
@@ -399,10 +383,10 @@ def main():
         if world > 1:
             dist.init_process_group("gloo")                                      # only readings travel, from CPU to CPU
         if rank == 0:
-            print(f"{' '.join(sys.argv)}\ntorch {torch.__version__}  {reader.device} x{world}  {args.dtype}\n"
-                  f"{sum(p.numel() for p in reader.model.parameters()) / 1e6:.2f} M parameters, "
-                  f"{len(reader.model.charset)} characters, {sum(map(len, sources.values())):,} crops")
-        result = evaluate(reader, sources, args, rank, world)
+            print(f"{' '.join(sys.argv)}\ntorch {torch.__version__}  {net.pos.device} x{world}  {args.dtype}\n"
+                  f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, "
+                  f"{len(net.charset)} characters, {sum(map(len, sources.values())):,} crops")
+        result = evaluate(net, sources, args, rank, world)
     if result and args.json:
         with open(args.json, "w", encoding="utf-8", errors="backslashreplace") as file:    # JSON's own way to write half a letter
             json.dump(result, file, indent=1, ensure_ascii=False)

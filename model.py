@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed._functional_collectives import all_gather_single
 
-from data import UserError
+from data import UserError, normalize, put
 
 MODELS = {  # encoder, its patch in pixels (h, w); reader of words, after fine-tuning; decoder of pre-training
     "vit_nano": dict(encoder=dict(depth=6, width=128, heads=4, patch=(8, 8)), reader=dict(layers=2, width=128, heads=4, ffn=256),
@@ -517,7 +517,14 @@ class Recognizer(nn.Module):
                 rows, last, going = rows[going], last[going], going[going]
         return ids[:, :t + 1], probs[:, :t + 1]
 
-    def strings(self, ids, probs):
-        """Texts and confidences: [(text, product of the probabilities of its characters, end included)]."""
-        words = ["".join(self.charset[i] for i in row if i != self.end) for row in ids.tolist()]
-        return list(zip(words, probs.cpu().double().prod(dim=1).tolist()))
+    @torch.inference_mode()
+    def read(self, images, batch_size=128, dtype=torch.float32):
+        """uint8 or float in [0, 1], (B, 3, 32, 128) -> [(text, product of the probabilities of its characters, end included)].
+        In float32 a reading does not depend on its batch; half precision gives no such promise."""
+        device, words = self.pos.device, []
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            for batch in images.split(batch_size):
+                ids, probs = self.decode(normalize(put(batch, device)))
+                texts = ["".join(self.charset[i] for i in row if i != self.end) for row in ids.tolist()]
+                words += zip(texts, probs.cpu().double().prod(dim=1).tolist())
+        return words

@@ -202,7 +202,7 @@ def read(args):
     planted = Planted(net.encoder, net.charset, **MODELS[args.model]["reader"]).eval().to(args.device)
     planted.lengths = torch.tensor(list(map(len, labels)), device=args.device)
     nets = {"random": net.to(args.device), "real lengths": planted}
-    nets |= {"ckpt": evaluate.load_recognizer(args.ckpt, args.device).model} if args.ckpt else {}
+    nets |= {"ckpt": evaluate.load_recognizer(args.ckpt, args.device)} if args.ckpt else {}
     dtype = getattr(torch, args.dtype)
 
     def reading(how):

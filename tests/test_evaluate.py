@@ -297,7 +297,7 @@ def test_1000_crops_read_the_same_with_a_cache_without_one_and_alone(bench):
     a word put back in another's place or given another's memory when those that have ended leave the batch, one that
     goes on after its end, and a confidence that counts the steps waited. uint8 and [0, 1] read the same."""
     reader, plain = evaluate.load_recognizer(str(bench / "tiny.pt")), []
-    net = reader.model
+    net = reader
     net.encoder, net.max_length, net.classifier.bias.data[net.end] = Pixels(), 11, 35       # ends at all lengths
     images = torch.randint(0, 256, (1000, 3, 32, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     many = reader.read(images, 128)
@@ -460,7 +460,7 @@ def test_attention_on_text(bench, tmp_path, monkeypatch):
     and entropy 0. Catches rows and columns of the grid exchanged, [cls] left among the keys, and the end counted as a
     letter."""
     reader = evaluate.load_recognizer(str(bench / "tiny.pt"))
-    net, (h, w) = reader.model, reader.model.encoder.grid
+    net, (h, w) = reader, reader.encoder.grid
     even = torch.full((3, 1 + h * w), 1 / (1 + h * w))
     point = torch.zeros(3, 1 + h * w)
     point[:, 0], point[:, 1 + w] = 0.5, 0.5                                      # [cls]; the first patch of row 2
@@ -483,7 +483,7 @@ def test_attention_on_text(bench, tmp_path, monkeypatch):
 
 def test_real_attention_maps_sum_to_one(bench):
     """The recognizer's own maps, unpatched: of another layer, of keys that are not the crop's, or no shares; hooks that stay."""
-    net, images = evaluate.load_recognizer(str(bench / "tiny.pt")).model, torch.rand(2, 3, 32, 128) * 2 - 1
+    net, images = evaluate.load_recognizer(str(bench / "tiny.pt")), torch.rand(2, 3, 32, 128) * 2 - 1
     ids, own, letters = evaluate.attention(net, images)
     n = np.prod(net.encoder.grid)
     assert own.shape[1:] == (1 + n, 1 + n) and letters.shape == (*ids.shape, n) and torch.equal(ids, net.decode(images)[0])
