@@ -415,7 +415,7 @@ NOT_ENCODER = ("decoder", "mask_token", "scale_embed", "model_maeenc_momentum", 
 def load_encoder(path):
     """ViT of a checkpoint for crops of 32 x 128: this project's (any method, or a recognizer), or one in MAE's format, such as
     MAERec's and LMIM's, with or without {"model": ...}. Width, depth and patch are read off the tensors, the stored `pos_embed`
-    is kept as it is, heads are those of the row of MODELS with that shape, else 64 wide, coarse scales are left behind.
+    is kept as it is, heads are those of the row of MODELS of that depth and width, else 64 wide, coarse scales are left behind.
     `encoder.matched` says how many tensors came from the file."""
     checkpoint = read_checkpoint(path)
     state = checkpoint.get("model", checkpoint)
@@ -430,9 +430,9 @@ def load_encoder(path):
     if patches.dim() != 4 or 0 in patches.shape or "pos_embed" not in state:
         raise UserError(f"{path}: no patch_embed.proj.weight of a convolution, or no pos_embed; expected a whole ViT encoder")
     width, _, p, q = patches.shape
-    found = dict(depth=sum(k.endswith(".attn.qkv.weight") for k in state), width=width, patch=(p, q))
+    found = dict(depth=sum(k.endswith(".attn.qkv.weight") for k in state), width=width)
     ours = (row["encoder"]["heads"] for row in MODELS.values() if found.items() <= row["encoder"].items())
-    encoder = ViT(**found, heads=next(ours, max(width // 64, 1)))
+    encoder = ViT(**found, heads=next(ours, max(width // 64, 1)), patch=(p, q))
     encoder.matched = load_state(encoder, state, path, f"; expected 32x128 crops in patches of {p}x{q}")
     return encoder
 

@@ -354,10 +354,12 @@ def test_foreign_encoders_load_unchanged(tmp_path, wrap):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bare_encoders_have_their_heads(tmp_path, name):
-    """A size of MODELS without our `args` beside it, read with another number of heads: all tensors match, and every feature is wrong."""
-    torch.save({"model": ViT(**MODELS[name]["encoder"]).state_dict()}, tmp_path / "bare.pt")
-    encoder = model.load_encoder(str(tmp_path / "bare.pt"))
-    assert {block.attn.heads for block in encoder.blocks} == {MODELS[name]["encoder"]["heads"]}
+    """A size of MODELS without our `args` beside it, or with other patches (README, "Target, mask, patch"), read with another
+    number of heads: all tensors match, and every feature is wrong."""
+    for patch in MODELS[name]["encoder"]["patch"], (4, 8):
+        torch.save({"model": ViT(**dict(MODELS[name]["encoder"], patch=patch)).state_dict()}, tmp_path / "bare.pt")
+        encoder = model.load_encoder(str(tmp_path / "bare.pt"))
+        assert {block.attn.heads for block in encoder.blocks} == {MODELS[name]["encoder"]["heads"]} and encoder.patch == patch
 
 
 def test_bad_checkpoints_are_one_line(tmp_path):
