@@ -266,6 +266,10 @@ def steps(run, steps=pretrain.Run.steps):
         with NeverWait():
             yield step
 
+def over_ranks(run, *numbers):
+    assert not any(isinstance(number, torch.Tensor) for number in numbers), "a tensor among numbers of the host waits"
+    return list(numbers)
+
 def to(module, device):
     for part in module.modules():
         part._parameters.update({k: torch.nn.Parameter(p.to(device)) for k, p in part._parameters.items() if p is not None})
@@ -282,7 +286,7 @@ with FakeTensorMode() as mode:                                  # tensors with a
     data.fixed = lambda constant, device: pin(mode.from_tensor(constant)).to(device, non_blocking=True)     # once a run
     pretrain.batches, pretrain.read_batch = lambda *_: itertools.repeat(crops), lambda *_: (crops[0][:0],)
     pretrain.Run.log = pretrain.Run.save = lambda *_: True
-    pretrain.Run.due, pretrain.Run.steps = lambda *_: False, steps
+    pretrain.Run.due, pretrain.Run.steps, pretrain.Run.over_ranks = lambda *_: False, steps, over_ranks
     for script, flags in ((pretrain, "--method mnsp --scales 8x32 16x64"), (finetune, "--spell 0"),
                           (pretrain, "--method lmim --align infonce --mask block --batch_size 4 --accum_iter 2")):
         sys.argv = [script.__name__, *given, *flags.split()]
