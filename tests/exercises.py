@@ -92,8 +92,8 @@ def alphabet():
         sys.argv = ["finetune.py", *"--model vit_nano --charset charset.txt --data synth:64 --val synth:16:1 --max_steps 4".split(),
                     *"--batch_size 16 --workers 0 --out_dir".split(), out]
         finetune.main()
-        reader = evaluate.load_recognizer(os.path.join(out, "last.pt"))
-    assert reader.charset == chars
+        net = evaluate.load_recognizer(os.path.join(out, "last.pt"))
+    assert net.charset == chars
 
 
 EXERCISES = [columns, no_mla, cheat, square, fifth, alphabet]

@@ -296,11 +296,10 @@ def test_1000_crops_read_the_same_with_a_cache_without_one_and_alone(bench):
     """A word's reading must not depend on how it is come by: catches a key/value cache that mixes rows or is a step late,
     a word put back in another's place or given another's memory when those that have ended leave the batch, one that
     goes on after its end, and a confidence that counts the steps waited. uint8 and [0, 1] read the same."""
-    reader, plain = evaluate.load_recognizer(str(bench / "tiny.pt")), []
-    net = reader
+    net, plain = evaluate.load_recognizer(str(bench / "tiny.pt")), []
     net.encoder, net.max_length, net.classifier.bias.data[net.end] = Pixels(), 11, 35       # ends at all lengths
     images = torch.randint(0, 256, (1000, 3, 32, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    many = reader.read(images, 128)
+    many = net.read(images, 128)
     with torch.inference_mode():                                                 # every prefix anew, to the full length
         _, memory = net.encode(data.normalize(images))
         ids = torch.full((1000, 1), net.start)
@@ -312,7 +311,7 @@ def test_1000_crops_read_the_same_with_a_cache_without_one_and_alone(bench):
     for row, chance in zip(ids[:, 1:].tolist(), chances):
         n = row.index(net.end)
         plain.append(("".join(net.charset[k] for k in row[:n]), chance[:n + 1].prod().item()))
-    one, floats = reader.read(images[:128], 1), reader.read(images[:128].float() / 255)
+    one, floats = net.read(images[:128], 1), net.read(images[:128].float() / 255)
     for other in (plain, one, floats):
         assert [text for text, _ in other] == [text for text, _ in many[:len(other)]]
         assert np.allclose([sure for _, sure in other], [sure for _, sure in many[:len(other)]], rtol=1e-3)
@@ -459,8 +458,8 @@ def test_attention_on_text(bench, tmp_path, monkeypatch):
     """Attention spread evenly has the text's share of the area and entropy 1; attention on one text patch has share 1
     and entropy 0. Catches rows and columns of the grid exchanged, [cls] left among the keys, and the end counted as a
     letter."""
-    reader = evaluate.load_recognizer(str(bench / "tiny.pt"))
-    net, (h, w) = reader, reader.encoder.grid
+    net = evaluate.load_recognizer(str(bench / "tiny.pt"))
+    h, w = net.encoder.grid
     even = torch.full((3, 1 + h * w), 1 / (1 + h * w))
     point = torch.zeros(3, 1 + h * w)
     point[:, 0], point[:, 1 + w] = 0.5, 0.5                                      # [cls]; the first patch of row 2
@@ -469,7 +468,7 @@ def test_attention_on_text(bench, tmp_path, monkeypatch):
         letters = (weights[:, 1:] / weights[:, 1:].sum(1, keepdim=True))[:, None].repeat(1, 3, 1)
         letters[ids == net.end] = torch.nn.functional.one_hot(torch.tensor(h * w - 1), h * w).float()
         monkeypatch.setattr(evaluate, "attention", lambda *_: (ids, weights[:, None].expand(-1, 1 + h * w, -1), letters))
-        got = evaluate.look(reader, Rendered(), str(tmp_path / "look.png"))
+        got = evaluate.look(net, Rendered(), str(tmp_path / "look.png"))
         assert got["n"] == 3 and got["text_area"] == pytest.approx(0.25)
         for who in ("cls", "patches", "decoder"):
             assert got[who] == pytest.approx({"share": share, "entropy": entropy}, abs=1e-5), who
@@ -478,7 +477,7 @@ def test_attention_on_text(bench, tmp_path, monkeypatch):
     (p, q), (y, x) = net.encoder.patch, red.nonzero()
     assert (y.min(), y.max(), x.min(), x.max()) == (2 * p, 4 * p - 1, 0, 2 * q - 1)
     photo = data.Files([(str(bench / "set" / "0.png"), "a")], "", "x")
-    assert evaluate.look(reader, photo, str(tmp_path / "x.png")) is None
+    assert evaluate.look(net, photo, str(tmp_path / "x.png")) is None
 
 
 def test_real_attention_maps_sum_to_one(bench):
