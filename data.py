@@ -1,541 +1,321 @@
-"""The words and all that is done before a model sees one: charsets, drawing, reading, two looks at a word, batches.
+"""Word crops: where they come from, what is done to them, and how they become batches.
 
-    python data.py show SRC --guidance --coarse 16x64     writes sheet.png: crops and the views that are made of them
-    python data.py check TRAIN --against TEST TEST        counts everything, finds training crops that a test set holds
+    python data.py show SRC --guidance --coarse 16x64     draws crops and the views made of them
+    python data.py check TRAIN --against TEST TEST        counts; finds crops that test sets hold
     python data.py pack SRC out_lmdb --without list.tsv   writes an LMDB in the field's layout
 
-SRC is one of: `synth`, `synth:N` or `synth:N:SEED` (rendered words); a folder holding `data.mdb`, or a tree of such
-folders; a labels file, .txt or .tsv (path<TAB>label), .jsonl ({"filename", "text"}) or MMOCR .json, image paths being
-relative to it; a folder of images (unlabelled). In a list SRC@N counts N times. What cannot be read raises Damaged and
-is counted, never replaced.
+The parts of this file, in the order of reading:
+
+    sources     decode, Lmdb, Files, Synth, Parts, open_source, open_sources
+    labels      CHARSETS, read_charset, fit_label, fit_labels
+    views       guidance_view, augment, coarse_view: whole batches, on their device
+    batches     read_batch, batches, next_batch, read_all, DamageCount
+    commands    show, check, pack
+
+SRC is one of: `synth`, `synth:N` or `synth:N:SEED` (rendered words); a folder that holds
+`data.mdb`, or a tree of such folders; a labels file, .txt or .tsv (path<TAB>label), .jsonl
+({"filename", "text"}) or MMOCR's .json, with image paths that are relative to it; a folder of
+images (unlabelled). In a list SRC@N counts N times. What cannot be read raises Damaged and is
+counted, never replaced.
 """
-import argparse
 import atexit
-import ctypes
-import gc
+import contextlib
+import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import pathlib
-import random
 import re
 import shutil
 import signal
-import sys
-import traceback
+import time
 import unicodedata
-import warnings
 from collections import Counter, namedtuple
-from contextlib import contextmanager, suppress
-from functools import cache, lru_cache, partial, partialmethod, reduce
-from itertools import count
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-H, W = 32, 128                      # every crop, in this order everywhere
-SYNTH_N = 1_000_000                 # words in `synth`, drawn on the fly: beside 10,000 crops 99 in a hundred are rendered
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")      # not EPS and the like, which run other programs
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-Image.MAX_IMAGE_PIXELS = 2 ** 25    # 33 million pixels are no word; more is a decompression bomb
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+import common
+from common import H, W, Parser, UserError, number_in, parse_size, run_main
+from common import say, to_device, to_unit, typed_flags
+from render import MAX_LENGTH, PRINTABLE, find_font, font_files, fonts_with
+from render import render_word, word_label
 
-# image uint8 (3, 32, 128); char_map uint8 (32, 128), rendered words only: k > 0 marks the pixels of the k-th character
+
+# ---- sources: one crop
+
+# image: uint8 (3, 32, 128). label: a string, or None.
+# char_map: uint8 (32, 128), where k > 0 marks the pixels of the k-th character.
+# Rendered words alone have a char_map; other crops have None.
 Crop = namedtuple("Crop", "image label char_map")
 
-class UserError(Exception):
-    """What the person who typed the command can mend. One line: what came, what was expected, what to type."""
 
 class Damaged(UserError):
-    """An entry that cannot be read: where it is and why."""
+    """An entry that cannot be read: where it is, and why."""
 
-def run(main):
-    """Call main(); a UserError, or a file that cannot be opened or written, becomes one line on stderr and exit status 2."""
-    status = 0
-    for stream in sys.stdout, sys.stderr:
-        with suppress(AttributeError):                          # a notebook's streams
-            stream.reconfigure(errors="backslashreplace")       # letters that a terminal lacks are no error
-    try:
-        main()
-    except KeyboardInterrupt:
-        status = 130
-    except (UserError, OSError, RuntimeError) as error:
-        text = str(error).strip().split("\n")[-1]               # a loader's process sends its whole traceback
-        if isinstance(error, RuntimeError):
-            if "DataLoader worker" not in text:
-                raise
-            text = f"{text.rstrip('.')}; if memory ran out, lower --workers; training goes on with --resume"
-        traceback.clear_frames(error.__traceback__)             # which hold the loader, and it them: its processes end now
-        text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else text
-        print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
-        status = 2
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and (
-            status in (0, 130) or torch.distributed.get_backend() != "nccl"):      # NCCL would wait for ranks that go on
-        # Gloo's threads must end before Python does, or one of them may abort it; the training script's handlers hold them
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        gc.collect()
-        torch.distributed.destroy_process_group()
-    sys.exit(status)
-
-class Parser(argparse.ArgumentParser):
-    """Defaults in every help line; what is wrong in one line and exit status 2."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
-
-    def error(self, message):
-        message = re.sub("^argument (.*?): (.*: expected)", r"\1 \2", message)
-        self.exit(2, f"{self.prog}: {message}\n")
-
-def within(interval, kind=float):
-    """A flag's type: a number in an interval, such as "(0, 1]"."""
-    low, high = map(float, interval[1:-1].split(","))
-
-    def number(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
-            raise argparse.ArgumentTypeError(f"{text}: expected a number in {interval}{', whole' * (kind is int)}")
-        return value
-    return number
-
-def device(name):
-    """--device: auto takes a CUDA GPU if there is one, that of this rank -> torch.device. UserError if it cannot
-    be used. On a CPU this also tells the C library to keep the memory it has, for the whole process."""
-    kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
-        torch.empty(1, device=found).cpu()                 # which a device without memory, meta, cannot
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
-        torch.backends.cuda.enable_cudnn_sdp(False)        # it plans anew for each new shape, and words end at all lengths
-    if found.type == "cpu":         # glibc gives each large block back, and Linux clears it anew: half of a step's time
-        with suppress(OSError, AttributeError, TypeError):              # other systems
-            for option in (-4, 0), (-1, -1):                            # M_MMAP_MAX, M_TRIM_THRESHOLD
-                ctypes.CDLL(None).mallopt(*option)
-    return found
-
-def size(text):
-    """"16x64" -> (16, 64), height first."""
-    if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", text):
-        raise UserError(f"{text}: expected height x width in pixels, such as 16x64")
-    return tuple(map(int, text.split("x")))
 
 class Source(Dataset):
-    """len(s); s[i] -> (uint8 (3, 32, 128), label or None). Subclasses set n and name, and have label(i), where(i), and
-    bytes(i), the stored file, or get(i)."""
+    """Numbered crops: source[i] -> (image uint8 (3, 32, 128), label or None).
 
-    def __len__(self): return self.n
+    A subclass sets `n`, how many crops it has, and `name`. It has label(i); where(i), a place that
+    a person can find; and bytes(i), the stored file, or else get(i). With bytes(i) it also sets
+    `rotate_tall`, see decode.
+    """
+
+    def __len__(self):
+        return self.n
 
     def __getitem__(self, i):
         if not 0 <= i < self.n:
             raise IndexError(f"{self.name} holds {self.n} crops, not crop {i}")
-        return self.get(i)[:2]
+        crop = self.get(i)
+        return crop.image, crop.label
 
     def get(self, i):
+        """-> Crop. Raises Damaged."""
         try:
-            return Crop(decode(self.bytes(i), self.rotate_tall), self.label(i), None)
+            image = decode(self.bytes(i), self.rotate_tall)
+            label = self.label(i)
         except Damaged as error:
             raise Damaged(f"{self.where(i)}: {error}") from None
+        return Crop(image, label, None)
 
     def bytes(self, i):
+        """The crop as a PNG file: for a source that stores no files."""
+        pixels = self.get(i).image.permute(1, 2, 0).numpy()
         file = io.BytesIO()
-        Image.fromarray(self.get(i).image.permute(1, 2, 0).numpy()).save(file, "PNG")
+        Image.fromarray(pixels).save(file, "PNG")
         return file.getvalue()
 
-# ---- charset
 
-CHARSETS = {"36": "0123456789abcdefghijklmnopqrstuvwxyz"}
-CHARSETS["62"] = CHARSETS["36"] + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-CHARSETS["94"] = CHARSETS["62"] + "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+# Pillow could read EPS and the like too, but runs other programs for them.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+MAX_PIXELS = 2 ** 25                    # 33 million are no word. Pillow allows five times as many.
+TALL = 1.5                              # a crop is tall if its height / width is above this
 
-def charset(name):
-    """'36', '62', '94' or a UTF-8 file of characters (line ends passed over, NFC) -> the characters as one string."""
-    try:
-        lines = [CHARSETS[name]] if name in CHARSETS else pathlib.Path(name).read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--charset {name}: expected 36, 62, 94 or a UTF-8 file of characters ({error})") from None
-    chars = "".join(unicodedata.normalize("NFC", line) for line in lines)      # no accent joins the line above
-    wrong = [f"{c!r} stands in it twice" for c, n in Counter(chars).items() if n > 1]
-    wrong += [f"{c!r} is a control character" for c in chars if unicodedata.category(c) == "Cc"]
-    if wrong or not chars.strip():
-        raise UserError(f"--charset {name}: {wrong[0] if wrong else 'holds no character'}")
-    return chars
-
-def fit_label(label, chars, max_length):
-    """-> (the label as it is trained on: NFC, lower case where the charset is 36; why it cannot be, or "")."""
-    text = unicodedata.normalize("NFC", label or "")
-    text = text.lower() if chars == CHARSETS["36"] else text
-    if any(c not in chars for c in text):
-        return text, "outside the charset"
-    return text, "too long" if len(text) > max_length else "" if text else "empty"
-
-def fit_labels(source, chars, max_length):
-    """-> (the crops whose label can be trained on, a line that says how many cannot, why, and which characters are to
-    blame). Entries whose label is damaged stay in, for the loader to name and count."""
-    fits, why, odd = np.ones(len(source), bool), Counter(), Counter()
-    for start, part in zip(source.starts, source.parts):
-        if isinstance(part, Synth) and not fit_label(part.charset, chars, len(part.charset))[1] and max_length >= MAX_LENGTH:
-            continue                        # a million drawn words need not be asked one by one
-        for i in range(len(part)):
-            with suppress(Damaged):             # the loader names and counts it
-                text, reason = fit_label(part.label(i), chars, max_length)
-                if reason:
-                    fits[start + i] = False
-                    why[reason] += 1
-                    odd.update(c for c in dict.fromkeys(text) if c not in chars)
-    report = [f"{source.name}: {fits.sum():,} of {len(source):,} labels fit", *(f"{n:,} {x}" for x, n in why.items())]
-    blame = f" ({', '.join(f'{c!r} {n:,}' for c, n in odd.most_common(8))})" if odd else ""
-    return Parts([source], source.name, fits.nonzero()[0]), ", ".join(report) + blame
-
-# ---- drawing words
-
-PRINTABLE, MAX_LENGTH = "".join(map(chr, range(33, 127))), 25
-LENGTHS = [n for n, share in enumerate((0, 1, 4, 16, 20, 15, 13, 11, 7, 5, 3, 2, 1, 1, 1)) for _ in range(share)]
-NUMBERS = """# ## ### #### ##### 19## 20## $# $## $#.## $##.## ##% #% #.## ##.# #,### #:## ##:## ##am #pm #/# ##/## #x##
-    ###-#### ###-###-#### (###) No.# #th +## ##-## ##+ ##m ##km A# B## #C ##A""".split()
-EXTRAS = r"""*! *. *, *? *: *; *'s '* "*" "* *" (*) [*] *& @* #* -* *- *... www.* *.com *!!""".split()
-SIGNS = "open sale exit stop street road park hotel bank cafe shop free city market school police taxi office".split()
-FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts", "/Library/Fonts",
-                "/System/Library/Fonts", "~/Library/Fonts", "$WINDIR/Fonts", "$LOCALAPPDATA/Microsoft/Windows/Fonts")
-NO_LETTERS = "(?i)symbol|emoji|ding|math|icon|braille|barcode|music|lastresort|blank|notdef|ornament"
-
-@cache
-def vocabulary():
-    """{length: lower-case words, the common ones first}, about 8,000: words of signs, of the docstrings and comments of
-    this Python (another version may have others), and of the names of pictographs, such as "hamburger"."""
-    prose = [unicodedata.name(chr(code), "").lower() for code in range(0x1F300, 0x1FB00)]
-    for path in sorted(pathlib.Path(os.__file__).parent.glob("*.py")):
-        prose += map("".join, re.findall(r'"""(.*?)"""|# ([^\n]*)', path.read_text("utf-8", "ignore"), re.S))
-    found = re.findall(r"(?<=[ \n(])[A-Za-z]?[a-z]+(?=[ ,.;:)\n])", f" {' '.join(prose)} ")
-    count = Counter(SIGNS * 200 + [word.lower() for word in found])
-    common = sorted(filter(re.compile("[aeiouy]").search, count), key=lambda word: (-count[word], word))
-    return {length: [word for word in common if len(word) == length] for length in set(LENGTHS)}
-
-def font_files(folder=None):
-    """None (Pillow's own font), then the TrueType and OpenType files of the system, then those under folder."""
-    files = [None]
-    for place in (*FONT_FOLDERS, folder) if folder else FONT_FOLDERS:
-        found = sorted(pathlib.Path(os.path.expanduser(os.path.expandvars(place))).rglob("*.[oOtT][tT][cCfF]"))
-        files += [str(path) for path in found if place == folder or not re.search(NO_LETTERS, path.name)]
-    if folder and not found:
-        raise UserError(f"--fonts {folder}: no .ttf, .otf or .ttc file in it; give a folder that holds some")
-    return files
-
-@lru_cache(4096)
-def face(path, size):
-    """(the font, its picture of a character that no font has), or None for a file that FreeType cannot use."""
-    try:
-        font = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
-        return font, bytes(font.getmask("\U0010fffe"))
-    except (OSError, ValueError):
-        return None
-
-@lru_cache(1 << 15)
-def glyph(path, size, stroke, char):
-    """(coverage, its pixels as mode "1", left, top from the baseline, advance), or None where the font lacks char."""
-    font, missing = face(path, size) or (None, None)
-    left, top, right, bottom = font.getbbox(char, anchor="ls", stroke_width=stroke) if font else (0, 0, 0, 0)
-    if right <= left or bottom <= top or bytes(font.getmask(char)) == missing:
-        return None
-    ink = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(ink).text((-left, -top), char, 255, font, "ls", stroke_width=stroke)
-    return ink, ink.convert("1", dither=Image.Dither.NONE), left, top, font.getlength(char)
-
-@cache
-def textures():
-    """(192, 64, 192) in [0, 1] and (3, 64, 256) unit noise, float32; a crop cuts its own windows out of it. Noise of
-    few or many cells, smooth or square, upright or turned, soft or hard, is light, clouds, cloth, planks, frames."""
-    g, maps = np.random.Generator(np.random.PCG64(0)), []
-    for i in range(192):
-        cells = Image.fromarray(g.random((g.choice([2, 3, 6, 16, 96]), g.choice([2, 4, 8, 24, 96])), np.float32))
-        way = Image.Resampling.BICUBIC if i % 4 else Image.Resampling.NEAREST
-        m = cells.resize((256, 256), way).rotate(g.uniform(0, 360) * (i % 2), way).crop((32, 96, 224, 160))
-        m = np.tanh((np.asarray(m) - .5) * g.choice([1, 1, 3, 20]))
-        maps.append((m - m.min()) / np.ptp(m))
-    return np.stack(maps).astype(np.float32), g.standard_normal((3, 64, 256), np.float32)
-
-def bend(rng, w, h, a):
-    """Leans, tapers, sags, turns and crops a word, a times as wide as high, that fills the middle half of an image (h, w).
-    Returns the inverse, quads for Image.transform, and the crop's width / height. The unit is the word's height."""
-    a *= np.exp(rng.gauss(0, .15))
-    lean, taper = rng.gauss(rng.choice((0, 0, 0, 0, 0, .25)), .05), max(-.35, min(.35, rng.gauss(0, .1)))
-    turn = np.exp(1j * (rng.gauss(0, .03) if rng.random() < .8 else rng.uniform(-.26, .26) * min(1, 3 / a)))
-    sag = rng.uniform(-.2, .2) * min(a, 5) if a > 2 and rng.random() < .18 else 0
-    u, v, n = np.arange(-4, 5) / 4, np.array([[-.5], [.5]]), 8 if sag else 1  # u along the word, v up and down, n quads
-    y = sag * (1 - u * u) + (1 + taper * u) * v  # the letters stand upright on a parabola
-    z = turn * (a / 2 * u + 4 * sag / a * u * v - lean * y + 1j * y)  # where its rims go, x + iy: a product turns them
-    left, right, top, bottom = (max(-.05, rng.gauss(.06, .08)) for _ in range(4))
-    left, top, right, bottom = z.real.min() - left, z.imag.min() - top, z.real.max() + right, z.imag.max() + bottom
-    z = (left + (right - left) / n * np.arange(n + 1) + 1j * np.array([[top], [bottom]])) / turn
-    u = 2 / a * (z.real + lean * z.imag)  # the lines above undone: which place of the word the crop's rims show
-    v = (z.imag - sag * (1 - u * u)) / (1 + taper * u)
-    x, y = ((.5 + u / 2 - 4 * sag / a ** 2 * u * v) * w).T.tolist(), ((.5 + v / 2) * h).T.tolist()
-    quads = [(x[k][0], y[k][0], x[k][1], y[k][1], x[k + 1][1], y[k + 1][1], x[k + 1][0], y[k + 1][0]) for k in range(n)]
-    return [((W * k // n, 0, W * (k + 1) // n, H), quads[k]) for k in range(n)], (right - left) / (bottom - top)
-
-def paint(rng, cover):
-    """(3, 32, 128) float32, 0 to 255: a word of coverage (32, 128) in colours that differ, mostly enough to read."""
-    def colour(light):
-        spread = rng.choice((.03, .06, .12, .25, .5))  # mostly grey; green and pink are rare among signs
-        red, green, blue = rng.gauss(0, spread), rng.gauss(0, .3 * spread), rng.gauss(0, spread)
-        light -= .3 * red + .59 * green + .11 * blue
-        return np.array([[[255 * min(1, max(0, light + part))]] for part in (red, green, blue)], np.float32)
-    def texture():
-        y, x = rng.randrange(32), rng.randrange(64)
-        return textures()[0][rng.randrange(192), y:y + H, x:x + W]
-    mix = lambda under, over, share: under + (over - under) * share
-
-    gap = rng.uniform(.3, .9) if rng.random() < .85 else rng.uniform(.15, .3)
-    back, text = rng.sample((dark := rng.uniform(0, 1 - gap), dark + gap), 2)
-    image, ink, kind = colour(back), colour(text), rng.random()
-    if rng.random() < .7:
-        other = image * rng.uniform(.75, 1.2) if rng.random() < .6 else colour(mix(back, text, rng.uniform(-.6, .4)))
-        image = mix(image, other, texture())
-    if rng.random() < .3:
-        ink = mix(ink, colour(mix(text, back, rng.uniform(-.4, .3))), texture())
-    if kind < .25:  # hollow letters, an outline; a shadow, the side of a raised letter
-        steps = [(0, 1), (0, -1), (1, 0), (-1, 0)] if kind < .1 else [(rng.choice((-1, 1, 2)), rng.choice((-2, 1, 2)))]
-        under = reduce(np.maximum, [np.roll(cover, step, (0, 1)) for step in steps], cover)
-        image = mix(image, colour(mix(back, text, rng.uniform(-1, .3))), under * rng.uniform(.5, 1))
-        cover = under - cover if kind < .02 else cover
-    light = mix(rng.uniform(.4, 1), rng.uniform(.9, 1.4), texture()) if rng.random() < .3 else 1
-    return mix(image, ink, cover) * light
-
-def worn(rng, image, a):
-    """(3, 32, 128) uint8: what a camera leaves of a crop a times as wide as high: noise, few pixels, JPEG, blur."""
-    y, x, noise = rng.randrange(32), rng.randrange(128), max(0, rng.gauss(0, 7))
-    image = (image + noise * textures()[1][:, y:y + H, x:x + W]).clip(0, 255).astype(np.uint8)
-    few, jpeg, blur = (rng.random() < share for share in (.35, .15, .12))
-    if few or jpeg or blur:
-        h = rng.randint(10, 24) if few else H
-        w = max(12, min(W, round(h * a))) if few else W
-        picture = Image.fromarray(image.transpose(1, 2, 0).copy()).resize((w, h), Image.Resampling.BILINEAR)
-        if jpeg:
-            picture.save(file := io.BytesIO(), "JPEG", quality=rng.randint(15, 60))
-            picture = Image.open(file)
-        if blur:
-            picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(.4, 1.4) * h / H))
-        image = np.asarray(picture.resize((W, H), Image.Resampling.BICUBIC)).transpose(2, 0, 1).copy()
-    return image
-
-class Synth(Source):
-    """n rendered words; crop i is a pure function of (seed, i), whatever the process, the worker or the order.
-    fonts: a folder of more fonts. charset: the characters to use; its words are English if that is ASCII and has all of a to z,
-    else random letters (of its characters, if it has no letter).
-    Pictures depend on the installed fonts, words on the Python version: another machine draws another set."""
-    name = "synth"
-
-    def __init__(self, n=SYNTH_N, seed=0, fonts=None, charset=None):
-        self.n, self.seed, self.fonts = n, seed, font_files(fonts)
-        self.charset = "".join((charset or PRINTABLE).split())
-        english = self.charset.isascii() and set(PRINTABLE[64:90]) <= set(self.charset.lower())
-        self.foreign = [] if english else [c for c in self.charset if c.isalpha() or not c.isascii()] or list(self.charset)
-        if charset:
-            lack = {font: [char for char in self.charset if not glyph(font, 40, 0, char)] for font in self.fonts}
-            self.fonts = [font for font in lack if not lack[font]]
-            if not self.fonts:
-                least = "".join(min(lack.values(), key=len)[:40])
-                raise UserError(f"charset: no font has all of it, the best lacks {least}; give one with --fonts FOLDER")
-
-    def where(self, i): return f"synth:{self.n}:{self.seed} word {i}"
-    def label(self, i): return self.word(i)[0]
-
-    def word(self, i):
-        """(label, the generator that draws its picture). Of 20 words 14 are English and 2 are numbers; so that no model
-        can do with language alone, 3 are random letters and 1 random characters."""
-        rng = random.Random(f"{self.seed} {i}")
-        kind, case, length = rng.random(), rng.random(), rng.choice(LENGTHS)
-        if kind < .85:
-            words = [] if self.foreign or kind > .7 else vocabulary()[length]
-            word = "".join(rng.choices(self.foreign or PRINTABLE[64:90], k=length))
-            word = words[int(len(words) * rng.random() ** 2)] if words else word
-            word = word.upper() if case < .4 else word.capitalize() if case < .68 else word
-            word = rng.choice(EXTRAS).replace("*", word) if rng.random() < .12 else word
-        elif kind < .95:
-            word = re.sub("#", lambda _: str(rng.randrange(10)), rng.choice(NUMBERS))
-        else:
-            word = rng.choices(self.charset, k=length)
-        label = ""
-        for char in word:
-            char = char if char in self.charset else char.swapcase()
-            if char in self.charset and unicodedata.is_normalized("NFC", label + char):     # or the label would be shorter
-                label += char
-        return label[:MAX_LENGTH] or rng.choice(self.charset), rng
-
-    def get(self, i):
-        label, rng = self.word(i)
-        size, stroke = 64 if len(label) < 5 else 40, rng.choice((0, 0, 0, 1, 1, 2))
-        fonts = rng.choices(self.fonts, k=8) + self.fonts  # those without the letters are passed over
-        glyphs = next(filter(all, ([glyph(font, size, stroke, char) for char in label] for font in fonts)))
-        gap, hop = size * max(-.04, rng.gauss(.02, .06)), size * .12 * (rng.random() < .06)
-        x, spots = 0, []
-        for ink, solid, left, top, advance in glyphs:
-            spots.append((round(x) + left, top + round(rng.uniform(-hop, hop)), ink, solid))
-            x += advance + gap
-        left, top = min(x for x, *_ in spots), min(y for _, y, *_ in spots)
-        right, bottom = max(x + ink.width for x, _, ink, _ in spots), max(y + ink.height for _, y, ink, _ in spots)
-        w, h = max(right - left, size // 2) + 2, max(bottom - top, size // 2) + 2  # a lone "." does not fill its crop
-        cover, char_map = Image.new("L", (w, 2 * h)), Image.new("L", (w, 2 * h))  # of which character a pixel is
-        for k, (x, y, ink, solid) in enumerate(spots, 1):
-            at = x + (w - right - left) // 2, y + (2 * h - bottom - top) // 2
-            cover.paste(255, at, ink)
-            char_map.paste(k, at, solid)
-        if rng.random() < .12:  # the lines above and below can be seen
-            line = cover.crop((0, h // 2, w, h // 2 + h))
-            cover.paste(line, (w // 3, h // 2 - round(1.1 * h)))
-            cover.paste(line, (-w // 3, h // 2 + round(1.1 * h)))
-        small = min(w, 160), min(2 * h, 80)  # the warp reads single pixels: what is larger is averaged first
-        cover, char_map = cover.resize(small, Image.Resampling.BILINEAR), char_map.resize(small, Image.Resampling.NEAREST)
-        quads, a = bend(rng, *small, w / h)
-        cover = np.asarray(cover.transform((W, H), Image.Transform.MESH, quads, Image.Resampling.BILINEAR))
-        char_map = np.asarray(char_map.transform((W, H), Image.Transform.MESH, quads, Image.Resampling.NEAREST))
-        image = worn(rng, paint(rng, cover * np.float32(1 / 255)), a)
-        return Crop(torch.from_numpy(image), label, torch.from_numpy(char_map * (cover > 96)))
-
-# ---- reading
 
 def decode(data, rotate_tall=False):
-    """Encoded bytes -> uint8 (3, 32, 128), resized bicubically with no regard for shape, as the field does.
+    """An image file's bytes -> uint8 (3, 32, 128), squeezed bicubically, as the field does.
 
-    Transparency is laid over white, 16 bits are scaled to 8, EXIF rotation is applied. rotate_tall turns crops more
-    than 1.5 times as high as wide 90 degrees counter-clockwise. Raises Damaged for whatever is not a whole image."""
+    Transparency is laid over white, 16 bits are scaled to 8, EXIF rotation is applied. rotate_tall
+    turns tall crops 90 degrees counter-clockwise. Raises Damaged for whatever is not a whole image.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.format == "JPEG" and "exif" not in image.info:     # let the decoder halve what is far too large
-                image.draft(None, (2 * W, 2 * H))
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode[0] in "IF":                                   # 16 or 32 bits of grey
-                grey = np.asarray(image, np.float32)
-                deep = image.mode.startswith("I;16") or grey.max() > 255
-                scale = 1 / 257 if deep else 255 if image.mode == "F" and grey.max() <= 1 else 1
-                image = Image.fromarray((grey * scale).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if rotate_tall and image.height > 1.5 * image.width:
-                image = image.transpose(Image.Transpose.ROTATE_90)
-            pixels = np.asarray(image.convert("RGB").resize((W, H), Image.Resampling.BICUBIC, reducing_gap=3))
-            return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+            return read_pixels(image, rotate_tall)
     except UnidentifiedImageError:
         raise Damaged(f"not an image ({len(data)} bytes)") from None
-    except Exception as error:              # Pillow raises a dozen kinds; each means that there is no whole image here
-        raise Damaged(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
+    except Damaged:
+        raise
+    except Exception as error:
+        # Pillow raises a dozen kinds; each means that there is no whole image.
+        reason = " ".join(str(error).split())
+        raise Damaged(f"{type(error).__name__}: {reason[:120]}") from None
 
-@cache
-def environment(folder):
-    """The read-only LMDB of a folder: lmdb opens it only once in a process."""
+
+def read_pixels(image, rotate_tall):
+    """An opened image, of which nothing is read yet -> uint8 (3, 32, 128)."""
+    if image.width * image.height > MAX_PIXELS:
+        raise Damaged(f"{image.width} x {image.height} pixels: no word, but a decompression bomb")
+    if image.format == "JPEG" and "exif" not in image.info:
+        image.draft(None, (2 * W, 2 * H))           # the decoder halves what is far too large
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+
+    if image.mode[0] in "IF":                       # I, I;16, F: more than 8 bits of grey
+        image = deep_grey_to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    if rotate_tall and image.height > TALL * image.width:
+        image = image.transpose(Image.Transpose.ROTATE_90)
+
+    image = image.convert("RGB")
+    image = image.resize((W, H), Image.Resampling.BICUBIC, reducing_gap=3)
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def deep_grey_to_8_bits(image):
+    """Grey of 16 or 32 bits, whole numbers or floats, whose range is partly to be guessed."""
+    grey = np.asarray(image, np.float32)
+    if image.mode.startswith("I;16") or grey.max() > 255:
+        scale = 1 / 257                             # 65535 becomes 255
+    elif image.mode == "F" and grey.max() <= 1:
+        scale = 255
+    else:
+        scale = 1
+    return Image.fromarray((grey * scale).clip(0, 255).astype(np.uint8))
+
+
+# ---- sources: LMDB
+
+class OpenLmdbs:
+    """The LMDBs that this process has open. lmdb opens each only once in a process.
+
+    A forked worker inherits this object, but LMDB forbids it to read through what its parent
+    opened: it drops that and opens its own. Pages once read stay mapped and count as memory until
+    the file is closed, so after so many reads all are closed and opened anew.
+    """
+    READS = 1000
+
+    def __init__(self):
+        self.close()
+
+    def close(self):
+        self.environments = {}          # what nobody holds any more is closed
+        self.process_id = os.getpid()
+        self.reads = 0
+
+    def get(self, folder):
+        """The read-only LMDB of a folder."""
+        if self.process_id != os.getpid() or self.reads == self.READS:
+            self.close()
+        self.reads += 1
+        if folder not in self.environments:
+            self.environments[folder] = open_lmdb(folder)
+        return self.environments[folder]
+
+
+OPEN_LMDBS = OpenLmdbs()
+
+
+def open_lmdb(folder):
+    """UserError if its file was cut short: reading past the end would kill the process."""
     import lmdb
-    env = lmdb.open(folder, readonly=True, lock=False, readahead=False, meminit=False)
-    need = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    environment = lmdb.open(folder, readonly=True, lock=False, readahead=False, meminit=False)
+    need = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     have = os.path.getsize(os.path.join(folder, "data.mdb"))
-    if need > have:                         # reading past the end would kill the process
+    if need > have:
         raise UserError(f"{folder}: data.mdb has {have:,} of its {need:,} bytes; copy it again")
-    return env
+    return environment
 
-if hasattr(os, "register_at_fork"):         # a forked worker opens its own; where there is no fork, each does so anyway
-    os.register_at_fork(after_in_child=environment.cache_clear)
-READS = count(1)                            # of LMDBs by this process
 
-@contextmanager
+@contextlib.contextmanager
 def reading(folder):
-    """A look into the LMDB of a folder; Damaged if that fails."""
+    """A look into the LMDB of a folder: a transaction. Damaged if lmdb fails."""
     import lmdb
-    if next(READS) % 1000 == 0:             # pages once read stay mapped and count as memory until the file is closed
-        environment.cache_clear()
     try:
-        with environment(folder).begin() as txn:
-            yield txn
+        with OPEN_LMDBS.get(folder).begin() as transaction:
+            yield transaction
     except lmdb.Error as error:
         raise Damaged(f"{folder}: expected an LMDB, copied whole ({error})") from None
 
+
 class Lmdb(Source):
-    """The field's layout: image-%09d (JPEG, PNG), label-%09d (UTF-8), counted from 1, and num-samples."""
+    """The field's layout: keys image-%09d (JPEG, PNG), label-%09d (UTF-8) and num-samples.
+    Entries are counted from 1. labels=False reads no label: a damaged one is then no damage."""
 
     def __init__(self, folder, name, rotate_tall=False, labels=True):
-        self.folder, self.name, self.rotate_tall = os.path.realpath(folder), name, rotate_tall
-        with reading(self.folder) as txn, txn.cursor() as cursor:
-            starts = lambda kind: cursor.set_range(kind) and cursor.key().startswith(kind)
-            self.labelled, last = labels and starts(b"label-"), b""
-            if starts(b"image-"):                                       # the last is the key before "image-:"
-                cursor.prev() if cursor.set_range(b"image-:") else cursor.last()
-                last = cursor.key()[6:]
-            count, entries = txn.get(b"num-samples", last).strip(), txn.stat()["entries"]
-            if not (starts(b"image-") and re.fullmatch(b"0*[1-9][0-9]{,8}", count) and int(count) <= entries):
-                first = cursor.key().decode(errors="replace") if cursor.first() else "none"
-                raise UserError(f"{folder}: no word crops (num-samples {count[:20]}, {entries:,} entries, first key {first}); "
-                                "expected the keys image-000000001, label-000000001 and so on, and num-samples")
-            self.n = int(count)
-            if last.isdigit() and int(last) > self.n and os.environ.get("RANK", "0") == "0":
-                print(f"{folder}: num-samples says {self.n:,}; images after that, up to {int(last):,}, are not looked at")
-
-    def where(self, i): return f"{self.name} image-{i + 1:09d}"
-    def bytes(self, i): return self.value(f"image-{i + 1:09d}")
+        self.folder = os.path.realpath(folder)
+        self.name = name
+        self.rotate_tall = rotate_tall
+        with reading(self.folder) as transaction:
+            self.n = count_crops(transaction, folder)
+            self.labelled = labels and has_key_with(transaction, b"label-")
 
     def value(self, key):
-        with reading(self.folder) as txn:
-            value = txn.get(key.encode())
+        with reading(self.folder) as transaction:
+            value = transaction.get(key.encode())
         if value is None:
             raise Damaged(f"key {key} is missing")
         return value
 
+    def bytes(self, i):
+        return self.value(f"image-{i + 1:09d}")
+
     def label(self, i):
+        if not self.labelled:
+            return None
         try:
-            return self.value(f"label-{i + 1:09d}").decode() if self.labelled else None
+            return self.value(f"label-{i + 1:09d}").decode()
         except UnicodeDecodeError:
             raise Damaged("the label is not UTF-8") from None
 
-def read_labels(path):
-    """Yield (image path, label) of a .txt, .tsv, .jsonl or MMOCR .json file."""
-    number, kind = 0, os.path.splitext(path)[1].lower()
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(json.load(file)["data_list"] if kind == ".json" else file, 1):
-                if kind == ".json":
-                    (instance,) = line["instances"]
-                    name, label = line["img_path"], instance["text"]
-                elif not line.strip():
-                    continue
-                elif kind == ".jsonl":
-                    name, label = (row := json.loads(line))["filename"], row["text"]
-                else:
-                    name, label = line.rstrip("\n").split("\t", 1)
-                os.fsencode(name), str.encode("" if label is None else label)      # fails for a number, for half an emoji
-                if "\0" in name:
-                    raise ValueError("a NUL in a path")
-                yield name, label
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        want = {".json": 'MMOCR\'s {"data_list": [{"img_path": ..., "instances": [{"text": ...}]}]}',
-                ".jsonl": '{"filename": ..., "text": ...}'}.get(kind, "path<TAB>label")
-        raise UserError(f"{path}: entry {number}: expected {want} ({type(error).__name__}: {error})") from None
+    def where(self, i):
+        return f"{self.name} image-{i + 1:09d}"
+
+
+def count_crops(transaction, folder):
+    """How many crops an LMDB has: its num-samples, or without that the number of its last
+    image. UserError if that cannot be true. Not all keys are read: there may be millions."""
+    entries = transaction.stat()["entries"]
+    last = last_image_number(transaction)
+    count = transaction.get(b"num-samples", last).strip()
+
+    sound = re.fullmatch(b"0*[1-9][0-9]{,8}", count) and int(count) <= entries
+    if not sound or not has_key_with(transaction, b"image-"):
+        raise UserError(
+            f"{folder}: no word crops (num-samples {count[:20]}, {entries:,} entries, "
+            f"first key {first_key(transaction)}); expected the keys image-000000001, "
+            "label-000000001 and so on, and num-samples")
+
+    if last.isdigit() and int(last) > int(count):
+        say(f"{folder}: num-samples says {int(count):,}; images after that, up to {int(last):,}, "
+            "are not looked at")
+    return int(count)
+
+
+def has_key_with(transaction, prefix):
+    """True if a key begins with these bytes."""
+    with transaction.cursor() as cursor:
+        found = cursor.set_range(prefix)            # goes to the first key from there on
+        return found and cursor.key().startswith(prefix)
+
+
+def last_image_number(transaction):
+    """What follows "image-" in the last key that begins so: digits, as bytes. b"" if none does."""
+    if not has_key_with(transaction, b"image-"):
+        return b""
+    with transaction.cursor() as cursor:
+        if cursor.set_range(b"image-:"):            # a colon is the character after 9
+            cursor.prev()
+        else:
+            cursor.last()
+        return cursor.key().removeprefix(b"image-")
+
+
+def first_key(transaction):
+    with transaction.cursor() as cursor:
+        if cursor.first():
+            return cursor.key().decode(errors="replace")
+    return "none"
+
+
+# ---- sources: labels files, and folders of images
 
 class Files(Source):
-    """Images named by (path, label or None), kept as one block of bytes, which workers share without copying."""
+    """Images named by (path, label or None). All names are one block of bytes, which worker
+    processes share without copying it."""
 
     def __init__(self, entries, root, name, rotate_tall=False):
-        self.root, self.name, self.rotate_tall = root, name, rotate_tall
-        rows = [(path if label is None else f"{path}\0{label}").encode("utf-8", "surrogatepass") for path, label in entries]
-        self.n, self.ends, self.rows = len(rows), np.cumsum([0] + [len(row) for row in rows]), b"".join(rows)
+        self.root = root
+        self.name = name
+        self.rotate_tall = rotate_tall
+        rows = []
+        for path, label in entries:
+            row = path if label is None else f"{path}\0{label}"
+            rows.append(row.encode("utf-8", "surrogatepass"))
+        self.n = len(rows)
+        self.block = b"".join(rows)
+        self.ends = np.cumsum([0] + [len(row) for row in rows])
 
     def row(self, i):
-        path, *label = self.rows[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass").split("\0", 1)
-        return path, label[0] if label else None
+        """-> (path as the file has it, label or None)."""
+        row = self.block[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass")
+        path, nul, label = row.partition("\0")
+        return (path, label) if nul else (path, None)
 
-    def path(self, i): return os.path.join(self.root, self.row(i)[0])
-    def label(self, i): return self.row(i)[1]
-    def where(self, i): return f"{self.name} {self.row(i)[0]}"
+    def path(self, i):
+        return os.path.join(self.root, self.row(i)[0])
 
     def bytes(self, i):
         try:
@@ -543,468 +323,1342 @@ class Files(Source):
         except (OSError, ValueError) as error:
             raise Damaged(getattr(error, "strerror", error)) from None
 
+    def label(self, i):
+        return self.row(i)[1]
+
+    def where(self, i):
+        return f"{self.name} {self.row(i)[0]}"
+
+
+# What a labels file holds, by its suffix.
+LABEL_FILES = {
+    ".txt": "path<TAB>label",
+    ".tsv": "path<TAB>label",
+    ".jsonl": '{"filename": ..., "text": ...}',
+    ".json": 'MMOCR\'s {"data_list": [{"img_path": ..., "instances": [{"text": ...}]}]}',
+}
+
+
+def read_labels(path):
+    """Yields (image path, label). UserError names the first entry that is not as it should be."""
+    kind = suffix_of(path)
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            entries = json.load(file)["data_list"] if kind == ".json" else file
+            for number, entry in enumerate(entries, 1):
+                if kind != ".json" and not entry.strip():
+                    continue                        # an empty line
+                image_path, label = parse_entry(entry, kind)
+                check_names(image_path, label)
+                yield image_path, label
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: entry {number}: expected {LABEL_FILES[kind]} "
+                        f"({type(error).__name__}: {error})") from None
+
+
+def suffix_of(path):
+    return os.path.splitext(path)[1].lower()
+
+
+def parse_entry(entry, kind):
+    """A line, or an element of MMOCR's list -> (image path, label)."""
+    if kind == ".json":
+        (instance,) = entry["instances"]
+        return entry["img_path"], instance["text"]
+    if kind == ".jsonl":
+        row = json.loads(entry)
+        return row["filename"], row["text"]
+    image_path, label = entry.rstrip("\n").split("\t", 1)
+    return image_path, label
+
+
+def check_names(image_path, label):
+    """TypeError for what is no string, ValueError for what no file can have, as half an emoji."""
+    os.fsencode(image_path)
+    if label is not None:
+        str.encode(label)
+    if "\0" in image_path:
+        raise ValueError("a NUL in a path")
+
+
+def files_under(folder):
+    """Every file below a folder, sorted. Links are followed, but each folder is read once, by
+    the first of its names."""
+    files = []
+    seen = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        files += [os.path.join(place, name) for name in names]
+        unseen = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(place, name))
+            if real not in seen:
+                seen.add(real)
+                unseen.append(name)
+        folders[:] = unseen                         # os.walk goes on into these alone
+    return sorted(files)
+
+
+# ---- sources: rendered words
+
+SYNTH_N = 1_000_000     # words in `synth`. Beside 10,000 crops, 99 in a hundred are then rendered.
+
+
+class Synth(Source):
+    """n rendered words. Crop i depends on (seed, i) alone, whatever the process or the order.
+
+    fonts: a folder of more fonts. charset: the characters to draw, in fonts that have them all;
+    None: a keyboard's, in all fonts. Pictures depend on the installed fonts, words on the Python
+    version: another machine draws another set.
+    """
+    name = "synth"
+
+    def __init__(self, n=SYNTH_N, seed=0, fonts=None, charset=None):
+        self.n = n
+        self.seed = seed
+        self.charset = "".join((charset or PRINTABLE).split())
+        self.fonts = font_files(fonts)
+        if charset:
+            self.fonts = fonts_with(self.charset, self.fonts)
+
+    def get(self, i):
+        image, label, char_map = render_word(self.seed, i, self.fonts, self.charset)
+        return Crop(torch.from_numpy(image), label, torch.from_numpy(char_map))
+
+    def label(self, i):
+        return word_label(self.seed, i, self.charset)
+
+    def where(self, i):
+        return f"synth:{self.n}:{self.seed} word {i}"
+
+
+# ---- sources: several as one
+
 class Parts(Source):
-    """Several sources as one, in order; of their crops only those at `indices`, an array, if it is given."""
+    """Several sources as one, one after the other. indices: an array, the numbers of the crops
+    that are left, in their new order; None leaves all."""
 
     def __init__(self, parts, name, indices=None):
-        self.parts, self.name, self.indices = parts, name, indices
-        self.starts = np.cumsum([0, *map(len, parts)])
+        self.parts = parts
+        self.name = name
+        self.indices = indices
+        self.starts = np.cumsum([0] + [len(part) for part in parts])
         self.n = int(self.starts[-1]) if indices is None else len(indices)
 
-    def ask(self, what, i):
-        i = i if self.indices is None else int(self.indices[i])
+    def locate(self, i):
+        """Crop i -> (the part that has it, its number there)."""
+        if self.indices is not None:
+            i = int(self.indices[i])
+        # The last part that starts at or before i.
         k = np.searchsorted(self.starts, i, "right") - 1
-        return getattr(self.parts[k], what)(int(i - self.starts[k]))
+        return self.parts[k], int(i - self.starts[k])
 
-    get, bytes = partialmethod(ask, "get"), partialmethod(ask, "bytes")                    # get(i) is ask("get", i)
-    label, where = partialmethod(ask, "label"), partialmethod(ask, "where")
+    def get(self, i):
+        part, number = self.locate(i)
+        return part.get(number)
+
+    def bytes(self, i):
+        part, number = self.locate(i)
+        return part.bytes(number)
+
+    def label(self, i):
+        part, number = self.locate(i)
+        return part.label(number)
+
+    def where(self, i):
+        part, number = self.locate(i)
+        return part.where(number)
+
+
+# ---- sources: what was typed
 
 def open_source(src, fonts=None, rotate_tall=False, chars=None, labels=True):
-    """SRC (see the top of this file) -> Source; `fonts` (a folder) and `chars` are for rendered words, labels=False is for
-    those who need none: a damaged label is then no damage. Raises UserError for what is missing, empty or foreign."""
+    """SRC, see the top of this file -> Source. UserError for what is missing, empty or foreign.
+
+    fonts, a folder, and chars, the characters of a charset, are for rendered words. labels=False
+    is for those who need none: a damaged label is then no damage.
+    """
     src = str(src)
-    name, there = os.path.basename(os.path.abspath(src)), os.path.exists(src)
-    kind, *numbers = src.split(":")
-    if kind == "synth":
-        if not re.fullmatch("synth(:0*[1-9][0-9]{,8}(:[0-9]+)?)?", src):
-            raise UserError(f"{src}: expected synth, synth:N or synth:N:SEED, whole numbers, N from 1 to 999999999")
-        drawn = CHARSETS["62"] if chars == CHARSETS["36"] else chars       # labels are folded, words of both cases are drawn
-        return Synth(*map(int, numbers), fonts=fonts, charset=drawn)
+    if src.split(":")[0] == "synth":
+        return open_synth(src, fonts, chars)
     if os.path.isdir(src):
-        files, seen = [], {os.path.realpath(src)}
-        for at, folders, names in os.walk(src, followlinks=True):
-            files += [os.path.join(at, file) for file in names]
-            real = {os.path.realpath(os.path.join(at, folder)): folder for folder in sorted(folders, reverse=True)}
-            folders[:] = sorted(real[path] for path in real.keys() - seen)      # links: a folder is read once, by its first name
-            seen.update(real)
-        files.sort()
-        found = [os.path.relpath(os.path.dirname(file), src) for file in files if os.path.basename(file) == "data.mdb"]
-        if found:
-            names = [os.path.normpath(os.path.join(name, at)) if len(found) > 1 else name for at in found]
-            parts = [Lmdb(os.path.normpath(os.path.join(src, at)), part, rotate_tall, labels) for at, part in zip(found, names)]
-            return Parts(parts, name) if len(parts) > 1 else parts[0]
-        images = [(os.path.relpath(file, src), None) for file in files if file.lower().endswith(SUFFIXES)]
-        if not images:
-            held = Counter(os.path.splitext(file)[1] or "without suffix" for file in files).most_common(4)
-            raise UserError(f"{src}: holds {', '.join(f'{n} {what}' for what, n in held) or 'nothing'}; expected "
-                            f"data.mdb, folders with one, or images ({' '.join(SUFFIXES)})")
-        return Files(images, src, name, rotate_tall)
-    if not there or os.path.splitext(src)[1].lower() not in (".txt", ".tsv", ".jsonl", ".json"):
-        raise UserError(f"{src}: {'a file of another kind' if there else 'no such file or folder'}; expected synth, "
-                        "synth:N, an LMDB folder, a labels file (.txt .tsv .jsonl .json) or a folder of images")
-    source = Files(read_labels(src), os.path.dirname(src), name, rotate_tall)
-    if not any(os.path.exists(source.path(i)) for i in range(min(100, len(source)))):
-        raise UserError(f"{src}: " + (f"no {source.path(0)}; image paths are relative to the labels file: move it to the folder that "
-                                      "they start from" if len(source) else "expected entries in it, found none"))
+        return open_folder(src, rotate_tall, labels)
+    if os.path.exists(src) and suffix_of(src) in LABEL_FILES:
+        return open_labels_file(src, rotate_tall)
+    what = "a file of another kind" if os.path.exists(src) else "no such file or folder"
+    raise UserError(f"{src}: {what}; expected synth, synth:N, an LMDB folder, a labels file "
+                    f"({' '.join(LABEL_FILES)}) or a folder of images")
+
+
+def name_of(src):
+    """A set is named by its folder or file."""
+    return os.path.basename(os.path.abspath(src))
+
+
+def open_synth(src, fonts, chars):
+    if not re.fullmatch("synth(:0*[1-9][0-9]{,8}(:[0-9]+)?)?", src):
+        raise UserError(f"{src}: expected synth, synth:N or synth:N:SEED, whole numbers, "
+                        "N from 1 to 999999999")
+    if chars == CHARSETS["36"]:
+        chars = CHARSETS["62"]          # labels are folded, words are drawn in both cases
+    numbers = [int(number) for number in src.split(":")[1:]]
+    return Synth(*numbers, fonts=fonts, charset=chars)
+
+
+def open_folder(src, rotate_tall, labels):
+    """A folder that holds data.mdb, or a tree of such folders; else a folder of images."""
+    files = files_under(src)
+    lmdbs = [os.path.dirname(file) for file in files if os.path.basename(file) == "data.mdb"]
+    if len(lmdbs) == 1:
+        return Lmdb(os.path.normpath(lmdbs[0]), name_of(src), rotate_tall, labels)
+    if lmdbs:
+        parts = []
+        for folder in lmdbs:
+            name = os.path.normpath(os.path.join(name_of(src), os.path.relpath(folder, src)))
+            parts.append(Lmdb(os.path.normpath(folder), name, rotate_tall, labels))
+        return Parts(parts, name_of(src))
+
+    images = [file for file in files if file.lower().endswith(SUFFIXES)]
+    if not images:
+        raise UserError(f"{src}: holds {what_it_holds(files)}; expected data.mdb, folders with "
+                        f"one, or images ({' '.join(SUFFIXES)})")
+    entries = [(os.path.relpath(file, src), None) for file in images]
+    return Files(entries, src, name_of(src), rotate_tall)
+
+
+def what_it_holds(files):
+    """For an error's text: "3 .csv, 1 without suffix", or "nothing"."""
+    suffixes = Counter(os.path.splitext(file)[1] or "without suffix" for file in files)
+    held = [f"{n} {suffix}" for suffix, n in suffixes.most_common(4)]
+    return ", ".join(held) or "nothing"
+
+
+def open_labels_file(src, rotate_tall):
+    source = Files(read_labels(src), os.path.dirname(src), name_of(src), rotate_tall)
+    if len(source) == 0:
+        raise UserError(f"{src}: expected entries in it, found none")
+    first_paths = [source.path(i) for i in range(min(100, len(source)))]
+    if not any(os.path.exists(path) for path in first_paths):
+        raise UserError(f"{src}: no {first_paths[0]}; image paths are relative to the labels file: "
+                        "move it to the folder that they start from")
     return source
+
 
 def open_sources(srcs, **options):
     """Several SRCs as one Source with .parts. SRC@N stands for N times SRC, to weigh more."""
     parts = []
-    for src in map(str, srcs):
-        weighted = not os.path.exists(src) and re.fullmatch("(.+)@([1-9][0-9]{,5})", src)
-        path, times = weighted.groups() if weighted else (src, 1)
-        parts += [open_source(path, **options)] * int(times)
-    return Parts(parts, " ".join(map(str, srcs)))
+    for src in srcs:
+        path, times = str(src), 1
+        weighted = re.fullmatch("(.+)@([1-9][0-9]{,5})", path)
+        if weighted and not os.path.exists(path):   # a file's own name may hold an @
+            path, times = weighted[1], int(weighted[2])
+        parts += [open_source(path, **options)] * times
+    return Parts(parts, " ".join(str(src) for src in srcs))
 
-# ---- two looks at a word
 
-LUMA = torch.tensor([.299, .587, .114])
-FROM_YIQ = torch.tensor([[1, .956, .619], [1, -.272, -.647], [1, -1.106, 1.703]])
-QUARTER = FROM_YIQ @ torch.tensor([[0., 0, 0], [0, 0, -1], [0, 1, 0]]) @ FROM_YIQ.inverse()     # turns hues 90 degrees
-SQUARE = torch.tensor([[-1., -1], [1, -1], [1, 1], [-1, 1]])            # a picture's corners, top left and on clockwise
+# ---- charsets and labels
 
-@cache
-def fixed(constant, device):
-    """A tensor that never changes, copied to a device once: the host waits for such a copy."""
-    return constant.to(device)
+DIGITS_AND_LOWER = "0123456789abcdefghijklmnopqrstuvwxyz"
+UPPER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SYMBOLS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+CHARSETS = {
+    "36": DIGITS_AND_LOWER,
+    "62": DIGITS_AND_LOWER + UPPER,
+    "94": DIGITS_AND_LOWER + UPPER + SYMBOLS,
+}
 
-def put(x, device):
-    """A tensor on the device. From the host it goes by pinned memory, so that nothing waits for the copy (but MPS waits: it
-    would read too late, pytorch issue 139550)."""
-    if not x.is_cpu or torch.device(device).type in ("cpu", "mps"):
-        return x.to(device)
-    return x.contiguous().pin_memory().to(device, non_blocking=True)
 
-def uniform(generator, n, *shape, rows=None, device="cpu"):
-    """Numbers in [0, 1), (n, *shape). rows=(indices, total) draws for `total` crops and keeps those of n, so that a
-    rank or a micro-batch gets the very numbers of the one large batch."""
-    kept, total = rows or (slice(n), n)
-    return put(torch.rand(total, *shape, generator=generator, device=generator.device)[kept], device)
+def read_charset(name):
+    """--charset: 36, 62, 94 or a UTF-8 file -> its characters as one string, NFC, line ends
+    left out. UserError if there is none, or one that cannot be a class."""
+    if name in CHARSETS:
+        return CHARSETS[name]
+    try:
+        lines = pathlib.Path(name).read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--charset {name}: expected 36, 62, 94 or a UTF-8 file of characters "
+                        f"({error})") from None
+    # Line by line, so that no accent joins the line above.
+    chars = "".join(unicodedata.normalize("NFC", line) for line in lines)
 
-def unit(images):
-    """uint8 or float in [0, 1] -> float32 in [0, 1]."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    for char, times in Counter(chars).items():
+        if times > 1:
+            raise UserError(f"--charset {name}: {char!r} stands in it twice")
+    for char in chars:
+        if unicodedata.category(char) == "Cc":
+            raise UserError(f"--charset {name}: {char!r} is a control character")
+    if not chars.strip():
+        raise UserError(f"--charset {name}: holds no character")
+    return chars
 
-def normalize(images):
-    """uint8 or float in [0, 1] -> float32 in [-1, 1]."""
-    return unit(images) * 2 - 1
+
+def fit_label(label, chars, max_length):
+    """-> (the label as it is trained on, the reason why it cannot be or ""). It is NFC, and in
+    lower case if the charset is 36."""
+    text = unicodedata.normalize("NFC", label or "")
+    if chars == CHARSETS["36"]:
+        text = text.lower()
+    if any(char not in chars for char in text):
+        return text, "outside the charset"
+    if len(text) > max_length:
+        return text, "too long"
+    if not text:
+        return text, "empty"
+    return text, ""
+
+
+def fit_labels(source, chars, max_length):
+    """Parts -> (Parts of the crops whose label can be trained on, a line for the log).
+
+    The line says how many cannot, why, and which characters are to blame. Entries whose label is
+    damaged stay in, for the loader to name and count.
+    """
+    fits = np.ones(len(source), bool)
+    reasons = Counter()
+    unknown = Counter()
+    for start, part in zip(source.starts, source.parts):
+        if all_drawn_labels_fit(part, chars, max_length):
+            continue
+        for i in range(len(part)):
+            try:
+                text, reason = fit_label(part.label(i), chars, max_length)
+            except Damaged:
+                continue
+            if reason:
+                fits[start + i] = False
+                reasons[reason] += 1
+                unknown.update(char for char in dict.fromkeys(text) if char not in chars)
+
+    report = [f"{source.name}: {fits.sum():,} of {len(source):,} labels fit"]
+    report += [f"{n:,} {reason}" for reason, n in reasons.items()]
+    line = ", ".join(report)
+    if unknown:
+        line += f" ({', '.join(f'{char!r} {n:,}' for char, n in unknown.most_common(8))})"
+    return Parts([source], source.name, fits.nonzero()[0]), line
+
+
+def all_drawn_labels_fit(part, chars, max_length):
+    """True for rendered words of known characters: a million need not be asked one by one. False
+    where characters combine: a label may then hold another than those that were drawn."""
+    if not isinstance(part, Synth) or max_length < MAX_LENGTH:
+        return False
+    _, reason = fit_label(part.charset, chars, len(part.charset))
+    return reason == ""
+
+
+# ---- views and augmentations
+#
+# Everything here works on a whole batch, on its device, and never asks the device for a
+# number: the host would have to wait. So whether a crop is changed is no branch but a number:
+#
+#     on       {operation: (B,)}, how strongly it acts on each crop; 0 leaves the crop as it is
+#     drawn    {name: (B,) or (B, columns)}, random numbers in [0, 1): where in its range it is
+#
+# Both come from one row of random numbers for each crop. A row means the same view, whatever
+# batch its crop is in.
+
+# LMIM's operations (CVPR 2025): those that change a crop's look and those that move its pixels.
+# vertical and horizontal cut something off; tilt is a change of perspective.
+LOOK = ("contrast", "blur", "sharpen", "fade")
+MOVE = ("rotate", "vertical", "horizontal", "tilt", "bend")
+OPERATIONS = LOOK + MOVE + ("solarize",)
+LEAST_OPERATIONS = 3                    # a view has from three to all ten of them,
+P_JITTER = 0.8                          # then colour jitter, with this probability,
+P_GREY = 0.2                            # and loss of all colour.
+P_NOISE = 0.5                           # A view that stays in place may have noise; not LMIM's.
+
+# What fine-tuning does to its share of the crops, of PARSeq's kinds (ECCV 2022).
+AUGMENT_CHANCES = {
+    "rotate": 0.4, "vertical": 0.4, "horizontal": 0.4, "tilt": 0.4, "bend": 0.2,
+    "contrast": 0.2, "blur": 0.2, "sharpen": 0.2, "fade": 0.2,
+    "jitter": 0.6, "grey": 0.1,
+    "low_resolution": 0.15, "invert": 0.1, "noise": 0.25,
+}
+P_UNCHANGED = 0.125                     # of an augmented crop: it stays as it is
+
+# How much an operation does, at strength 1: a number in [0, 1) says where between these two.
+# These are the ranges that LMIM calls medium.
+RANGES = {
+    "left": (0, 0.02),                  # cut off, shares of the width
+    "right": (0, 0.02),
+    "top": (0, 0.10),                   # shares of the height
+    "bottom": (0, 0.10),
+    "tilt": (0.02, 0.06),               # how far corners move inward, on average, shares of a side
+    "bend": (0.03, 0.05),               # standard deviation of the bend, shares of a side
+    "angle": (-1, 1),                   # shares of MAX_ANGLE
+    "blur": (0.5, 1.5),                 # standard deviation in pixels
+    "sharpen": (0.2, 1),                # strength of the unsharp mask
+    "fade": (0, 1),                     # share of the colour that goes
+    "saturation": (-0.2, 0.2),          # colour jitter: what is added to a factor of 1
+    "brightness": (-0.4, 0.4),
+    "contrast": (-0.4, 0.4),
+    "hue": (-0.1, 0.1),                 # turns of the colour circle
+    "haze": (0, 0.5),                   # share that mid-grey takes: LMIM's loss of contrast
+    "solarize": (0.25, 0.75),           # what is lighter than 1 minus this is inverted
+    "noise_size": (0.01, 0.05),         # standard deviation, where white is 1
+}
+MAX_ANGLE = math.radians(15)
+
+# What the columns of a crop's numbers are for: a name and how many columns it has, from the
+# left. The last few are spare. A view that stays in place skips POINT_COLUMNS.
+VIEW_NUMBERS = 80
+AUGMENT_NUMBERS = 81
+CHOICE_COLUMNS = dict(order=10, how_many=1, jitter_chance=1, grey_chance=1, noise_chance=1)
+POINT_COLUMNS = dict(corners=8, bend_points=32)
+MOVE_COLUMNS = dict(left=1, top=1, right=1, bottom=1, tilt=1, bend=1, angle=1)
+LOOK_COLUMNS = dict(
+    blur=1, sharpen=1, fade=1, saturation=1, brightness=1, contrast=1, haze=1, hue=1)
+NOISE_COLUMNS = dict(noise_start=1, noise_size=1)
+AUGMENT_COLUMNS = dict(chances=len(AUGMENT_CHANCES), changed=1)
+
+MOVED_VIEW = CHOICE_COLUMNS | POINT_COLUMNS | MOVE_COLUMNS | LOOK_COLUMNS | dict(solarize=1)
+STILL_VIEW = CHOICE_COLUMNS | POINT_COLUMNS | LOOK_COLUMNS | NOISE_COLUMNS
+AUGMENTATION = AUGMENT_COLUMNS | POINT_COLUMNS | MOVE_COLUMNS | LOOK_COLUMNS | NOISE_COLUMNS
+
+
+def guidance_view(images, generator, moved=True, strength=1.0):
+    """The same word, looking different, each crop in its own way: (B, 3, H, W) uint8 or float in
+    [0, 1] -> float in [0, 1].
+
+    LMIM's list: at least three of ten operations, then colour jitter and loss of colour.
+    moved=False is for nsp, whose view shows where the target's letters are: every pixel keeps its
+    place and every edge its sign. So of the ten the four of LOOK are left, and noise is added.
+    strength scales every range; 0 changes nothing.
+    """
+    numbers = draw_numbers(len(images), VIEW_NUMBERS, generator, images.device)
+    return view_from_numbers(images, numbers, moved, strength)
+
+
+def augment(images, generator):
+    """Fine-tuning's augmentation, each crop's its own: (B, 3, H, W) uint8 or float in [0, 1] ->
+    float in [0, 1]."""
+    numbers = draw_numbers(len(images), AUGMENT_NUMBERS, generator, images.device)
+    return augment_from_numbers(images, numbers)
+
+
+def draw_numbers(rows, columns, generator, device):
+    """(rows, columns) in [0, 1), drawn where the generator is: the host's gives the same numbers
+    to every device."""
+    numbers = torch.rand(rows, columns, generator=generator, device=generator.device)
+    return to_device(numbers, device)
+
+
+def view_from_numbers(images, numbers, moved=True, strength=1.0):
+    """guidance_view with its numbers, (B, VIEW_NUMBERS) in [0, 1). Cut from one large draw, they
+    give the views of one large batch."""
+    images = to_unit(images)
+    if moved:
+        drawn = name_columns(numbers, MOVED_VIEW)
+        on = choose_operations(drawn, strength)
+        images = move_and_bend(images, on, drawn)
+        images = change_look(images, on, drawn)
+        return solarize(images, on, drawn)
+
+    drawn = name_columns(numbers, STILL_VIEW)
+    on = choose_operations(drawn, strength)
+    images = change_look(images, on, drawn)
+    return add_noise(images, on, drawn)
+
+
+def augment_from_numbers(images, numbers):
+    """augment with its numbers, (B, AUGMENT_NUMBERS) in [0, 1)."""
+    drawn = name_columns(numbers, AUGMENTATION)
+    changed = drawn["changed"] > P_UNCHANGED
+    on = {}
+    for (name, chance), number in zip(AUGMENT_CHANCES.items(), drawn["chances"].unbind(1)):
+        on[name] = ((number < chance) & changed).float()
+
+    images = to_unit(images)
+    images = move_and_bend(images, on, drawn)
+    images = lower_resolution(images, on)
+    images = change_look(images, on, drawn)
+    images = invert(images, on)
+    return add_noise(images, on, drawn)
+
+
+# ---- views: what the numbers mean
+
+def name_columns(numbers, widths):
+    """Cuts numbers (B, n) into {name: (B, width)}, from the left; a single column is (B,)."""
+    named = {}
+    start = 0
+    for name, width in widths.items():
+        if width == 1:
+            named[name] = numbers[:, start]
+        else:
+            named[name] = numbers[:, start:start + width]
+        start += width
+    return named
+
+
+def in_range(drawn, name):
+    """How much of an operation each crop has drawn, (B,)."""
+    low, high = RANGES[name]
+    return low + (high - low) * drawn[name]
+
+
+def choose_operations(drawn, strength):
+    """What a view does to each crop -> {operation: (B,)}: `strength`, or 0 where it does not."""
+    # The columns of `order` shuffle the ten: sorting twice gives each its place among them.
+    place = drawn["order"].argsort(1).argsort(1)
+    choices = len(OPERATIONS) - LEAST_OPERATIONS + 1
+    how_many = LEAST_OPERATIONS + (choices * drawn["how_many"]).floor()
+    chosen = torch.where(place < how_many[:, None], strength, 0.0)
+    on = dict(zip(OPERATIONS, chosen.unbind(1)))
+
+    on["jitter"] = torch.where(drawn["jitter_chance"] < P_JITTER, strength, 0.0)
+    on["noise"] = torch.where(drawn["noise_chance"] < P_NOISE, strength, 0.0)
+    # A crop has all of its colour or none. So here the strength scales the probability.
+    on["grey"] = (drawn["grey_chance"] < P_GREY * strength).float()
+    return on
+
+
+# ---- views: stages
+
+def move_and_bend(images, on, drawn):
+    """All of the geometry becomes four corners and a bend, so that a crop is sampled once.
+    Coordinates run from -1 to 1, so a side is 2 long."""
+    b, _, height, width = images.shape
+    side = 2
+
+    # Each corner moves inward, by its own number. Twice that is 1 on average, so `tilt` is the
+    # mean move, in shares of a side.
+    tilt = on["tilt"] * in_range(drawn, "tilt")
+    inward = per_row(tilt) * drawn["corners"].view(b, 4, 2) * (2 * side)
+    corners = copy_once(SQUARE, images.device) * (1 - inward)                   # (B, 4, 2)
+
+    # All of it turns.
+    angle = on["rotate"] * in_range(drawn, "angle") * MAX_ANGLE
+    corners = turned(angle, width / height, corners)
+
+    # Rims are cut off: `before` at the left and top, `after` at the right and bottom.
+    left = on["horizontal"] * in_range(drawn, "left")
+    right = on["horizontal"] * in_range(drawn, "right")
+    top = on["vertical"] * in_range(drawn, "top")
+    bottom = on["vertical"] * in_range(drawn, "bottom")
+    before = torch.stack([left, top], 1)[:, None]                               # (B, 1, 2)
+    after = torch.stack([right, bottom], 1)[:, None]
+    corners = corners * (1 - before - after) + before - after
+
+    # 4 x 4 points move in x and y. Times sqrt(12), numbers in [0, 1) have a standard deviation
+    # of 1, so `bend` is that of the moves, in shares of a side.
+    bend = on["bend"] * in_range(drawn, "bend")
+    moves = drawn["bend_points"].view(b, 2, 4, 4) - 0.5
+    moves = per_crop(bend) * moves * (side * 12 ** 0.5)
+    return warp(images, corners, moves)
+
+
+def change_look(images, on, drawn):
+    """Blur, sharpness and colour: every pixel stays in its place."""
+    blur = on["blur"] * in_range(drawn, "blur")
+    sharpen = on["sharpen"] * in_range(drawn, "sharpen")
+    images = focus(images, blur, sharpen)
+
+    # The factors of fading, of jitter and of the loss of all colour.
+    saturation = 1 - on["fade"] * in_range(drawn, "fade")
+    saturation = saturation * (1 + on["jitter"] * in_range(drawn, "saturation"))
+    saturation = saturation * (1 - on["grey"])
+    brightness = 1 + on["jitter"] * in_range(drawn, "brightness")
+    contrast = 1 + on["jitter"] * in_range(drawn, "contrast")
+    haze = on["contrast"] * in_range(drawn, "haze")
+    hue = on["jitter"] * in_range(drawn, "hue")
+    return recolour(images, brightness, contrast, 1 - haze, saturation.clamp(min=0), hue)
+
+
+def lower_resolution(images, on):
+    """A picture of a third of the pixels each way, 10 x 42 of 32 x 128, enlarged again."""
+    height, width = images.shape[2:]
+    low = coarse_view(images, (height // 3, width // 3))
+    low = F.interpolate(low, size=(height, width), mode="bilinear")
+    return images.lerp(low, per_crop(on["low_resolution"]))
+
+
+def solarize(images, on, drawn):
+    """Inverts what is light, as film does that was given far too much light."""
+    threshold = 1 - on["solarize"] * in_range(drawn, "solarize")
+    return torch.where(images > per_crop(threshold), 1 - images, images)
+
+
+def invert(images, on):
+    return images.lerp(1 - images, per_crop(on["invert"]))
+
+
+def add_noise(images, on, drawn):
+    """In place."""
+    size = on["noise"] * in_range(drawn, "noise_size")
+    noise = noise_from_tape(images, drawn["noise_start"])
+    return images.addcmul_(noise, per_crop(size * 12 ** 0.5)).clamp_(0, 1)
+
+
+# ---- views: geometry
+
+# A picture's corners (x, y), clockwise from top left.
+SQUARE = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+
+
+def turned(angle, aspect, corners=None):
+    """The corners (B, 4, 2) through which a picture is seen rotated by `angle` (B,) radians
+    counter-clockwise, on a canvas that grows until all of it fits.
+
+    aspect: the picture's width / height. corners: what is turned, (B, 4, 2), instead of SQUARE.
+    """
+    if corners is None:
+        corners = copy_once(SQUARE, angle.device)
+    cos = torch.cos(angle)[:, None]
+    sin = torch.sin(angle)[:, None]
+    x, y = corners.unbind(-1)
+
+    # The canvas grows from w x h to (w cos + h |sin|) x (h cos + w |sin|).
+    x = x * (cos + sin.abs() / aspect)
+    y = y * (cos + sin.abs() * aspect)
+    # (x cos - y sin, x sin + y cos), but x is measured in half widths and y in half heights.
+    turned_x = cos * x - sin * y / aspect
+    turned_y = sin * aspect * x + cos * y
+    return torch.stack([turned_x, turned_y], -1)
+
+
+def homography(corners):
+    """The projective maps from the unit square to four corners (B, 4, 2) -> (B, 3, 3).
+
+    Heckbert, Fundamentals of Texture Mapping and Image Warping (1989), 2.2.3. A point (u, v) of
+    the square goes to
+
+        x = (a u + b v + c) / (g u + h v + 1)
+        y = (d u + e v + f) / (g u + h v + 1)
+
+    and the square's corners, clockwise from (0, 0), to p_0, p_1, p_2, p_3, each an (x, y). With
+    delta_1 = p_1 - p_2, delta_2 = p_3 - p_2 and sigma = p_0 - p_1 + p_2 - p_3
+
+        g = det(sigma, delta_2) / det(delta_1, delta_2)
+        h = det(delta_1, sigma) / det(delta_1, delta_2)
+        (a, d) = p_1 - p_0 + g p_1      (b, e) = p_3 - p_0 + h p_3      (c, f) = p_0
+    """
+    p0, p1, p2, p3 = corners.unbind(1)                              # each (B, 2)
+    delta1 = p1 - p2
+    delta2 = p3 - p2
+    sigma = p0 - p1 + p2 - p3
+
+    denominator = determinant(delta1, delta2)                       # (B, 1)
+    g = determinant(sigma, delta2) / denominator
+    h = determinant(delta1, sigma) / denominator
+    ad = p1 - p0 + g * p1                                           # a and d, (B, 2)
+    be = p3 - p0 + h * p3
+    cf = p0
+
+    upper_rows = torch.stack([ad, be, cf], 2)                       # (B, 2, 3)
+    last_row = torch.stack([g, h, torch.ones_like(g)], 2)           # (B, 1, 3)
+    return torch.cat([upper_rows, last_row], 1)
+
+
+def determinant(p, q):
+    """Of two columns (x, y): p, q (B, 2) -> (B, 1)."""
+    return p[:, :1] * q[:, 1:] - p[:, 1:] * q[:, :1]
+
+
+def warp(images, corners, bend=None):
+    """Pictures (B, 3, H, W), each seen through four corners (B, 4, 2). With SQUARE's it is seen as
+    it is. bend (B, 2, 4, 4): moves of 4 x 4 points in x and y, spread over the picture."""
+    b, _, height, width = images.shape
+    device = images.device
+    u = (torch.arange(width, device=device) + 0.5) / width          # the middles of pixels
+    v = (torch.arange(height, device=device) + 0.5) / height
+    ones = torch.ones(height, width, device=device)
+    points = torch.stack([u.expand(height, width), v[:, None].expand(height, width), ones])
+
+    # (a u + b v + c), (d u + e v + f) and (g u + h v + 1) of every pixel and crop, in one product.
+    products = homography(corners).reshape(-1, 3) @ points.flatten(1)
+    products = products.view(b, 3, height, width)
+    grid = products[:, :2].div_(products[:, 2:])
+    if bend is not None:
+        grid += F.interpolate(bend, size=(height, width), mode="bilinear", align_corners=True)
+    grid = grid.permute(0, 2, 3, 1)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
 
 def coarse_view(images, size):
     """Area averages: (B, 3, H, W) -> (B, 3, *size), float32 in [0, 1]."""
-    return F.interpolate(unit(images), size=size, mode="area")
+    return F.interpolate(to_unit(images), size=size, mode="area")
 
-def turned(angle, aspect, corners=SQUARE):
-    """The corners (B, 4, 2) through which a picture of that width / height is seen rotated by `angle` (B,) radians
-    counter-clockwise, on a canvas grown until all of it fits."""
-    c, s = torch.cos(angle)[:, None], torch.sin(angle)[:, None]
-    x, y = corners.to(angle.device).unbind(-1)
-    x, y = x * (c + s.abs() / aspect), y * (c + s.abs() * aspect)
-    return torch.stack([c * x - s * y / aspect, s * aspect * x + c * y], -1)
 
-def warp(images, corners, bend=None):
-    """The picture seen through four corners (B, 4, 2), its own being SQUARE: one homography for each crop (Heckbert,
-    Fundamentals of Texture Mapping, 1989), and the bend, moves (B, 2, 4, 4) spread over the picture; sampled once."""
-    b, _, h, w = images.shape
-    p, q, r, s = corners.unbind(1)                                      # each (B, 2)
-    cross = lambda left, right: left[:, :1] * right[:, 1:] - left[:, 1:] * right[:, :1]
-    total, down, along = p - q + r - s, q - r, s - r
-    gx, gy = cross(total, along) / cross(down, along), cross(down, total) / cross(down, along)
-    top = torch.stack([q - p + gx * q, s - p + gy * s, p], 2)
-    homography = torch.cat([top, torch.stack([gx, gy, torch.ones_like(gx)], 2)], 1)             # of the unit square
-    y, x = ((torch.arange(n, device=images.device) + .5) / n for n in (h, w))
-    points = torch.stack([x.expand(h, w), y[:, None].expand(h, w), torch.ones(h, w, device=images.device)]).flatten(1)
-    read = (homography.reshape(-1, 3) @ points).view(b, 3, h, w)
-    grid = read[:, :2].div_(read[:, 2:])
-    if bend is not None:
-        grid += F.interpolate(bend, size=(h, w), mode="bilinear", align_corners=True)
-    return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+# ---- views: sharpness, colour and noise
+
+KERNEL_RADIUS = 3                       # pixels
+MASK_VARIANCE = 1                       # of the unsharp mask's own blur, in pixels squared
+
 
 def focus(images, sigma, sharpen):
-    """Gaussian blur of `sigma` pixels (B,), then an unsharp mask of that strength (B,): one 7 x 7 kernel a crop."""
-    b, c, h, w = images.shape
-    distance = torch.arange(-3, 4, device=images.device) ** 2
-    gauss = lambda variance: torch.softmax(-distance / (2 * variance[:, None] + 1e-4), 1)
-    square = lambda row: row[:, :, None] * row[:, None]
+    """Gaussian blur of `sigma` pixels (B,), then an unsharp mask of strength `sharpen` (B,).
+
+    An unsharp mask adds what one more blur would take away: x + s (x - blur(x)). With x blurred
+    too, both are one kernel: (1 + s) times that of one blur, minus s times that of two. The
+    variances of blurs one after the other add up.
+    """
+    b, c, height, width = images.shape
+    r = KERNEL_RADIUS
+    blur = gaussian_kernel(sigma ** 2)
+    blur_twice = gaussian_kernel(sigma ** 2 + MASK_VARIANCE)
     sharpen = sharpen[:, None, None]
-    kernel = (1 + sharpen) * square(gauss(sigma ** 2)) - sharpen * square(gauss(sigma ** 2 + 1))
-    padded = F.pad(images, (3, 3, 3, 3), mode="replicate").view(1, b * c, h + 6, w + 6)
-    return F.conv2d(padded, kernel.repeat_interleave(c, 0)[:, None], groups=b * c).view(b, c, h, w)
+    kernel = (1 + sharpen) * blur - sharpen * blur_twice            # (B, 7, 7)
 
-def recolour(images, bright, contrast, haze, saturation, hue):
-    """Brightness, contrast about the crop's mean grey, contrast about mid-grey (`haze`), saturation (factors (B,)) and hue
-    (turns): one 3 x 4 colour matrix for each crop."""
-    grey, quarter = fixed(LUMA, images.device), fixed(QUARTER, images.device)
-    column = lambda numbers: numbers[:, None, None]
-    cos, sin = column(torch.cos(2 * math.pi * hue)), column(torch.sin(2 * math.pi * hue))
-    onto = grey.expand(3, 3)                                            # a colour's grey, which the next line keeps
-    colour = onto + column(saturation) * (cos * (torch.eye(3, device=images.device) - onto) + sin * quarter)
-    offset = haze * (1 - contrast) * bright * (images.mean((2, 3)) @ grey) + .5 * (1 - haze)
-    colour = column(haze * contrast * bright) * colour
-    return torch.baddbmm(column(offset), colour, images.flatten(2)).view_as(images).clamp_(0, 1)
+    # Crops and colours become channels, and each channel has its own kernel.
+    padded = F.pad(images, (r, r, r, r), mode="replicate")
+    padded = padded.view(1, b * c, height + 2 * r, width + 2 * r)
+    kernel = kernel.repeat_interleave(c, 0)[:, None]
+    return F.conv2d(padded, kernel, groups=b * c).view(b, c, height, width)
 
-TAPE = torch.rand(2 ** 20, generator=torch.Generator().manual_seed(0)) - .5
 
-def noise(images, seed, sd):
-    """Add noise of standard deviation `sd` (B,), in place. A crop's seed (B,) in [0, 1) says where on one long tape of
-    numbers its noise begins, so that it is the same whatever batch, rank or device the crop is in."""
-    windows = fixed(TAPE, images.device).unfold(0, images[0].numel(), 1)
-    value = windows[(seed * len(windows)).long()].view_as(images)
-    return images.addcmul_(value, (sd * 12 ** .5)[:, None, None, None]).clamp_(0, 1)
+def gaussian_kernel(variance):
+    """(B,) -> (B, 7, 7), each with sum 1. A variance of 0 leaves a picture as it is."""
+    distance = torch.arange(-KERNEL_RADIUS, KERNEL_RADIUS + 1, device=variance.device) ** 2
+    tiny = 1e-4                         # instead of a division by 0
+    row = torch.softmax(-distance / (2 * variance[:, None] + tiny), 1)
+    return row[:, :, None] * row[:, None]
 
-def distort(images, numbers, on):
-    """Apply operations to (B, 3, H, W) in [0, 1]: `on` has the strength (B,) of each, where 0 changes nothing and 1 has
-    LMIM's ranges (CVPR 2025, medium); `numbers` (B, 66), uniform in [0, 1), say where in its range each one is."""
-    (b, _, h, w), column = images.shape, lambda x: x[:, None, None, None]
-    inward, bend, rest = numbers.split([8, 32, 26], 1)
-    columns = iter(rest.unbind(1))
-    between = lambda low=0., high=1.: low + (high - low) * next(columns)        # each call uses up a column
 
-    if "rotate" in on:                      # all of the geometry is four corners and a bend: the crop is sampled once
-        crop = lambda: torch.stack([on["horizontal"] * between(0, .02), on["vertical"] * between(0, .10)], 1)[:, None]
-        before, after = crop(), crop()
-        inward = (on["tilt"] * between(.02, .06))[:, None, None] * inward.view(b, 4, 2) * 4     # shares of half a side
-        bend = column(on["bend"] * between(.03, .05)) * (bend.view(b, 2, 4, 4) - .5) * 4 * 3 ** .5
-        angle = on["rotate"] * between(-1, 1) * math.radians(15)
-        corners = turned(angle, w / h, fixed(SQUARE, images.device) * (1 - inward))
-        images = warp(images, corners * (1 - before - after) + before - after, bend)
-    if "low" in on:                         # a picture of 10 x 42 pixels, enlarged
-        low = F.interpolate(coarse_view(images, (h // 3, w // 3)), size=(h, w), mode="bilinear")
-        images = images.lerp(low, column(on["low"]))
-    images = focus(images, on["blur"] * between(.5, 1.5), on["sharpen"] * between(.2, 1))
-    saturation = (1 - on["fade"] * between()) * (1 + on["jitter"] * between(-.2, .2)) * (1 - on["grey"])
-    images = recolour(images, 1 + on["jitter"] * between(-.4, .4), 1 + on["jitter"] * between(-.4, .4),
-                      1 - on["contrast"] * between(0, .5), saturation.clamp(min=0), on["jitter"] * between(-.1, .1))
-    if "solarize" in on:
-        images = torch.where(images > column(1 - on["solarize"] * between(.25, .75)), 1 - images, images)
-    if "invert" in on:
-        images = images.lerp(1 - images, column(on["invert"]))
-    return noise(images, between(), on["noise"] * between(.01, .05)) if "noise" in on else images
+# The grey of red, green and blue. And RGB from NTSC's YIQ: grey (Y) and two axes of hue (I, Q).
+LUMA = torch.tensor([0.299, 0.587, 0.114])
+FROM_YIQ = torch.tensor([[1, 0.956, 0.619], [1, -0.272, -0.647], [1, -1.106, 1.703]])
+QUARTER_TURN_OF_IQ = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])
+# Turns an RGB colour's hue by 90 degrees and takes its grey away.
+QUARTER_TURN = FROM_YIQ @ QUARTER_TURN_OF_IQ @ FROM_YIQ.inverse()
 
-LOOK = "contrast", "blur", "sharpen", "fade"
-MOVE = "rotate", "vertical", "horizontal", "tilt", "bend"
 
-def guidance_view(images, generator, rows=None, moved=True, strength=1.0):
-    """The same word, looking different: (B, 3, H, W) uint8 or float in [0, 1] -> float in [0, 1], new for every crop.
+def recolour(images, brightness, contrast, haze, saturation, hue):
+    """All changes of colour as one 3 x 4 matrix for each crop. All but the images are (B,).
 
-    LMIM's list: at least three of ten operations, then colour jitter with p = .8 and grey with p = .2. moved=False
-    leaves every pixel in its place and every edge its sign (no solarizing), or else what a coarse view has to predict
-    could not be known: of the ten LOOK's four are left, and noise. `strength` scales every range: 0 changes nothing."""
-    numbers = uniform(generator, len(images), 80, rows=rows, device=images.device)
-    place = numbers[:, :10].argsort(1).argsort(1)                                   # of each of the ten, shuffled
-    many, jitter, grey, grain = numbers[:, 10:14].unbind(1)
-    chosen = strength * (place < 3 + (8 * many[:, None]).floor())                   # the first 3 to 10
-    on = dict(zip(LOOK + MOVE + ("solarize",) if moved else LOOK, chosen.unbind(1)))
-    on.update(jitter=strength * (jitter < .8), grey=1. * (grey < .2 * strength))
-    return distort(unit(images), numbers[:, 14:], on if moved else on | {"noise": strength * (grain < .5)})
+    In this order: saturation (a factor) and hue (turns), brightness (a factor), contrast about the
+    crop's mean grey (a factor), contrast about mid-grey (`haze`, a factor).
+    """
+    luma = copy_once(LUMA, images.device)
+    quarter = copy_once(QUARTER_TURN, images.device)
 
-def augment(images, generator, rows=None):
-    """Fine-tuning's augmentation, of PARSeq's kinds: (B, 3, H, W) uint8 or float in [0, 1] -> float in [0, 1], new for
-    every crop. Each operation changes its share of the crops; one crop in eight stays as it is."""
-    chances = dict.fromkeys(MOVE, .4) | dict.fromkeys(LOOK, .2) | dict(bend=.2, jitter=.6, grey=.1, low=.15, invert=.1, noise=.25)
-    numbers = uniform(generator, len(images), 81, rows=rows, device=images.device)
-    on = {name: 1. * ((u < p) & (numbers[:, 14] > .125)) for (name, p), u in zip(chances.items(), numbers.unbind(1))}
-    return distort(unit(images), numbers[:, 15:], on)
+    # A colour is its grey and a rest, which turns: cos * rest + sin * the rest turned by 90
+    # degrees.
+    to_grey = luma.expand(3, 3)
+    to_rest = torch.eye(3, device=images.device) - to_grey
+    cos = per_row(torch.cos(2 * math.pi * hue))
+    sin = per_row(torch.sin(2 * math.pi * hue))
+    turned_rest = cos * to_rest + sin * quarter
+    matrix = to_grey + per_row(saturation) * turned_rest                        # (B, 3, 3)
+
+    # Then brightness x, contrast x + (1 - contrast) mean, haze x + (1 - haze) / 2. The mean is
+    # that of the brightened crop; saturation and hue leave grey as it is.
+    matrix = per_row(haze * contrast * brightness) * matrix
+    mean_grey = images.mean((2, 3)) @ luma                                      # (B,)
+    offset = haze * (1 - contrast) * brightness * mean_grey + 0.5 * (1 - haze)
+
+    recoloured = torch.baddbmm(per_row(offset), matrix, images.flatten(2))
+    return recoloured.view_as(images).clamp_(0, 1)
+
+
+NOISE_TAPE_LENGTH = 2 ** 20
+
+
+@functools.cache
+def noise_tape():
+    """Numbers in [-0.5, 0.5), always the same: noise is cut out of them."""
+    fixed_seed = torch.Generator().manual_seed(0)
+    return torch.rand(NOISE_TAPE_LENGTH, generator=fixed_seed) - 0.5
+
+
+def noise_from_tape(images, start):
+    """Noise of standard deviation 1 / sqrt(12), of the images' shape. start (B,) in [0, 1) says
+    where on the tape a crop's begins: it is the same in every batch and on every device."""
+    tape = copy_once(noise_tape(), images.device)
+    windows = tape.unfold(0, images[0].numel(), 1)              # one begins at each number
+    return windows[(start * len(windows)).long()].view_as(images)
+
+
+def per_crop(numbers):
+    """(B,) -> (B, 1, 1, 1), to be multiplied with images."""
+    return numbers[:, None, None, None]
+
+
+def per_row(numbers):
+    """(B,) -> (B, 1, 1), to be multiplied with matrices."""
+    return numbers[:, None, None]
+
+
+@functools.cache
+def copy_once(constant, device):
+    """A tensor that never changes, copied to a device once: the host waits for such a copy."""
+    return constant.to(device)
+
 
 # ---- batches
 
+# images: uint8 (b, 3, 32, 128). labels: b strings or None.
+# char_maps: uint8 (b, 32, 128), zeros for a crop without one; None if nobody asked.
+# damaged: a line for each crop that could not be read; these are missing in the batch.
+# places: where among the crops that were asked for these b stand.
+Batch = namedtuple("Batch", "images labels char_maps damaged places")
+
+
 def read_batch(indices, source, char_maps=False):
-    """Crops -> (images uint8 (b, 3, 32, 128), labels, char_maps uint8 (b, 32, 128) or None, damaged, taken). The
-    damaged, a line for each, leave a smaller batch; `taken` are the places of the others. A crop without a map gets zeros."""
-    crops, damaged = {}, []
+    """The crops of these numbers -> Batch."""
+    crops, damaged, places = [], [], []
     for place, i in enumerate(indices):
         try:
-            crops[place] = source.get(i)
+            crop = source.get(i)
         except Damaged as error:
             damaged.append(str(error))
-    images, maps = (torch.zeros(len(crops), *shape, dtype=torch.uint8) for shape in ((3, H, W), (H, W)))
-    for k, crop in enumerate(crops.values()):
+        else:
+            crops.append(crop)
+            places.append(place)
+
+    images = torch.zeros(len(crops), 3, H, W, dtype=torch.uint8)
+    for k, crop in enumerate(crops):
         images[k] = crop.image
-        maps[k] = 0 if crop.char_map is None else crop.char_map
-    return images, [crop.label for crop in crops.values()], maps if char_maps else None, damaged, list(crops)
+    labels = [crop.label for crop in crops]
+    maps = stack_char_maps(crops) if char_maps else None
+    return Batch(images, labels, maps, damaged, places)
+
+
+def stack_char_maps(crops):
+    maps = torch.zeros(len(crops), H, W, dtype=torch.uint8)
+    for k, crop in enumerate(crops):
+        if crop.char_map is not None:
+            maps[k] = crop.char_map
+    return maps
+
+
+def loader(source, index_lists, workers, char_maps=False):
+    """Lists of indices -> an iterator over their Batches. Worker processes are handed indices
+    alone."""
+    if workers:
+        atexit.unregister(end_workers)              # once is enough
+        atexit.register(end_workers)
+    # torch's loader reads this range, crop i being i, and so read_batch gets the lists.
+    numbers = range(len(source))
+    read = functools.partial(read_batch, source=source, char_maps=char_maps)
+    return iter(DataLoader(
+        numbers, batch_sampler=index_lists, collate_fn=read, num_workers=workers,
+        prefetch_factor=4 if workers else None, worker_init_fn=start_worker,
+        pin_memory=torch.cuda.is_initialized()))
+
 
 def start_worker(_):
-    """Signals to the whole group are the training script's to handle: it saves, and its workers end with it."""
+    """A signal to the whole group is the training script's to handle: it saves, and its workers
+    end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+
 def end_workers():
-    """They ignore signals: killed, or multiprocessing waits for them for ever."""
-    with suppress(AttributeError):                              # Windows has no such signal
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # torch's handler would call it an error
-    for worker in filter(lambda worker: worker.daemon, multiprocessing.active_children()):
-        worker.kill()
+    """When this process ends: multiprocessing would wait for ever for workers that ignore
+    signals."""
+    with contextlib.suppress(AttributeError):               # Windows has no such signal
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would call it an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
-atexit.register(end_workers)
-
-def loader(source, batches, workers, char_maps=False):
-    """batches: lists of indices -> what read_batch makes of each. The workers are handed indices alone."""
-    return iter(DataLoader(range(len(source)), batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
-                           collate_fn=partial(read_batch, source=source, char_maps=char_maps),
-                           pin_memory=torch.cuda.is_initialized(), prefetch_factor=4 if workers else None))
-
-def order(n, batch_size, seed, position=0, rank=0, world=1):
-    """Yields for ever the indices of a rank's micro-batches: position p of the stream is crop perm[epoch](p % n) with
-    epoch = p // n, and micro-batch m holds positions position + (m * world + rank) * batch_size + [0, batch_size). So
-    1 x 16, 2 x 8 and 1 x 4 accumulated four times see the same crops in a step, and a run resumes at any position, on
-    any number of processes or workers, with the same order."""
-    @lru_cache(1)
-    def perm(epoch):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-    for first in count(position + rank * batch_size, world * batch_size):
-        yield [int(perm(p // n)[p % n]) for p in range(first, first + batch_size)]
 
 def batches(source, batch_size, seed, position=0, rank=0, world=1, workers=0, char_maps=False):
-    """An endless stream of micro-batches as `read_batch` returns them, in the order that `order` says."""
-    return loader(source, order(len(source), batch_size, seed, position, rank, world), workers, char_maps)
+    """An endless iterator over the Batches of a rank, in the order of crop_order."""
+    order = crop_order(len(source), batch_size, seed, position, rank, world)
+    return loader(source, order, workers, char_maps)
 
-def read_all(source, batch_size, workers=0, rank=0, world=1):
-    """Every crop once over all ranks, in order: yields (indices of what could be read, images, labels, damaged). The first
-    rank shows how far it is, on a terminal."""
-    mine = range(rank, len(source), world)
-    batches = [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
-    with tqdm(total=len(mine), desc=source.name[:40], disable=rank or None) as bar:
-        for (images, labels, _, damaged, taken), batch in zip(loader(source, batches, workers), batches):   # its end ends its workers
-            yield [batch[j] for j in taken], images, labels, damaged
-            bar.update(len(batch))
+
+def crop_order(n, batch_size, seed, position=0, rank=0, world=1):
+    """Yields for ever the indices of a rank's micro-batches.
+
+    All ranks read one stream of crops: all n in random order, then all n in another, and so on.
+    Position p of it is crop permutation[p % n] of epoch p // n. A rank's micro-batch m holds the
+    batch_size positions from position + (m * world + rank) * batch_size on. So 1 x 16, 2 x 8 and
+    1 x 4 accumulated four times see the same crops in a step, and a run resumes at any position,
+    on any number of processes or workers, with the same order.
+    """
+    epoch = None
+    for first in itertools.count(position + rank * batch_size, world * batch_size):
+        indices = []
+        for p in range(first, first + batch_size):
+            if p // n != epoch:
+                epoch = p // n
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                permutation = torch.randperm(n, generator=generator)
+            indices.append(int(permutation[p % n]))
+        yield indices
+
+
+def next_batch(stream, damage, batch_size, log=None):
+    """The next Batch of a stream, see `batches`. damage, a DamageCount, is told what could not be
+    read; log, a common.Log, how long it took. UserError if nothing could be read."""
+    began = time.perf_counter()
+    batch = next(stream)
+    if log is not None:
+        log.waited(time.perf_counter() - began)
+    damage.add(batch_size, batch.damaged)
+    if len(batch.images) == 0:
+        raise UserError(f"no crop of a batch could be read, the first being {batch.damaged[0]}; "
+                        "leave such crops out with data.py pack, or raise --batch_size")
+    return batch
+
+
+def read_all(source, batch_size, workers=0):
+    """Yields every crop once over all ranks, in order: Batches whose `places` are the crops'
+    numbers in the source. The first rank shows how far it is, on a terminal."""
+    mine = range(common.rank(), len(source), common.world_size())
+    index_lists = [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
+    hide_bar = True if common.rank() > 0 else None          # None: where there is no terminal
+    with tqdm(total=len(mine), desc=source.name[:40], disable=hide_bar) as bar:
+        # The loader comes first in zip: so it is asked for its end, at which its workers end.
+        for batch, indices in zip(loader(source, index_lists, workers), index_lists):
+            yield batch._replace(places=[indices[place] for place in batch.places])
+            bar.update(len(indices))
+
 
 class DamageCount:
-    """Counts what cannot be read and names the first ten. From 100 crops on more than the share `limit` stops; three standard
-    deviations are allowed for, or chance would end sound runs early."""
+    """Counts what cannot be read and names the first ten. A share above `limit` ends the run. It is
+    judged from 100 crops on, and three standard deviations are allowed for, or chance would end
+    sound runs early."""
+    NAMED = 10
+    LEAST_SEEN = 100
+    DEVIATIONS = 3
 
-    def __init__(self, limit=.01):
-        self.limit, self.seen, self.bad, self.first = limit, 0, 0, []
+    def __init__(self, limit=0.01):
+        self.limit = limit
+        self.seen = 0
+        self.bad = 0
+        self.first = []
 
     def add(self, seen, damaged):
         """Of `seen` crops these, one string each, could not be read."""
-        self.seen, self.bad, new = self.seen + seen, self.bad + len(damaged), damaged[:10 - len(self.first)]
-        self.first += new
-        with suppress(OSError):                                 # as in Run.say
-            print("".join(f"damaged, left out: {line}\n" for line in new), end="", flush=True)
-        allowed = self.limit * self.seen
-        if self.seen >= 100 and self.bad > allowed + 3 * (allowed * (1 - self.limit)) ** .5:
-            raise UserError(f"{self.bad} of {self.seen} crops are damaged, more than --max_damaged {self.limit}: "
-                            + "; ".join(self.first))
+        self.seen += seen
+        self.bad += len(damaged)
+        for line in damaged[:self.NAMED - len(self.first)]:
+            self.first.append(line)
+            with contextlib.suppress(OSError):      # the output may go to a disk that is full
+                print(f"damaged, left out: {line}", flush=True)
 
-# ---- show, check and pack
+        expected = self.limit * self.seen
+        deviation = (expected * (1 - self.limit)) ** 0.5
+        if self.seen >= self.LEAST_SEEN and self.bad > expected + self.DEVIATIONS * deviation:
+            raise UserError(f"{self.bad} of {self.seen} crops are damaged, "
+                            f"more than --max_damaged {self.limit}: {'; '.join(self.first)}")
+
+
+# ---- pictures of crops
 
 RED, BLACK, GREY = (210, 30, 30), (0, 0, 0), (120, 120, 120)
 
+# In pixels.
+PICTURE_W, PICTURE_H = 2 * W, 2 * H     # of a crop on a sheet
+MARGIN_X, MARGIN_Y = 6, 4               # around it
+CELL_W = PICTURE_W + 2 * MARGIN_X
+NO_PICTURE_H = 22                       # of a row without pictures
+TEXT_H = 18                             # is added to a row with text
+CAPTION_BASE = 16                       # base line of the text below a picture, from its rim
+TITLE_BASE = 46                         # of text alone in a row with pictures, from the row's top
+LAST_BASE = 12                          # the least distance of that from the row's lower rim
+CAPTION_SIZE, TITLE_SIZE, LEAST_SIZE = 14, 24, 7
+
+MAX_LETTERS = 200                       # of a piece of text
+
+
 def draw_sheet(rows, path):
-    """rows of cells (picture uint8 (3, 32, 128) or None, [(text, colour), ...]): text is below a picture, or alone, in
-    the first font that has all of it, else in Pillow's own, with boxes."""
-    w, files = 2 * W + 12, font_files()
-    tall = [(2 * H + 8 if any(picture is not None for picture, _ in row) else 22) + 18 * any(text for _, text in row) for row in rows]
-    sheet = Image.new("RGB", (w * max(map(len, rows), default=1), max(1, sum(tall))), "white")
-    cells = ((x * w + 6, sum(tall[:k]), tall[k], *cell) for k, row in enumerate(rows) for x, cell in enumerate(row))
-    for x, y, h, picture, pieces in cells:
-        pieces = [(text[:200].replace("\n", " "), colour) for text, colour in pieces]
-        base, size = (min(46, h - 12), 24) if picture is None else (84, 14)
-        line = "".join(text for text, _ in pieces)
-        if picture is not None:
-            picture = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-            sheet.paste(picture.resize((2 * W, 2 * H), Image.Resampling.NEAREST), (x, y + 4))
-        file = next((file for file in files if all(glyph(file, size, 0, c) for c in line if c != " ")), None)
-        room = (w - 12) / max(1, face(file, size)[0].getlength(line))
-        font = face(file, max(7, int(size * min(1, room))))[0]
-        for text, colour in pieces:
-            ImageDraw.Draw(sheet).text((x, y + base), text, colour, font, "ls")
-            x += font.getlength(text)
+    """Draws rows of cells: (picture uint8 (3, 32, 128) or None, [(text, colour), ...]).
+
+    The text stands below its picture, or alone, in the first font that has all of it. UserError if
+    path is no picture's name.
+    """
+    files = font_files()
+    heights = [row_height(row) for row in rows]
+    across = max((len(row) for row in rows), default=1)
+    sheet = Image.new("RGB", (across * CELL_W, max(1, sum(heights))), "white")
+    y = 0
+    for row, height in zip(rows, heights):
+        for column, (picture, pieces) in enumerate(row):
+            x = column * CELL_W + MARGIN_X
+            if picture is None:
+                base = min(TITLE_BASE, height - LAST_BASE)
+                draw_text(sheet, pieces, x, y + base, TITLE_SIZE, files)
+            else:
+                base = MARGIN_Y + PICTURE_H + CAPTION_BASE
+                paste_crop(sheet, picture, x, y + MARGIN_Y)
+                draw_text(sheet, pieces, x, y + base, CAPTION_SIZE, files)
+        y += height
     try:
         sheet.save(path)
     except ValueError as error:
         raise UserError(f"{path}: {error}; expected a picture's name, such as sheet.png") from None
 
-def show(args):
-    source, generator = open_sources(args.src, fonts=args.fonts), torch.Generator().manual_seed(args.seed)
-    chosen = torch.randperm(len(source), generator=generator)[:args.n].tolist()
-    images, labels, _, damaged, _ = read_batch(chosen, source)
-    if not labels:
-        raise UserError(f"{source.name}: none of {len(damaged)} crops could be read, the first: {damaged[0]}")
-    views = [unit(images)] + [guidance_view(images, generator, moved=m) for m in (True, False) if args.guidance]
-    views += [augment(images, generator) for _ in range(2) if args.augment]
-    views += [F.interpolate(coarse_view(images, size(args.coarse)), size=(H, W))] if args.coarse else []
-    cells = [(x, [(label or "", BLACK)] * (k == 0)) for label, strip in zip(labels, (255 * torch.stack(views, 1)).byte())
-             for k, x in enumerate(strip)]
-    across = len(views) * max(1, 4 // len(views))
-    draw_sheet([cells[k:k + across] for k in range(0, len(cells), across)], args.out)
-    print("".join(f"damaged: {line}\n" for line in damaged), end="")
-    print(f"{args.out}: {len(images)} of the {len(source):,} crops of {source.name}")
 
-def fingerprint(images):
-    """Crops -> (n, 472) of length 1: differences of neighbours in the grey picture at 8 x 32. A product of two is over
-    .9 if one is the other coded anew (all of 500 at JPEG quality 75, 98 % at 30) or resized (97 %), not cropped anew.
-    Among 49 million pairs of training and test crops, no two with different labels came so near."""
-    small = coarse_view(torch.einsum("bchw,c->bhw", unit(images), LUMA)[:, None], (8, 32))
-    edges = torch.cat([small.diff(dim=2).flatten(1), small.diff(dim=3).flatten(1)], 1)
-    return F.normalize(edges - edges.mean(1, keepdim=True))
+def row_height(row):
+    height = NO_PICTURE_H
+    if any(picture is not None for picture, _ in row):
+        height = PICTURE_H + 2 * MARGIN_Y
+    if any(pieces for _, pieces in row):
+        height += TEXT_H
+    return height
+
+
+def paste_crop(sheet, picture, x, y):
+    picture = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    picture = picture.resize((PICTURE_W, PICTURE_H), Image.Resampling.NEAREST)
+    sheet.paste(picture, (x, y))
+
+
+def draw_text(sheet, pieces, x, y, size, files):
+    """Pieces (text, colour), one after the other on the base line y, small enough for a cell."""
+    pieces = [(text[:MAX_LETTERS].replace("\n", " "), colour) for text, colour in pieces]
+    line = "".join(text for text, _ in pieces)
+    font = find_font(line, size, files)
+    room = PICTURE_W / max(1, font.getlength(line))
+    if room < 1:
+        font = find_font(line, max(LEAST_SIZE, int(size * room)), files)
+    for text, colour in pieces:
+        ImageDraw.Draw(sheet).text((x, y), text, colour, font, "ls")
+        x += font.getlength(text)
+
+
+# ---- the command show
+
+def show(args):
+    """Draws crops, and beside each the views that were asked for."""
+    source = open_sources(args.src, fonts=args.fonts)
+    if args.fonts and not any(isinstance(part, Synth) for part in source.parts):
+        raise UserError(f"--fonts {args.fonts}: has no effect without rendered words; "
+                        "add synth to SRC")
+    generator = torch.Generator().manual_seed(args.seed)
+    chosen = torch.randperm(len(source), generator=generator)[:args.n].tolist()
+    batch = read_batch(chosen, source)
+    if len(batch.images) == 0:
+        raise UserError(f"{source.name}: none of {len(batch.damaged)} crops could be read, "
+                        f"the first: {batch.damaged[0]}")
+
+    views = make_views(batch.images, generator, args)
+    cells = []
+    for k, label in enumerate(batch.labels):
+        text = [(label or "", BLACK)]
+        for view in views:
+            cells.append(((255 * view[k]).byte(), text))
+            text = []                               # below the crop itself alone
+    across = len(views) * max(1, 4 // len(views))
+    rows = [cells[k:k + across] for k in range(0, len(cells), across)]
+    draw_sheet(rows, args.out)
+
+    for line in batch.damaged:
+        print(f"damaged: {line}")
+    print(f"{args.out}: {len(batch.images)} of the {len(source):,} crops of {source.name}")
+
+
+def make_views(images, generator, args):
+    """-> a list of batches (B, 3, 32, 128) in [0, 1], the first being the crops themselves."""
+    views = [to_unit(images)]
+    if args.guidance:
+        views.append(guidance_view(images, generator, moved=True))
+        views.append(guidance_view(images, generator, moved=False))
+    if args.augment:
+        views.append(augment(images, generator))
+        views.append(augment(images, generator))
+    if args.coarse:
+        coarse = coarse_view(images, parse_size(args.coarse))
+        views.append(F.interpolate(coarse, size=(H, W)))
+    return views
+
+
+# ---- the command check
+
+READ_AT_ONCE = 256                      # crops
+FINGERPRINT_SIZE = (8, 32)              # of the small picture that it is made of
+FINGERPRINT_LENGTH = 7 * 32 + 8 * 31    # pairs of neighbours in that
+
 
 def check(args):
+    """Counts everything, and with --against finds the crops that test sets hold too."""
     if args.write_list and not args.against:
         raise UserError("--write_list is of what --against finds; name test sets with it")
-    source, tests = open_sources(args.src), open_sources(args.against or [])
-    if args.write_list:                             # now, not after an hour of reading
-        open(args.write_list, "a").close()
-    same, places, marks = {}, [None], [torch.zeros(1, 472)]     # of the test crops; nothing is alike to the first
-    for indices, images, _, _ in read_all(tests, 256, args.workers) if args.against else ():
-        same.update((hash(tests.bytes(i)), i) for i in indices)         # 64 bits, which no two files share by chance
-        places += indices
-        marks.append(fingerprint(images))
-    marks = torch.cat(marks)
-    seen, chars, sizes, lengths, bad, lines = Counter(), Counter(), [], [], [], []
-    for indices, images, labels, damaged in read_all(source, 256, args.workers):
-        files = [source.bytes(i) for i in indices]
-        seen.update(map(hash, files))
-        chars.update("".join(label or "" for label in labels))
-        sizes += [Image.open(io.BytesIO(data)).size for data in files]
-        lengths += [len(label) for label in labels if label is not None]
-        bad += damaged
-        if not args.against:
-            continue
-        likeness, nearest = (fingerprint(images) @ marks.T).max(1)
-        for i, label, file, alike, k in zip(indices, labels, map(hash, files), likeness.tolist(), nearest.tolist()):
-            if file in same or alike > args.alike:
-                why, k = ("same bytes", same[file]) if file in same else (f"alike {alike:.3f}", places[k])
-                lines.append("\t".join(map(str, (i, source.where(i), label, why, tests.where(k), tests.label(k)))).replace("\n", " "))
-    spread = lambda x: "from {:g} to {:g}, median {:g}".format(*np.quantile(x, (0, 1, .5))) if x else "none"
-    print(f"{source.name}: {len(source):,} entries = {len(sizes):,} read + {len(bad):,} damaged")
-    print(f"width {spread([w for w, _ in sizes])}; height {spread([h for _, h in sizes])}")
-    print(f"{len(lengths):,} labels, length {spread(lengths)}; {len(chars)} characters, the commonest "
-          + " ".join(f"{c!r} {n:,}" for c, n in chars.most_common(12)))
-    odd = [f"{c!r} {n:,}" for c, n in chars.most_common() if c not in CHARSETS["94"]]
-    print(f"{len(odd)} characters outside the 94: {' '.join(odd[:50])}")
-    print(f"entries that repeat the bytes of another: {seen.total() - len(seen):,}")
-    print("".join(f"damaged: {line}\n" for line in bad[:20]), end="")
+    if "alike" in typed_flags() and not args.against:
+        raise UserError("--alike is of what --against finds; name test sets with it")
+    source = open_sources(args.src)
+    known = None
     if args.against:
-        print(f"also in {tests.name}: {len(lines):,}" + ", the first 20:" * (len(lines) > 20), *lines[:20], sep="\n")
+        tests = open_sources(args.against)
+        if args.write_list:
+            open(args.write_list, "a").close()      # fails now, not after an hour of reading
+        known = KnownCrops(tests, args.workers)
+
+    counts = Counts()
+    lines = []
+    for batch in read_all(source, READ_AT_ONCE, args.workers):
+        files = [source.bytes(i) for i in batch.places]
+        counts.add(files, batch)
+        if known is not None:
+            matches = known.find(files, batch.images, args.alike)
+            lines += list_lines(source, batch, known.source, matches)
+
+    counts.report(source)
+    if known is not None:
+        first = ", the first 20:" if len(lines) > 20 else ""
+        print(f"also in {known.source.name}: {len(lines):,}{first}")
+        for line in lines[:20]:
+            print(line)
     if args.write_list:
-        pathlib.Path(args.write_list).write_text("".join(line + "\n" for line in lines), "utf-8", "surrogateescape")
+        text = "".join(f"{line}\n" for line in lines)
+        pathlib.Path(args.write_list).write_text(text, "utf-8", "surrogateescape")
+
+
+class Counts:
+    """What `check` says about a source."""
+
+    def __init__(self):
+        self.hashes = Counter()         # of files: 64 bits, which no two share by chance
+        self.chars = Counter()
+        self.widths = []
+        self.heights = []
+        self.lengths = []               # of labels
+        self.damaged = []
+
+    def add(self, files, batch):
+        self.damaged += batch.damaged
+        for file in files:
+            width, height = Image.open(io.BytesIO(file)).size
+            self.widths.append(width)
+            self.heights.append(height)
+            self.hashes[hash(file)] += 1
+        for label in batch.labels:
+            if label is not None:
+                self.lengths.append(len(label))
+                self.chars.update(label)
+
+    def report(self, source):
+        print(f"{source.name}: {len(source):,} entries = {len(self.widths):,} read "
+              f"+ {len(self.damaged):,} damaged")
+        print(f"width {spread(self.widths)}; height {spread(self.heights)}")
+
+        commonest = " ".join(f"{char!r} {n:,}" for char, n in self.chars.most_common(12))
+        print(f"{len(self.lengths):,} labels, length {spread(self.lengths)}; "
+              f"{len(self.chars)} characters, the commonest {commonest}")
+
+        outside = [(char, n) for char, n in self.chars.most_common() if char not in CHARSETS["94"]]
+        named = " ".join(f"{char!r} {n:,}" for char, n in outside[:50])
+        print(f"{len(outside)} characters outside the 94: {named}")
+
+        repeats = self.hashes.total() - len(self.hashes)
+        print(f"entries that repeat the bytes of another: {repeats:,}")
+        for line in self.damaged[:20]:
+            print(f"damaged: {line}")
+
+
+def spread(numbers):
+    if not numbers:
+        return "none"
+    least, median, most = np.quantile(numbers, (0, 0.5, 1))
+    return f"from {least:g} to {most:g}, median {median:g}"
+
+
+class KnownCrops:
+    """The crops of test sets, to be found again among others by their bytes or their
+    fingerprints."""
+
+    def __init__(self, source, workers):
+        self.source = source
+        self.by_hash = {}               # hash of a file -> its number
+        # The first fingerprint is nobody's and like none: there may be no other.
+        self.numbers = [None]
+        prints = [torch.zeros(1, FINGERPRINT_LENGTH)]
+        for batch in read_all(source, READ_AT_ONCE, workers):
+            for i in batch.places:
+                self.by_hash[hash(source.bytes(i))] = i
+            self.numbers += batch.places
+            prints.append(fingerprint(batch.images))
+        self.prints = torch.cat(prints)
+
+    def find(self, files, images, least):
+        """For each crop (number of the test crop or None, why): that has the very same bytes, or a
+        likeness above `least`."""
+        likeness, nearest = (fingerprint(images) @ self.prints.T).max(1)
+        matches = []
+        for file, alike, k in zip(files, likeness.tolist(), nearest.tolist()):
+            if hash(file) in self.by_hash:
+                matches.append((self.by_hash[hash(file)], "same bytes"))
+            elif alike > least:
+                matches.append((self.numbers[k], f"alike {alike:.3f}"))
+            else:
+                matches.append((None, ""))
+        return matches
+
+
+def fingerprint(images):
+    """Crops -> (n, 472) of length 1: differences of neighbours in the grey picture at 8 x 32.
+
+    The product of two is their likeness. It is above 0.9 if one is the other coded anew (all of
+    500 at JPEG quality 75, 98 % at 30) or resized (97 %), not if it is cropped anew. Among 49
+    million pairs of training and test crops, no two with different labels came so near.
+    """
+    grey = torch.einsum("bchw,c->bhw", to_unit(images), LUMA)[:, None]
+    small = coarse_view(grey, FINGERPRINT_SIZE)
+    down = small.diff(dim=2).flatten(1)
+    along = small.diff(dim=3).flatten(1)
+    edges = torch.cat([down, along], 1)
+    return F.normalize(edges - edges.mean(1, keepdim=True))
+
+
+def list_lines(source, batch, tests, matches):
+    """A line for each crop that was found: its number, where it is, its label, why, where the
+    test crop is, its label."""
+    lines = []
+    for i, label, (k, why) in zip(batch.places, batch.labels, matches):
+        if k is not None:
+            fields = [i, source.where(i), label, why, tests.where(k), tests.label(k)]
+            line = "\t".join(str(field) for field in fields)
+            lines.append(line.replace("\n", " "))
+    return lines
+
+
+# ---- the command pack
 
 def pack(args):
+    """Writes an LMDB of the files as they are, reads it back, and only then gives it its name."""
     import lmdb
-    args.out = os.path.normpath(args.out)
-    source, part, kept, room, labelled = open_sources(args.src), args.out + ".part", [], 2 ** 24, set()
-    if os.path.exists(args.out):
-        raise UserError(f"{args.out}: exists already; type the name of a new folder")
+    out = os.path.normpath(args.out)
+    unfinished = out + ".part"
+    source = open_sources(args.src)
+    if os.path.exists(out):
+        raise UserError(f"{out}: exists already; type the name of a new folder")
+    skip = read_list(args.without, source) if args.without else set()
+
+    shutil.rmtree(unfinished, ignore_errors=True)           # what a pack left that was stopped
     try:
-        lines = pathlib.Path(args.without).read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1] if args.without else []
-        skip = dict(line.split("\t")[:2] for line in lines)
-        if any(source.where(int(i)) != where for i, where in skip.items()):
-            raise ValueError("it names other entries")
+        kept = write_lmdb(unfinished, source, skip, args.workers)
+    except (lmdb.Error, OSError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"{out}: cannot be written ({error}); is there room?") from None
+    except UserError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    check_written(unfinished, out, source, kept)
+    os.rename(unfinished, out)
+    print(f"{out}: {len(kept):,} of {len(source):,} entries written and read back, "
+          f"{len(skip):,} left out by list")
+
+
+def read_list(path, source):
+    """What check --write_list wrote -> the numbers of its crops. UserError if they are another
+    source's."""
+    try:
+        text = pathlib.Path(path).read_bytes().decode("utf-8", "surrogateescape")
+        skip = set()
+        for line in text.split("\n")[:-1]:          # not splitlines: a label may hold a \r
+            number, where = line.split("\t")[:2]
+            if source.where(int(number)) != where:
+                raise ValueError("it names other entries")
+            skip.add(int(number))
     except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"--without {args.without}: {error}; expected the list that check wrote of this SRC") from None
-    shutil.rmtree(part, ignore_errors=True)         # of a pack that was stopped
-    try:
-        with lmdb.open(part, map_size=room) as env:
-            for indices, _, labels, damaged in read_all(source, 256, args.workers):
-                files = [source.bytes(i) for i in indices]
-                print("".join(f"left out, damaged: {line}\n" for line in damaged), end="")
-                room += 2 * sum(len(data) + 8192 for data in files)     # whole pages, and those that a write sets free
-                env.set_mapsize(room)
-                with env.begin(write=True) as txn:
-                    for i, label, data in zip(indices, labels, files):
-                        if str(i) not in skip:
-                            labelled.add(label is not None)
-                            if len(labelled) > 1:
-                                raise UserError(f"{source.where(i)}: {'no' if label is None else 'a'} label, unlike those before it; "
-                                                "pack labelled and unlabelled crops apart")
-                            kept.append(i)
-                            txn.put(b"image-%09d" % len(kept), data)
-                            if label is not None:
-                                txn.put(b"label-%09d" % len(kept), label.encode())
-                    txn.put(b"num-samples", b"%d" % len(kept))
-            if not kept:
-                raise UserError(f"{source.name}: none of its {len(source):,} crops is left to pack")
-    except (lmdb.Error, OSError, UserError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{args.out}: cannot be written ({error}); is there room?") from None
-    packed = Lmdb(part, args.out)
-    wrong = [k for k, i in enumerate(kept) if (packed.bytes(k), packed.label(k)) != (source.bytes(i), source.label(i))]
+        raise UserError(f"--without {path}: {error}; expected the list that check wrote "
+                        "of this SRC") from None
+    return skip
+
+
+def write_lmdb(folder, source, skip, workers):
+    """-> the numbers of the crops that were written."""
+    import lmdb
+    kept = []
+    labelled = None                                 # whether the first crop has a label
+    room = 2 ** 24                                  # bytes that the file may have
+    with lmdb.open(folder, map_size=room) as environment:
+        for batch in read_all(source, READ_AT_ONCE, workers):
+            for line in batch.damaged:
+                print(f"left out, damaged: {line}")
+            files = [source.bytes(i) for i in batch.places]
+            # An entry fills whole pages: 8192. Twice, for those too that a write sets free.
+            room += 2 * sum(len(file) + 8192 for file in files)
+            environment.set_mapsize(room)
+            with environment.begin(write=True) as transaction:
+                for i, label, file in zip(batch.places, batch.labels, files):
+                    if i in skip:
+                        continue
+                    if not kept:
+                        labelled = label is not None
+                    if labelled != (label is not None):
+                        has = "no" if label is None else "a"
+                        raise UserError(f"{source.where(i)}: {has} label, unlike those before it; "
+                                        "pack labelled and unlabelled crops apart")
+                    kept.append(i)
+                    put_crop(transaction, len(kept), file, label)
+                transaction.put(b"num-samples", b"%d" % len(kept))
+    if not kept:
+        raise UserError(f"{source.name}: none of its {len(source):,} crops is left to pack")
+    return kept
+
+
+def put_crop(transaction, number, file, label):
+    transaction.put(b"image-%09d" % number, file)
+    if label is not None:
+        transaction.put(b"label-%09d" % number, label.encode())
+
+
+def check_written(folder, name, source, kept):
+    """UserError if the LMDB does not hold, byte by byte, what it should."""
+    packed = Lmdb(folder, name)
+    wrong = 0
+    for k, i in enumerate(kept):
+        if packed.bytes(k) != source.bytes(i) or packed.label(k) != source.label(i):
+            wrong += 1
     if wrong or len(packed) != len(kept):
-        raise UserError(f"{part}: {len(wrong)} entries are not what was written; is the disk sound?")
-    environment.cache_clear()                       # Windows renames no folder that holds an open file
-    os.rename(part, args.out)
-    print(f"{args.out}: {len(kept):,} of {len(source):,} entries written and read back, {len(skip):,} left out by list")
+        raise UserError(f"{folder}: {wrong} entries are not what was written; is the disk sound?")
+    OPEN_LMDBS.close()                  # Windows renames no folder that holds an open file
+
+
+# ---- the command line
 
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True)
-    for command, does in ((show, "Draw crops and their views."), (check, "Read and count."), (pack, "Write an LMDB.")):
-        sub = commands.add_parser(command.__name__, help=does, description=does + " SRC:" + __doc__.split("SRC is")[1])
-        sub.set_defaults(command=command)
-        sub.add_argument("src", nargs="+", metavar="SRC", help="where the crops are, one or several")
-        if command is not show:
-            sub.add_argument("--workers", type=within("[0, inf)", int), default=0, help="processes that read; about one a core is best")
-    add = commands.choices["show"].add_argument
-    add("--out", default="sheet.png", help="the picture to write")
-    add("--n", type=within("[1, inf)", int), default=48, help="how many crops; views need room, so ask for fewer with them")
-    add("--seed", type=within("[0, 4294967296)", int), default=0, help="another one picks other crops and draws other views")
-    add("--fonts", help="a folder of more fonts for rendered words")
-    add("--guidance", action="store_true", help="beside each crop mim's kind of guidance view, moved and bent, and nsp's")
-    add("--augment", action="store_true", help="beside each crop two of fine-tuning's augmentations of it")
-    add("--coarse", metavar="HxW", help="beside each crop its area average of that size, such as 16x64")
-    add = commands.choices["check"].add_argument
-    add("--against", nargs="+", metavar="TEST", help="test sets: find the crops that they hold too")
-    add("--alike", type=within("[0, inf)"), default=.9, help="likeness of near duplicates; lower finds more, and wrong ones")
-    add("--write_list", metavar="FILE", help="write what --against finds, for pack --without")
-    add = commands.choices["pack"].add_argument
-    add("out", metavar="OUT", help="a new folder for data.mdb")
-    add("--without", metavar="LIST", help="leave out the entries of this list, written by check --write_list")
+    add_show(commands)
+    add_check(commands)
+    add_pack(commands)
     args = parser.parse_args()
     args.command(args)
 
+
+def add_command(commands, command, does):
+    """-> the function that adds a flag to it."""
+    src_help = __doc__.split("SRC is")[1]
+    parser = commands.add_parser(command.__name__, help=does, description=f"{does} SRC:{src_help}")
+    parser.set_defaults(command=command)
+    parser.add_argument("src", nargs="+", metavar="SRC", help="where the crops are, one or several")
+    return parser.add_argument
+
+
+def add_show(commands):
+    add = add_command(commands, show, "Draw crops and their views.")
+    add("--out", default="sheet.png", help="the picture to write")
+    add("--n", type=number_in("[1, inf)", int), default=48,
+        help="how many crops; views need room, so ask for fewer with them")
+    add("--seed", type=number_in("[0, 4294967296)", int), default=0,
+        help="another one picks other crops and draws other views")
+    add("--fonts", help="a folder of more fonts for rendered words")
+    add("--guidance", action="store_true",
+        help="beside each crop mim's kind of guidance view, moved and bent, and nsp's")
+    add("--augment", action="store_true",
+        help="beside each crop two of fine-tuning's augmentations of it")
+    add("--coarse", metavar="HxW",
+        help="beside each crop its area average of that size, such as 16x64")
+
+
+def add_check(commands):
+    add = add_command(commands, check, "Read and count.")
+    add_workers(add)
+    add("--against", nargs="+", metavar="TEST", help="test sets: find the crops that they hold too")
+    add("--alike", type=number_in("[0, inf)"), default=0.9,
+        help="likeness of near duplicates; lower finds more, and wrong ones")
+    add("--write_list", metavar="FILE", help="write what --against finds, for pack --without")
+
+
+def add_pack(commands):
+    add = add_command(commands, pack, "Write an LMDB.")
+    add_workers(add)
+    add("out", metavar="OUT", help="a new folder for data.mdb")
+    add("--without", metavar="LIST",
+        help="leave out the entries of this list, written by check --write_list")
+
+
+def add_workers(add):
+    add("--workers", type=number_in("[0, inf)", int), default=0,
+        help="processes that read; about one a core is best")
+
+
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

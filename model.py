@@ -1,530 +1,789 @@
-"""The networks: a plain ViT, the pre-training objective of four methods, and a recognizer that reads.
+"""The networks: a plain ViT, the pre-training objective of four methods, and a recognizer
+that reads.
 
-`pretrain.py` and `finetune.py` hold the loops. Only `align_infonce` knows of ranks: it compares the crops of them all.
+Read it top to bottom: the encoder, the decoder, METHODS and `Pretrainer.forward` (the
+objective), loading of checkpoints, the recognizer. The loops are in pretrain.py and
+finetune.py.
 
-    # B batch   H W pixels   h w patch grid   N = h*w patches (N' of another view)   K kept   M masked (K + M = N)
-    # D width   C channels of the target   T characters   V classes
-    # view: another look at the crop, nothing hidden   guide: mim's view   coarse: nsp's views, smaller, in place
+B batch   H W pixels   h w patch grid   N = h*w patches (N' of another view)   K kept, M
+masked: K + M = N D width   C channels of the target   T characters   V classes   d width of
+a head   S tokens attended to view    another look at the crop, nothing hidden guide   the
+view that mim's decoder sees          coarse   nsp's views, smaller, everything in its place
 """
-import argparse
 import math
-import warnings
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed._functional_collectives import all_gather_single
 
-from data import UserError, normalize, put
+from common import H, W, UserError, load_state, read_checkpoint, to_device, to_unit
 
-MODELS = {  # encoder, its patch in pixels (h, w); reader of words, after fine-tuning; decoder of pre-training
-    "vit_nano": dict(encoder=dict(depth=6, width=128, heads=4, patch=(8, 8)), reader=dict(layers=2, width=128, heads=4, ffn=256),
-                     decoder=dict(layers=2, width=128, heads=4, ffn=256, dropout=0.0)),
-    "vit_tiny": dict(encoder=dict(depth=12, width=192, heads=3, patch=(4, 4)), reader=dict(layers=3, width=256, heads=8, ffn=256),
-                     decoder=dict(layers=2, width=256, heads=8, ffn=1024)),
-    "vit_small": dict(encoder=dict(depth=12, width=384, heads=6, patch=(4, 4)), reader=dict(layers=6, width=512, heads=8, ffn=256),
-                      decoder=dict(layers=2, width=512, heads=16, ffn=2048)),
-    "vit_base": dict(encoder=dict(depth=12, width=768, heads=12, patch=(4, 4)), reader=dict(layers=6, width=512, heads=8, ffn=256),
-                     decoder=dict(layers=2, width=512, heads=16, ffn=2048)),
+# encoder: the ViT, its patch in pixels (h, w); decoder: of pre-training; reader: of words,
+# in fine-tuning
+MODELS = {
+    "vit_nano": dict(
+        encoder=dict(depth=6, width=128, heads=4, patch=(8, 8)),
+        decoder=dict(layers=2, width=128, heads=4, ffn=256, dropout=0.0),
+        reader=dict(layers=2, width=128, heads=4, ffn=256)),
+    "vit_tiny": dict(
+        encoder=dict(depth=12, width=192, heads=3, patch=(4, 4)),
+        decoder=dict(layers=2, width=256, heads=8, ffn=1024),
+        reader=dict(layers=3, width=256, heads=8, ffn=256)),
+    "vit_small": dict(
+        encoder=dict(depth=12, width=384, heads=6, patch=(4, 4)),
+        decoder=dict(layers=2, width=512, heads=16, ffn=2048),
+        reader=dict(layers=6, width=512, heads=8, ffn=256)),
+    "vit_base": dict(
+        encoder=dict(depth=12, width=768, heads=12, patch=(4, 4)),
+        decoder=dict(layers=2, width=512, heads=16, ffn=2048),
+        reader=dict(layers=6, width=512, heads=8, ffn=256)),
 }
 
-# ---- tensors
+
+# ---- patches and places
+
+def normalize_pixels(images):
+    """uint8, or float in [0, 1] -> float32 in [-1, 1]: what every network here is given."""
+    return to_unit(images) * 2 - 1
+
 
 def take(x, ids):
-    """Rows `ids` (B, K) of every crop's tokens x (B, N, D) -> (B, K, D)."""
+    """Rows ids (B, K) of every crop's tokens x (B, N, D) -> (B, K, D)."""
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
+
 def patchify(images, patch):
-    """(B, 3, H, W) -> (B, N, 3*p*q): pixels of each patch in the order of a convolution's weight (channel, row, column)."""
+    """(B, 3, H, W) -> (B, N, 3*p*q): the pixels of each patch, in the order of a convolution's
+    weight: channel, row, column."""
     p, q = patch
-    x = images.unflatten(3, (-1, q)).unflatten(2, (-1, p))                                   # (B, 3, h, p, w, q)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
+    x = images.unflatten(3, (-1, q)).unflatten(2, (-1, p))              # (B, 3, h, p, w, q)
+    x = x.permute(0, 2, 4, 1, 3, 5)                                     # (B, h, w, 3, p, q)
+    return x.flatten(1, 2).flatten(2)
+
 
 def unpatchify(x, grid, patch):
-    """The inverse of `patchify`: (B, N, 3*p*q) -> (B, 3, H, W)."""
+    """The inverse of patchify: (B, N, 3*p*q) -> (B, 3, H, W)."""
     (h, w), (p, q) = grid, patch
-    return x.reshape(-1, h, w, 3, p, q).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, h * p, w * q)
+    x = x.reshape(-1, h, w, 3, p, q)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, h * p, w * q)
+
 
 def patch_norm(x):
-    """Pixels (B, N, 3*p*q) less each channel's mean in the patch, over the patch's standard deviation -> normalised, mean, std.
+    """Pixels (B, N, 3*p*q), less each channel's mean in the patch, over the patch's
+    standard deviation -> normalised, mean, std.
 
-    MAE takes one mean of all channels; on words that makes the target the colour of a flat ground, which a recoloured view cannot
-    know, and drowns the strokes. Below a contrast of 4 grey levels (variance 1e-3 on [-1, 1]) a patch is noise and is not blown up."""
-    channels = x.unflatten(-1, (3, -1))
+    MAE takes one mean of all channels. On words that makes the target the colour of a flat
+    ground, which a recoloured view cannot know, and drowns the strokes. Below a contrast of
+    4 grey levels (variance 1e-3 on [-1, 1]) a patch is noise and is not blown up."""
+    channels = x.unflatten(-1, (3, -1))                                 # (B, N, 3, p*q)
     mean = channels.mean(-1, keepdim=True)
-    centred = (channels - mean).flatten(-2)
+    centred = (channels - mean).flatten(-2)                             # (B, N, 3*p*q)
     std = (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt()
     return centred / std, mean.expand_as(channels).flatten(-2), std
 
+
 def sincos(width, grid, fine):
-    """Fixed position embedding (h*w, width) of patch centres, in units of patches of the grid `fine` = (h, w).
+    """Fixed position embedding (h*w, width) of patch centres, in units of patches of the
+    grid `fine`.
 
-    First half x, second half y, each [sin, cos] with frequencies 10000^(-i/(width/4)): MAE's, wherever grid == fine. A coarse
-    patch that covers fine patches 2j and 2j+1 stands at 2j + 0.5, so that the same place has the same code at every scale."""
-    y, x = (((torch.arange(n, dtype=torch.float64) + 0.5) * m / n - 0.5) for n, m in zip(grid, fine))
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = [place.reshape(-1, 1) * omega for place in (x, y)]
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+    First half x, second half y, each [sin, cos] with frequencies 10000^(-i/(width/4)):
+    MAE's, wherever grid == fine. A coarse patch that covers the fine patches 2j and 2j+1
+    stands at 2j + 0.5, so that the same place has the same code at every scale."""
+    h, w = grid
+    y = (torch.arange(h, dtype=torch.float64) + 0.5) * fine[0] / h - 0.5
+    x = (torch.arange(w, dtype=torch.float64) + 0.5) * fine[1] / w - 0.5
+    y, x = torch.meshgrid(y, x, indexing="ij")                          # (h, w) each
 
-# ---- attention and block
+    quarter = width // 4
+    omega = 10000 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    x_angles = x.reshape(-1, 1) * omega                                 # (h*w, width/4)
+    y_angles = y.reshape(-1, 1) * omega
+    parts = [x_angles.sin(), x_angles.cos(), y_angles.sin(), y_angles.cos()]
+    return torch.cat(parts, dim=1).float()
 
-def drop(x, rate, training=True):
-    """Dropout. CPUs draw Bernoulli numbers slowly, and fill tensors of bool slowly: there one random byte an element decides, `rate`
-    in 256ths, and becomes the 0 or 1 of what is kept."""
-    if not training or rate == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, rate, training)
-    cut = min(max(round(256 * rate), 1), 255)
-    numbers = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-2 ** 63, None).view(torch.uint8)
-    return x * (numbers[:x.numel()].ge_(cut).view(x.shape).to(x.dtype) * (256 / (256 - cut)))
+
+def init_weights(module):
+    """MAE's: Xavier for matrices (the patch projection as one), zeros for biases, N(0,
+    0.02) for tokens."""
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.endswith(("cls_token", "mask_token", "scale_embed")):
+            nn.init.normal_(parameter, std=0.02)
+        elif parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter.data.flatten(1))
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
+# ---- the encoder
 
 def attend(q, k, v, dropout=0.0, causal=False):
-    """softmax(q k' / sqrt(d)) v on (B, heads, T, d). CUDA takes the fused kernel. Elsewhere the lines are written
-    out: on a CPU that is faster in the backward pass, and for the single queries of reading."""
+    """softmax(q k' / sqrt(d)) v for q (B, heads, T, d), k and v (B, heads, S, d) -> (B,
+    heads, T, d).
+
+    CUDA takes the fused kernel. Elsewhere the lines are written out: on a CPU that is
+    faster in the backward pass, and for the single queries of reading."""
     if q.is_cuda:
-        q = q.expand(len(k), -1, -1, -1)                                                     # nsp's queries: one crop's, for all
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                 # (B, heads, T, S)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)            # (B, heads, T, S)
     if causal:
-        scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1)
-    return drop(scores.softmax(-1), dropout) @ v                                             # (B, heads, T, d)
+        future = scores.new_full(scores.shape[-2:], -math.inf).triu(1)
+        scores = scores + future
+    weights = F.dropout(scores.softmax(-1), dropout)
+    return weights @ v                                                  # (B, heads, T, d)
+
 
 class Attention(nn.Module):
-    """The encoder's self-attention: one matrix for queries, keys and values, as in timm's checkpoints."""
+    """Self-attention of the encoder: one matrix for queries, keys and values, as in timm's
+    checkpoints."""
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
-    def split(self, x):
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)         # (3, B, heads, T, d)
+    def queries_keys_values(self, x):
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))            # (B, T, 3, heads, d)
+        return qkv.permute(2, 0, 3, 1, 4)                               # (3, B, heads, T, d)
 
     def forward(self, x):
-        out = attend(*self.split(x).unbind(0), self.dropout if self.training else 0.0)
-        return drop(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        q, k, v = self.queries_keys_values(x).unbind(0)
+        dropout = self.dropout if self.training else 0.0
+        x = attend(q, k, v, dropout)                                    # (B, heads, T, d)
+        x = self.proj(x.transpose(1, 2).flatten(2))                     # (B, T, D)
+        return F.dropout(x, dropout)
+
 
 class Mlp(nn.Module):
     def __init__(self, width, hidden, dropout=0.0, bias=True):
         super().__init__()
         self.dropout = dropout
-        self.fc1, self.fc2 = nn.Linear(width, hidden, bias=bias), nn.Linear(hidden, width, bias=bias)
+        self.fc1 = nn.Linear(width, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x):
-        return self.fc2(drop(F.gelu(self.fc1(x)), self.dropout, self.training))
+        x = F.gelu(self.fc1(x))
+        x = F.dropout(x, self.dropout, self.training)
+        return self.fc2(x)
+
 
 class Block(nn.Module):
-    """Pre-norm Transformer block. `drop_path` skips a branch for whole crops in training (stochastic depth, 1603.09382)."""
+    """Pre-norm Transformer block. In training `drop_path` is the share of crops for which a
+    branch is skipped (stochastic depth, arXiv 1603.09382)."""
 
     def __init__(self, width, heads, dropout=0.0, drop_path=0.0):
         super().__init__()
         self.drop_path = drop_path
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = Attention(width, heads, dropout), Mlp(width, 4 * width, dropout)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads, dropout)
+        self.mlp = Mlp(width, 4 * width, dropout)
 
-    def skip(self, x):
-        return x * drop(x.new_ones(len(x), 1, 1), self.drop_path) if self.training and self.drop_path else x
+    def skip(self, branch):
+        if self.drop_path == 0 or not self.training:
+            return branch
+        kept = F.dropout(branch.new_ones(branch.shape[0], 1, 1), self.drop_path)
+        return branch * kept                                        # 0, or 1 / (1 - drop_path)
 
     def forward(self, x):
         x = x + self.skip(self.attn(self.norm1(x)))
-        return x + self.skip(self.mlp(self.norm2(x)))
+        x = x + self.skip(self.mlp(self.norm2(x)))
+        return x
 
-# ---- encoder
 
 class PatchEmbed(nn.Module):
+    """A linear map of each patch's pixels. Its weight has a convolution's shape, as in
+    MAE's checkpoints."""
+
     def __init__(self, patch, width):
         super().__init__()
         self.proj = nn.Conv2d(3, width, patch, patch)
 
     def forward(self, images):
-        # one matrix product with the convolution's own weights: faster than a strided convolution on every device
-        x = patchify(images, self.proj.kernel_size)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)                      # (B, N, D)
+        # one matrix product with the convolution's own weight: faster than a strided
+        # convolution
+        x = patchify(images, self.proj.kernel_size)                     # (B, N, 3*p*q)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
 
 class ViT(nn.Module):
-    """The encoder. images (B, 3, H, W), normalised to [-1, 1] -> (B, 1+N, D): [cls], then the patches in row order;
-    with ids_keep (B, K) only those patches are seen: (B, 1+K, D). LayerNormed.
+    """The encoder. images (B, 3, H, W) in [-1, 1] -> (B, 1+N, D): [cls], then the patches
+    in row order. With ids_keep (B, K) only those patches are seen: (B, 1+K, D).
+    LayerNormed.
 
-    `size` is the fine scale (H, W); `scales` the coarse ones, coarse to fine. All share every weight but a learned offset each
-    (`scale_embed`; the fine scale has none). Names and shapes are MAE's and timm's, so their checkpoints load."""
+    `size` is the fine scale (H, W); `scales` are the coarse ones, coarse to fine. All
+    scales share every weight, but for a learned offset each (`scale_embed`; the fine scale
+    has none). Names and shapes are MAE's and timm's, so their checkpoints load."""
 
-    def __init__(self, depth, width, heads, patch=(4, 4), size=(32, 128), scales=(), dropout=0.0, drop_path=0.0):
+    def __init__(self, depth, width, heads, patch=(4, 4), size=(H, W), scales=(),
+                 dropout=0.0, drop_path=0.0):
         super().__init__()
-        self.size, self.patch, self.scales = tuple(size), tuple(patch), [tuple(s) for s in scales]
-        self.grid, self.width = self.grid_of(self.size), width
+        self.size, self.patch, self.width = tuple(size), tuple(patch), width
+        self.scales = [tuple(scale) for scale in scales]
+        self.grid = self.grid_of(self.size)
+
         self.patch_embed = PatchEmbed(self.patch, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        fine = F.pad(sincos(width, self.grid, self.grid), (0, 0, 1, 0))[None]                # [cls] stands nowhere: zeros
-        self.pos_embed = nn.Parameter(fine, requires_grad=False)                             # stored, as in MAE
-        self.scale_embed = nn.Parameter(torch.zeros(len(self.scales), width)) if self.scales else None
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, heads, dropout, rate) for rate in rates)
+        places = sincos(width, self.grid, self.grid)                    # (N, D)
+        places = F.pad(places, (0, 0, 1, 0))                    # [cls] stands nowhere: zeros
+        self.pos_embed = nn.Parameter(places[None], requires_grad=False)    # stored, as in MAE
+        self.scale_embed = None
+        if self.scales:
+            self.scale_embed = nn.Parameter(torch.zeros(len(self.scales), width))
+
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            rate = drop_path * i / max(depth - 1, 1)            # deeper blocks are skipped more
+            self.blocks.append(Block(width, heads, dropout, rate))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        for i, s in enumerate(self.scales):
-            self.register_buffer(f"pos_{i}", sincos(width, self.grid_of(s), self.grid)[None], persistent=False)
+        for i, scale in enumerate(self.scales):
+            places = sincos(width, self.grid_of(scale), self.grid)
+            self.register_buffer(f"pos_{i}", places[None], persistent=False)
         init_weights(self)
 
     def grid_of(self, size):
+        """Pixels (H, W) -> patches (h, w)."""
         return size[0] // self.patch[0], size[1] // self.patch[1]
 
-    def forward(self, images, ids_keep=None):
-        x, size = self.patch_embed(images), tuple(images.shape[-2:])                         # (B, N, D)
+    def add_places(self, x, size):
+        """Patch tokens (B, N, D) of a view of that size, each plus the code of where it
+        stands."""
         if size == self.size:
-            x = x + self.pos_embed[:, 1:]
-        else:
-            i = self.scales.index(size)
-            x = x + getattr(self, f"pos_{i}") + self.scale_embed[i]
-        x = x if ids_keep is None else take(x, ids_keep)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype)
-        x = torch.cat([cls, x], dim=1)                                                       # (B, 1+K, D)
+            return x + self.pos_embed[:, 1:]
+        i = self.scales.index(size)
+        return x + getattr(self, f"pos_{i}") + self.scale_embed[i]
+
+    def forward(self, images, ids_keep=None):
+        x = self.patch_embed(images)                                    # (B, N, D)
+        x = self.add_places(x, tuple(images.shape[-2:]))
+        if ids_keep is not None:
+            x = take(x, ids_keep)                                       # (B, K, D)
+
+        cls = self.cls_token + self.pos_embed[:, :1]                    # (1, 1, D)
+        cls = cls.expand(x.shape[0], -1, -1).to(x.dtype)
+        x = torch.cat([cls, x], dim=1)                                  # (B, 1+K, D)
 
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-def init_weights(module):
-    """MAE's: Xavier for matrices (the patch projection as one), zeros for biases, N(0, 0.02) for tokens."""
-    for name, p in module.named_parameters():
-        if p.requires_grad and name.rsplit(".", 1)[-1] in ("cls_token", "mask_token", "scale_embed"):
-            nn.init.normal_(p, std=0.02)
-        elif p.requires_grad and p.dim() > 1:
-            nn.init.xavier_uniform_(p.data.flatten(1))
-        elif name.endswith("bias"):
-            nn.init.zeros_(p)
 
-# ---- decoder
+# ---- the decoder of pre-training
 
 class CachedAttention(nn.Module):
-    """The decoders' attention, to themselves or to another's tokens: keys and values are made apart and can be used again."""
+    """The decoders' attention, to themselves or to another network's tokens. Keys and
+    values are made apart, so that they can be kept and used again."""
 
     def __init__(self, width, heads, dropout=0.0, bias=True):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.q, self.kv, self.proj = (nn.Linear(width, n * width, bias=bias) for n in (1, 2, 1))
+        self.q = nn.Linear(width, width, bias=bias)
+        self.kv = nn.Linear(width, 2 * width, bias=bias)
+        self.proj = nn.Linear(width, width, bias=bias)
 
     def keys_values(self, y):
-        kv = self.kv(y).unflatten(-1, (2, self.heads, -1))                                   # (B, S, 2, heads, d)
-        return kv.permute(2, 0, 3, 1, 4).contiguous()                                        # (2, B, heads, S, d), read by every query
+        kv = self.kv(y).unflatten(-1, (2, self.heads, -1))              # (B, S, 2, heads, d)
+        return kv.permute(2, 0, 3, 1, 4).contiguous()                   # (2, B, heads, S, d)
 
     def queries(self, x):
-        return self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)                     # (B, heads, T, d)
+        return self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)    # (B, heads, T, d)
 
     def forward(self, x, kv, causal=False):
-        out = attend(self.queries(x), *kv.unbind(0), self.dropout if self.training else 0.0, causal)
-        return drop(self.proj(out.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        keys, values = kv.unbind(0)
+        dropout = self.dropout if self.training else 0.0
+        x = attend(self.queries(x), keys, values, dropout, causal)      # (B, heads, T, d)
+        x = self.proj(x.transpose(1, 2).flatten(2))                     # (B, T, D)
+        return F.dropout(x, dropout)
+
 
 class DecoderLayer(nn.Module):
-    """Self-attention -> cross-attention -> FFN. Post-norm in pre-training, pre-norm in the recognizer: both LMIM's.
+    """Self-attention -> cross-attention -> FFN, post-norm: LMIM's.
 
-    x (B, T, D) -> (B, T, D). `memory`: keys and values of what is attended to, from `cross_attn.keys_values`, or None: no
-    cross-attention. `cache`: keys and values of the characters so far (2, B, heads, t, d), which x continues. `last`: only the last
-    so many rows of x are queries (all are keys), since the others enter no loss. Returns x and the keys and values to keep."""
+    x (B, T, D), memory (B, S, D) or None: then there is no cross-attention -> (B,
+    n_queries, D). Only the last n_queries tokens go on; all T are keys."""
 
-    def __init__(self, width, heads, ffn, dropout=0.0, pre_norm=False, bias=True, cross=True):
+    def __init__(self, width, heads, ffn, dropout=0.0, cross=True):
         super().__init__()
-        self.pre_norm, self.dropout = pre_norm, dropout
-        self.self_attn = CachedAttention(width, heads, dropout, bias)
-        self.cross_attn = CachedAttention(width, heads, dropout, bias) if cross else None
-        self.mlp = Mlp(width, ffn, dropout, bias)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=1e-6) if n else None for n in (1, cross, 1))
+        self.dropout = dropout
+        self.self_attn = CachedAttention(width, heads, dropout)
+        self.cross_attn = CachedAttention(width, heads, dropout) if cross else None
+        self.mlp = Mlp(width, ffn, dropout)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6) if cross else None
+        self.norm3 = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, x, memory=None, cache=None, causal=False, last=None):
-        def residual(x, norm, branch):
-            return x + branch(norm(x)) if self.pre_norm else norm(x + branch(x))
-
-        kv = self.self_attn.keys_values(self.norm1(x) if self.pre_norm else x)
-        kv = kv if cache is None else torch.cat([cache, kv], dim=3)
-        x = x if last is None else x[:, -last:]
-        x = residual(x, self.norm1, lambda x: self.self_attn(x, kv, causal))
+    def forward(self, x, memory, n_queries):
+        kv = self.self_attn.keys_values(x)
+        x = x[:, -n_queries:]
+        x = self.norm1(x + self.self_attn(x, kv))
         if memory is not None:
-            x = residual(x, self.norm2, lambda x: self.cross_attn(x, memory))
-        return residual(x, self.norm3, lambda x: drop(self.mlp(x), self.dropout, self.training)), kv
+            kv = self.cross_attn.keys_values(memory)
+            x = self.norm2(x + self.cross_attn(x, kv))
+        branch = F.dropout(self.mlp(x), self.dropout, self.training)
+        return self.norm3(x + branch)                                   # (B, n_queries, D)
+
 
 class Decoder(nn.Module):
-    """The decoder of pre-training: predicts the target of hidden patches from visible tokens, places, and the tokens of other views.
+    """Predicts the target of hidden patches from visible tokens, places, and the tokens of
+    other views.
 
-    `grids` are the grids it can predict, the fine one last; places are in units of the fine grid, as in the encoder."""
+    `grids` are the grids it can predict, the fine one last. Places are in units of the fine
+    grid, as in the encoder. Without `visible` it is never shown visible tokens, without
+    `cross` no other views."""
 
-    def __init__(self, encoder_width, out, grids, layers, width, heads, ffn, dropout=0.1, seen=True, cross=True):
+    def __init__(self, encoder_width, out, grids, layers, width, heads, ffn, dropout=0.1,
+                 visible=True, cross=True):
         super().__init__()
-        self.embed = nn.Linear(encoder_width, width) if seen else None
+        self.embed = nn.Linear(encoder_width, width) if visible else None
         self.embed_memory = nn.Linear(encoder_width, width) if cross else None
-        self.mask_token, self.n_grids = nn.Parameter(torch.zeros(1, 1, width)), len(grids)
-        self.layers = nn.ModuleList(DecoderLayer(width, heads, ffn, dropout, cross=cross) for _ in range(layers))
-        self.norm, self.pred = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, out)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            self.layers.append(DecoderLayer(width, heads, ffn, dropout, cross))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pred = nn.Linear(width, out)
+        self.fine = len(grids) - 1
         for i, grid in enumerate(grids):
-            self.register_buffer(f"pos_{i}", sincos(width, grid, grids[-1])[None], persistent=False)
+            places = sincos(width, grid, grids[-1])
+            self.register_buffer(f"pos_{i}", places[None], persistent=False)
         init_weights(self)
 
-    def forward(self, memory, seen=None, ids_keep=None, ids_mask=None, scale=-1):
-        """memory: list of (B, 1+N', D'), or []; seen (B, 1+K, D') with ids_keep and ids_mask -> (B, M, C), in ids_mask's order.
-        Without `seen` every patch of grids[scale] is hidden: (B, N, C). Tokens are not put back in order, as places are embedded:
-        hidden ones come last, and the head runs on them alone."""
-        pos = getattr(self, f"pos_{scale % self.n_grids}")                                   # (1, N, D)
-        if seen is None:
-            x, M = self.mask_token + pos, pos.shape[1]                                       # (1, N, D): for all crops, until they see memory
-        else:
-            pos, M = pos.expand(len(seen), -1, -1), ids_mask.shape[1]
-            seen = self.embed(seen) + F.pad(take(pos, ids_keep), (0, 0, 1, 0))               # (B, 1+K, D), [cls] has no place
-            x = torch.cat([seen, self.mask_token + take(pos, ids_mask)], dim=1)              # (B, 1+N, D)
+    def predict_hidden(self, memory, seen, ids_keep, ids_mask):
+        """mim: memory, a list of (B, 1+N', D'), or []; seen (B, 1+K, D') -> (B, M, C), in
+        ids_mask's order. Tokens are not put back in order: each has its place added, and
+        hidden ones come last."""
+        places = getattr(self, f"pos_{self.fine}").expand(seen.shape[0], -1, -1)    # (B, N, D)
+        seen_places = F.pad(take(places, ids_keep), (0, 0, 1, 0))  # [cls] stands nowhere: zeros
+        seen = self.embed(seen) + seen_places                           # (B, 1+K, D)
+        hidden = self.mask_token + take(places, ids_mask)               # (B, M, D)
+        x = torch.cat([seen, hidden], dim=1)                            # (B, 1+N, D)
+        return self.predict(x, memory, n_hidden=ids_mask.shape[1])
 
-        memory = self.embed_memory(torch.cat(memory, dim=1)) if memory else None             # (B, sum(1+N'), D)
-        for layer in self.layers:
-            kv = None if memory is None else layer.cross_attn.keys_values(memory)
-            x, _ = layer(x, kv, last=M if layer is self.layers[-1] else None)
-        return self.pred(self.norm(x))                                                       # (B, M, C)
+    def predict_all(self, memory, scale):
+        """nsp: every patch of grids[scale] is hidden, and all that is known comes from
+        memory, a list of (B, 1+N', D') -> (B, N, C)."""
+        places = getattr(self, f"pos_{scale}")                          # (1, N, D)
+        x = (self.mask_token + places).expand(memory[0].shape[0], -1, -1)
+        return self.predict(x, memory, n_hidden=x.shape[1])
+
+    def predict(self, x, memory, n_hidden):
+        """x (B, T, D), of which the last n_hidden are hidden -> (B, n_hidden, C). The last
+        layer and the head run on the hidden tokens alone."""
+        if memory:
+            memory = self.embed_memory(torch.cat(memory, dim=1))        # (B, sum of 1+N', D)
+        else:
+            memory = None
+        for layer in self.layers[:-1]:
+            x = layer(x, memory, n_queries=x.shape[1])
+        x = self.layers[-1](x, memory, n_queries=n_hidden)              # (B, M, D)
+        return self.pred(self.norm(x))                                  # (B, M, C)
+
 
 # ---- methods: a fifth is a fifth row
 
+# guide: what mim's decoder sees besides visible patches (full, coarse: a view of that size,
+# moved, bent and recoloured; still: nsp's own views, coarse, recoloured and in place); mim,
+# nsp, align: the terms' weights; form: how [cls] tokens are aligned, a name of ALIGN
 GUIDES = ("none", "full", "coarse", "still")
-METHODS = {  # guide: what mim's decoder sees besides visible patches; mim, nsp, align: the terms' weights; form: of align
-    # full, coarse: a view of that size, moved, bent and recoloured; still: nsp's own views, coarse, recoloured and in place
+METHODS = {
     "mim":  dict(guide="none",   mim=1.0, nsp=0.0, align=0.0),
     "nsp":  dict(guide="none",   mim=0.0, nsp=1.0, align=0.0),
     "lmim": dict(guide="full",   mim=1.0, nsp=0.0, align=1.0,  form="mse"),
     "mnsp": dict(guide="coarse", mim=1.0, nsp=1.0, align=0.02, form="infonce"),
 }
 
+
 def mse(pred, target):
+    """Mean square difference, in float32."""
     return F.mse_loss(pred.float(), target.float())
 
-def align_mse(a, b, crops=None):
-    """LMIM's: mean square difference, gradients through both sides. [cls] collapse (watch `spread`), and
-    if the target is pixels, not features, `lmim` at this weight learns little that helps to read (README, "Which method")."""
+
+def align_mse(a, b, rank_crops=None):
+    """LMIM's: mean square difference of [cls] tokens (B, D), gradients through both sides.
+    They collapse (watch `spread`). Where the target is pixels and not features, `lmim` at
+    this weight learns little that helps to read; --set align=0.02 learns more."""
     return mse(a, b)
 
-def align_infonce(a, b, crops=None, temperature=0.2):
-    """A crop's two [cls] tokens (B, D) find each other among those of all crops of all ranks (InfoNCE, 1807.03748), both
-    ways. A rank with a damaged crop has fewer than its `crops` rows and is padded. Without gradients nothing is gathered."""
-    ranks = torch.is_grad_enabled() and dist.is_initialized()
-    rows = crops if ranks and crops else len(a)                              # of each rank, padding included
+
+def align_infonce(a, b, rank_crops=None, temperature=0.2):
+    """A crop's two [cls] tokens, a and b (B, D), find each other among those of the
+    micro-batch's crops on all ranks, both ways (InfoNCE, arXiv 1807.03748)."""
     with torch.autocast(a.device.type, enabled=False):
-        a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
-        both = F.pad(torch.cat([a, b], dim=1), (0, 0, 0, rows - len(a)))     # padding is rows of zeros
-        both = all_gather_single(both, 0, dist.group.WORLD) if ranks else both                               # with gradients
-        all_a, all_b, padding = *both.chunk(2, dim=1), (both == 0).all(1)
-        partner = torch.arange(len(a), device=a.device) + (dist.get_rank() * rows if ranks else 0)           # its row in all_b
-        a_to_b = (a @ all_b.T / temperature).masked_fill(padding, -math.inf)
-        b_to_a = (b @ all_a.T / temperature).masked_fill(padding, -math.inf)
+        a = F.normalize(a.float(), dim=-1)
+        b = F.normalize(b.float(), dim=-1)
+        all_a, all_b, padding, first = gather_pairs(a, b, rank_crops)   # (S, D) each, of all ranks
+
+        a_to_b = a @ all_b.T / temperature                              # (B, S)
+        b_to_a = b @ all_a.T / temperature
+        a_to_b = a_to_b.masked_fill(padding, -math.inf)
+        b_to_a = b_to_a.masked_fill(padding, -math.inf)
+        partner = first + torch.arange(a.shape[0], device=a.device)     # its row among the S
         return (F.cross_entropy(a_to_b, partner) + F.cross_entropy(b_to_a, partner)) / 2
+
+
+def gather_pairs(a, b, rank_crops):
+    """a, b (B, D) of this rank -> those of all ranks (S, D), which rows are padding (S,), and
+    where this rank's begin. A rank with a damaged crop has fewer than rank_crops rows and is
+    padded with zeros."""
+    # without gradients nothing is gathered: rank 0 alone draws pictures
+    if not dist.is_initialized() or not torch.is_grad_enabled():
+        padding = torch.zeros(a.shape[0], dtype=torch.bool, device=a.device)
+        return a, b, padding, 0
+    rows = rank_crops or a.shape[0]
+    both = torch.cat([a, b], dim=1)                                     # (B, 2*D)
+    both = F.pad(both, (0, 0, 0, rows - a.shape[0]))
+    both = GatherRanks.apply(both)                                      # (ranks * rows, 2*D)
+    all_a, all_b = both.chunk(2, dim=1)
+    return all_a, all_b, (both == 0).all(1), dist.get_rank() * rows
+
+
+class GatherRanks(torch.autograd.Function):
+    """x (B, D) -> the rows of all ranks (ranks * B, D). A row's gradient is the sum of what
+    all ranks send back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        gathered = x.new_empty(dist.get_world_size() * x.shape[0], x.shape[1])
+        dist.all_gather_into_tensor(gathered, x.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
 
 ALIGN = {"mse": align_mse, "infonce": align_infonce}
 
+
 def spread(cls):
-    """How far unit [cls] tokens (B, D) lie from their mean, 0 (all the same: collapsed) to 1."""
-    return (1 - F.normalize(cls.detach().float(), dim=-1).mean(0).square().sum()).clamp(min=0).sqrt()
+    """How far unit [cls] tokens (B, D) lie from their mean, from 0 (all the same: they
+    collapsed) to 1."""
+    mean = F.normalize(cls.detach().float(), dim=-1).mean(0)
+    return (1 - mean.square().sum()).clamp(min=0).sqrt()
+
 
 class Pretrainer(nn.Module):
-    """One model and one loss path for every row of METHODS."""
+    """One model and one loss path for every row of METHODS.
 
-    def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None, rank_crops=None):
+    method: a name of METHODS, or such a row; scales: nsp's, coarse to fine; teacher: a
+    frozen ViT whose features are the target, or None: pixels; rank_crops: of one rank in a
+    micro-batch, for align_infonce."""
+
+    def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None,
+                 rank_crops=None):
         super().__init__()
         self.method = METHODS[method] if isinstance(method, str) else method
-        guide, nsp = self.method["guide"], self.method["nsp"]
-        self.scales = [tuple(s) for s in (scales if nsp else scales[-1:] if guide == "coarse" else ())]
+        self.rank_crops = rank_crops
+        self.scales = []
+        if self.method["nsp"]:
+            self.scales = [tuple(scale) for scale in scales]
+        elif self.method["guide"] == "coarse":
+            self.scales = [tuple(scales[-1])]
+
         self.encoder = ViT(**MODELS[model]["encoder"], scales=self.scales)
-        self.__dict__["teacher"] = teacher and teacher.requires_grad_(False).eval()  # no part of the model: not trained, not saved
-        self.grids = [self.encoder.grid_of(s) for s in [*self.scales[1:], self.encoder.size]]  # predicted: all but the coarsest
-        out = teacher.width if teacher else 3 * math.prod(self.encoder.patch)
-        self.decoder = Decoder(self.encoder.width, out, self.grids, seen=self.method["mim"] > 0, cross=bool(nsp or guide != "none"),
-                               **MODELS[model]["decoder"])
-        self.rank_crops = rank_crops                                         # of one rank in a step, for InfoNCE over ranks
+        self.__dict__["teacher"] = teacher  # no part of the model: neither trained nor saved
+        out = 3 * math.prod(self.encoder.patch)
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+            out = teacher.width
+
+        predicted = [*self.scales[1:], self.encoder.size]       # all scales but the coarsest
+        self.grids = [self.encoder.grid_of(size) for size in predicted]
+        visible = self.method["mim"] > 0
+        cross = self.method["nsp"] > 0 or self.method["guide"] != "none"
+        sizes = MODELS[model]["decoder"]
+        self.decoder = Decoder(
+            self.encoder.width, out, self.grids, visible=visible, cross=cross, **sizes)
 
     @torch.no_grad()
     def target(self, image):
-        """Each patch's pixels normalised (`patch_norm`), or a frozen teacher's tokens LayerNormed without parameters: (B, N, C) for
-        each scale that is predicted, the fine one last."""
+        """What is to be predicted, for each predicted scale (B, N, C), the fine one last:
+        each patch's normalised pixels, or the teacher's tokens, LayerNormed without
+        parameters."""
         if self.teacher is None:
-            views = [F.adaptive_avg_pool2d(image, size) for size in self.scales[1:]] + [image]
-            return [patch_norm(patchify(view, self.encoder.patch))[0] for view in views]
-        x = self.teacher(image)[:, 1:].float().transpose(1, 2).unflatten(2, self.teacher.grid)               # (B, C, h, w)
-        grids = [F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2) for grid in self.grids]
-        return [F.layer_norm(tokens, tokens.shape[-1:]) for tokens in grids]
+            views = [F.adaptive_avg_pool2d(image, size) for size in self.scales[1:]]
+            patches = [patchify(view, self.encoder.patch) for view in [*views, image]]
+            return [patch_norm(pixels)[0] for pixels in patches]
+
+        tokens = self.teacher(image)[:, 1:].float()                     # (B, N', C)
+        tokens = tokens.transpose(1, 2).unflatten(2, self.teacher.grid)     # (B, C, h', w')
+        targets = []
+        for grid in self.grids:
+            pooled = F.adaptive_avg_pool2d(tokens, grid).flatten(2).transpose(1, 2)  # (B, N, C)
+            targets.append(F.layer_norm(pooled, pooled.shape[-1:]))
+        return targets
 
     def encode(self, image, views, ids_keep):
-        """Lists of tokens (B, 1+N', D): what mim's decoder sees besides visible patches, what nsp's sees; the visible patches'
-        (B, 1+K, D), or None; a list of the [cls] (B, D) of mim's guide, nsp's views and the masked crop, where there are such."""
-        guide, coarse = ([self.encoder(view) for view in group] for group in views)
-        seen = self.encoder(image, ids_keep) if self.method["mim"] else None
-        cls = [tokens[:, 0] for tokens in (*guide, *coarse, seen) if tokens is not None]
-        return coarse if self.method["guide"] == "still" else guide, coarse, seen, cls
+        """-> what mim's decoder sees besides visible patches, a list of (B, 1+N', D); what
+        nsp's sees, such a list; the visible patches' tokens (B, 1+K, D), or None; the [cls]
+        tokens (B, D) of every view, of the masked crop last."""
+        guide_views, coarse_views = views
+        guide = [self.encoder(view) for view in guide_views]
+        coarse = [self.encoder(view) for view in coarse_views]
+        seen = None
+        if self.method["mim"]:
+            seen = self.encoder(image, ids_keep)
 
-    def agree(self, cls, others):
-        """How far [cls] of neighbouring views are from agreeing, mean over the pairs: (guide, nsp's view), (nsp's view, masked
-        crop) in mnsp, (guide, masked crop) in lmim. `others`: `cls` of each other micro-batch of the step, without gradients: by
-        GradCache (2101.06983) each micro-batch adds its share of one large batch's gradient."""
-        cls = [torch.cat(view) for view in zip(cls, *others)]
-        pairs = list(zip(cls, cls[1:]))
-        align = sum(ALIGN[self.method["form"]](a, b, self.rank_crops) for a, b in pairs) / len(pairs)
-        return align + len(others) * (align - align.detach())                # same value, n times the gradient: Run.backward divides by n parts
+        encoded = [*guide, *coarse]
+        if seen is not None:
+            encoded.append(seen)
+        cls = [tokens[:, 0] for tokens in encoded]
+        if self.method["guide"] == "still":
+            guide = coarse
+        return guide, coarse, seen, cls
 
-    def forward(self, image, views, ids_keep, ids_mask, others=()):
-        """image (B, 3, H, W); views: two lists, `make_views` of pretrain.py; ids_keep (B, K), ids_mask (B, M) -> (loss, terms
-        weighted, pred: what mim and nsp predict of the fine scale, (B, M, C) and (B, N, C))."""
+    def agree(self, cls):
+        """How far the [cls] tokens of neighbouring views are from agreeing, mean over the
+        pairs: (guide, nsp's view) and (nsp's view, masked crop) in mnsp; (guide, masked
+        crop) in lmim."""
+        align = ALIGN[self.method["form"]]
+        pairs = [align(a, b, self.rank_crops) for a, b in zip(cls, cls[1:])]
+        return sum(pairs) / len(pairs)
+
+    def forward(self, image, views, ids_keep, ids_mask):
+        """image (B, 3, H, W); views: two lists, of make_views in pretrain.py; ids_keep (B,
+        K), ids_mask (B, M) -> loss; its terms, weighted, and the spread of [cls]; what mim
+        and nsp predict of the fine scale, (B, M, C) and (B, N, C)."""
         weight, terms, pred = self.method, {}, {}
-        target = self.target(image)                                          # (B, N, C) each, the fine scale last
-        guide, coarse, seen, cls = self.encode(image, views, ids_keep)       # guide, coarse: what mim and nsp attend to
+        target = self.target(image)                     # (B, N, C) each, the fine scale last
+        guide, coarse, seen, cls = self.encode(image, views, ids_keep)
 
-        if weight["mim"]:                                                    # hidden patches from visible ones and the guide
-            pred["mim"] = self.decoder(guide, seen, ids_keep, ids_mask)      # (B, M, C)
-            terms["mim"] = mse(pred["mim"], take(target[-1], ids_mask))
+        if weight["mim"]:           # hidden patches, from visible ones and the guide
+            # (B, M, C)
+            pred["mim"] = self.decoder.predict_hidden(guide, seen, ids_keep, ids_mask)
+            terms["mim"] = weight["mim"] * mse(pred["mim"], take(target[-1], ids_mask))
 
-        if weight["nsp"]:                                                    # every patch of a scale from coarser scales alone
-            finer = [self.decoder(coarse[:i + 1], scale=i) for i in range(len(self.grids))]      # (B, N, C) each
-            terms["nsp"], pred["nsp"] = sum(map(mse, finer, target)) / len(finer), finer[-1]
+        if weight["nsp"]:           # every patch of a scale, from coarser scales alone
+            losses = []
+            for scale in range(len(self.grids)):
+                pred["nsp"] = self.decoder.predict_all(coarse[:scale + 1], scale)   # (B, N, C)
+                losses.append(mse(pred["nsp"], target[scale]))
+            terms["nsp"] = weight["nsp"] * sum(losses) / len(losses)
 
-        if weight["align"]:                                                  # [cls] of neighbouring views agree (MLA)
-            terms["align"] = self.agree(cls, others)
+        if weight["align"]:         # [cls] of neighbouring views agree: MLA
+            terms["align"] = weight["align"] * self.agree(cls)
 
-        terms = {name: weight[name] * term for name, term in terms.items()}
-        return sum(terms.values()), dict(terms, spread=spread(cls[-1])), pred
+        loss = sum(terms.values())
+        terms["spread"] = spread(cls[-1])
+        return loss, terms, pred
 
-# ---- checkpoints
 
-def read_checkpoint(path):
-    """A checkpoint's dict, from a file that is not trusted: tensors, plain types and MAE's `argparse.Namespace`, nothing that runs.
-    Raises UserError, one line, when the file is missing, foreign, torn or would run code."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")                                  # of a pickle's protocol: the error below says enough
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror or e}; expected a checkpoint file (.pt, .pth)")
-    except Exception as e:                                                   # a dozen kinds; each means that it is no checkpoint
-        raise UserError(f"{path}: not a checkpoint that can be read safely ({type(e).__name__}); expected tensors and plain types "
-                        "saved by torch.save")
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}; expected a dict with 'model', or a state dict")
-    return state
-
-def load_state(module, state, path, hint=""):
-    """Strict load; a UserError says how many tensors match and names the first that do not."""
-    own, state = module.state_dict(), {k: v for k, v in state.items() if torch.is_tensor(v)}
-    fit = [k for k in own if k in state and own[k].shape == state[k].shape]
-    wrong = [f"missing {k}" for k in own if k not in state] + [f"not known here: {k}" for k in state if k not in own]
-    wrong += [f"{k} is {tuple(state[k].shape)} there and {tuple(own[k].shape)} here" for k in own if k in state and k not in fit]
-    if wrong:
-        raise UserError(f"{path}: {len(fit)} of {len(own)} tensors match; {wrong[0]}{hint}")
-    module.load_state_dict(state)
-    return len(own)
+# ---- loading an encoder
 
 ENCODER_PREFIXES = ("", "module.", "model_maeenc.", "module.model_maeenc.", "encoder.", "backbone.")
-NOT_ENCODER = ("decoder", "mask_token", "scale_embed", "model_maeenc_momentum", "head", "fc_norm", "linear_norm")
+NOT_ENCODER = (
+    "decoder", "mask_token", "scale_embed", "model_maeenc_momentum", "head", "fc_norm",
+    "linear_norm")
+
 
 def load_encoder(path):
-    """ViT of a checkpoint for crops of 32 x 128: this project's (any method, or a recognizer), or one in MAE's format, such as
-    MAERec's and LMIM's, with or without {"model": ...}. Width, depth and patch are read off the tensors, the stored `pos_embed`
-    is kept as it is, heads are those of the row of MODELS of that depth and width, else 64 wide, coarse scales are left behind.
-    `encoder.matched` says how many tensors came from the file."""
-    checkpoint = read_checkpoint(path)
-    state = checkpoint.get("model", checkpoint)
-    state = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)} if isinstance(state, dict) else {}
-    key = "blocks.0.attn.qkv.weight"
-    prefix = next((p for p in ENCODER_PREFIXES if p + key in state), None)
-    if prefix is None:
-        raise UserError(f"{path}: no {key} in it; expected the encoder of a ViT with MAE's or timm's names")
-    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    state = {k: v for k, v in state.items() if not k.startswith(NOT_ENCODER)}
+    """ViT of a checkpoint for crops of 32 x 128: this project's (any method, or a
+    recognizer), or one in MAE's format, such as MAERec's and LMIM's, with or without
+    {"model": ...}.
+
+    Width, depth and patch are read off the tensors. The stored `pos_embed` is kept as it
+    is. Heads are those of the row of MODELS of that depth and width, else 64 wide. Coarse
+    scales are left behind. `encoder.matched` says how many tensors came from the file.
+    Raises UserError, one line, if it holds no whole encoder."""
+    state = encoder_tensors(read_checkpoint(path), path)
     patches = state.get("patch_embed.proj.weight", torch.zeros(0))
     if patches.dim() != 4 or 0 in patches.shape or "pos_embed" not in state:
-        raise UserError(f"{path}: no patch_embed.proj.weight of a convolution, or no pos_embed; expected a whole ViT encoder")
+        raise UserError(f"{path}: no patch_embed.proj.weight of a convolution, or no pos_embed; "
+                        "expected a whole ViT encoder")
     width, _, p, q = patches.shape
-    found = dict(depth=sum(k.endswith(".attn.qkv.weight") for k in state), width=width)
-    ours = (row["encoder"]["heads"] for row in MODELS.values() if found.items() <= row["encoder"].items())
-    encoder = ViT(**found, heads=next(ours, max(width // 64, 1)), patch=(p, q))
-    encoder.matched = load_state(encoder, state, path, f"; expected 32x128 crops in patches of {p}x{q}")
+    depth = sum(name.endswith(".attn.qkv.weight") for name in state)
+    encoder = ViT(depth, width, heads_of(depth, width), patch=(p, q))
+    hint = f"; expected 32x128 crops in patches of {p}x{q}"
+    encoder.matched = load_state(encoder, state, path, hint)
     return encoder
 
-# ---- recognizer
+
+def encoder_tensors(checkpoint, path):
+    """{timm's name: tensor} of the encoder in a checkpoint, whatever stands before its
+    names."""
+    state = checkpoint.get("model", checkpoint)
+    if not isinstance(state, dict):
+        state = {}
+    tensors = {}
+    for name, x in state.items():
+        if isinstance(name, str) and torch.is_tensor(x):
+            tensors[name] = x
+
+    first = "blocks.0.attn.qkv.weight"
+    found = [prefix for prefix in ENCODER_PREFIXES if prefix + first in tensors]
+    if not found:
+        raise UserError(f"{path}: no {first} in it; expected the encoder of a ViT with MAE's or "
+                        "timm's names")
+    encoder = {}
+    for name, x in tensors.items():
+        if name.startswith(found[0]):
+            name = name.removeprefix(found[0])
+            if not name.startswith(NOT_ENCODER):
+                encoder[name] = x
+    return encoder
+
+
+def heads_of(depth, width):
+    """Heads cannot be read off tensors: those of our size of that depth and width, else 64
+    wide, as is usual."""
+    for sizes in MODELS.values():
+        encoder = sizes["encoder"]
+        if encoder["depth"] == depth and encoder["width"] == width:
+            return encoder["heads"]
+    return max(width // 64, 1)
+
+
+# ---- the recognizer
+
+class ReaderLayer(nn.Module):
+    """Self-attention -> cross-attention -> FFN, pre-norm and without biases: LMIM's in
+    fine-tuning.
+
+    x (B, T, D), the characters that continue `cache`; memory: keys and values of the crop's
+    tokens, from cross_attn.keys_values; cache: keys and values of the characters so far (2,
+    B, heads, t, d), or None -> (B, T, D), and the keys and values of t + T characters."""
+
+    def __init__(self, width, heads, ffn, dropout=0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.self_attn = CachedAttention(width, heads, dropout, bias=False)
+        self.cross_attn = CachedAttention(width, heads, dropout, bias=False)
+        self.mlp = Mlp(width, ffn, dropout, bias=False)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm3 = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x, memory, cache=None):
+        normed = self.norm1(x)
+        kv = self.self_attn.keys_values(normed)
+        if cache is not None:
+            kv = torch.cat([cache, kv], dim=3)                          # (2, B, heads, t+T, d)
+        x = x + self.self_attn(normed, kv, causal=cache is None)
+        x = x + self.cross_attn(self.norm2(x), memory)
+        branch = self.mlp(self.norm3(x))
+        x = x + F.dropout(branch, self.dropout, self.training)
+        return x, kv
+
 
 class Recognizer(nn.Module):
-    """Encoder, Linear + LayerNorm, and a Transformer decoder that reads (LMIM's fine-tuning model). Classes: the charset, then
-    end, padding, unknown; one more embedding starts a word. `char_head` (only with a weight `spell`) names the character under
-    each patch: an auxiliary loss on rendered words, whose character boxes are known; it is not used in reading."""
+    """Encoder, Linear + LayerNorm, and a Transformer decoder that reads (LMIM's fine-tuning
+    model).
 
-    def __init__(self, encoder, charset, max_length=25, layers=6, width=512, heads=8, ffn=256, dropout=0.0, spell=0.0):
+    Classes: the charset, then end, padding, unknown. One more embedding starts a word.
+    `char_head` (only with a weight `spell`) names the character under each patch: an
+    auxiliary loss on rendered words, whose character boxes are known; it is not used in
+    reading."""
+
+    def __init__(self, encoder, charset, max_length=25, layers=6, width=512, heads=8, ffn=256,
+                 dropout=0.0, spell=0.0):
         super().__init__()
-        self.encoder, self.charset, self.max_length, self.spell = encoder, charset, max_length, spell
-        self.index = {c: i for i, c in enumerate(charset)}
+        self.encoder, self.charset, self.max_length = encoder, charset, max_length
+        self.dropout, self.spell = dropout, spell
+        self.index = {character: i for i, character in enumerate(charset)}
         V = len(charset) + 3
-        self.end, self.pad, self.start = V - 3, V - 2, V                     # V - 1, unknown, is LMIM's and no target here
+        # V - 1, unknown, is LMIM's, no target here
+        self.end, self.pad, self.start = V - 3, V - 2, V
+
         self.proj = nn.Sequential(nn.Linear(encoder.width, width), nn.LayerNorm(width))
         self.embed = nn.Embedding(V + 1, width)
-        row = (1, max_length + 1)                                            # of places, of which sincos's first half, x, is taken
-        self.register_buffer("pos", sincos(2 * width, row, row)[None, :, :width], persistent=False)
-        self.layers = nn.ModuleList(DecoderLayer(width, heads, ffn, dropout, pre_norm=True, bias=False) for _ in range(layers))
-        self.norm, self.classifier = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, V)
+        row = (1, max_length + 1)                                   # characters stand in a row
+        places = sincos(2 * width, row, row)[:, :width]                 # the half that is x
+        self.register_buffer("pos", places[None], persistent=False)
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            self.layers.append(ReaderLayer(width, heads, ffn, dropout))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.classifier = nn.Linear(width, V)
         self.char_head = nn.Linear(encoder.width, V) if spell else None
-        self.dropout = dropout
         for part in (self.proj, self.layers, self.classifier):
             init_weights(part)
         nn.init.normal_(self.embed.weight, std=width ** -0.5)
 
     def encode(self, images):
-        """(B, 3, H, W) -> patch tokens (B, N, D), and the keys and values of each layer's cross-attention."""
+        """(B, 3, H, W) -> patch tokens (B, N, D), and the keys and values of each layer's
+        cross-attention."""
         tokens = self.encoder(images)[:, 1:]
         memory = self.proj(tokens)
         return tokens, [layer.cross_attn.keys_values(memory) for layer in self.layers]
 
     def step(self, ids, memory, caches=None):
-        """ids (B, T) continue what `caches` hold -> logits (B, T, V) and the new caches."""
+        """ids (B, T) continue what `caches` hold -> logits (B, T, V), and the caches with
+        these T."""
         past = 0 if caches is None else caches[0].shape[3]
-        x = self.embed(ids) + self.pos[:, past:past + ids.shape[1]]
-        x, kept = drop(x, self.dropout, self.training), []
+        x = self.embed(ids) + self.pos[:, past:past + ids.shape[1]]     # (B, T, D)
+        x = F.dropout(x, self.dropout, self.training)
+        kept = []
         for i, layer in enumerate(self.layers):
-            x, kv = layer(x, memory[i], caches and caches[i], causal=caches is None)
+            cache = None if caches is None else caches[i]
+            x, kv = layer(x, memory[i], cache)
             kept.append(kv)
         return self.classifier(self.norm(x)), kept
 
     def forward(self, images, targets, chars_under=None):
-        """Teacher forcing. targets (B, T): a word's classes, end, then padding; chars_under (B, N): class of the character under each
-        patch, padding where not known. Returns loss (cross-entropy, summed over a word, mean over words), terms, logits (B, T, V)."""
+        """Teacher forcing. targets (B, T): a word's classes, end, then padding; chars_under
+        (B, N): the class of the character under each patch, padding where it is not known
+        -> loss, its terms, logits (B, T, V)."""
         tokens, memory = self.encode(images)
-        ids = torch.cat([torch.full_like(targets[:, :1], self.start), targets[:, :-1]], dim=1)
-        logits, _ = self.step(ids, memory)                                   # (B, T, V)
-        loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=self.pad, reduction="none")
-        terms = {"read": loss.sum() / len(images)}                           # nats a word, as LMIM: no word weighs on another
+        start = torch.full_like(targets[:, :1], self.start)
+        logits, _ = self.step(torch.cat([start, targets[:, :-1]], dim=1), memory)   # (B, T, V)
+
+        nats = self.cross_entropy(logits, targets)                  # (B, T), 0 where padding
+        # nats a word, as in LMIM: no word weighs on another
+        terms = {"read": nats.sum() / images.shape[0]}
         if chars_under is not None:
-            loss = F.cross_entropy(self.char_head(tokens).float().transpose(1, 2), chars_under, ignore_index=self.pad, reduction="none")
-            terms["spell"] = self.spell * (loss.sum(1) / (chars_under != self.pad).sum(1).clamp(min=1)).mean()
+            nats = self.cross_entropy(self.char_head(tokens), chars_under)          # (B, N)
+            known = (chars_under != self.pad).sum(1).clamp(min=1)
+            terms["spell"] = self.spell * (nats.sum(1) / known).mean()
         return sum(terms.values()), terms, logits
+
+    def cross_entropy(self, logits, targets):
+        """logits (B, T, V), targets (B, T) -> nats (B, T), in float32; 0 where the target
+        is padding."""
+        logits = logits.float().transpose(1, 2)                 # (B, V, T), as torch wants them
+        return F.cross_entropy(logits, targets, ignore_index=self.pad, reduction="none")
 
     @torch.no_grad()
     def decode(self, images):
-        """Greedy reading. images (B, 3, H, W), normalised -> ids (B, T), probs (B, T) of the classes chosen; a word that has ended goes
-        on with `end` at probability 1; T is the longest of the batch."""
+        """Greedy reading. images (B, 3, H, W) in [-1, 1] -> ids (B, T), probs (B, T) of the
+        classes chosen. A word that has ended goes on with `end` at probability 1; T is the
+        longest of the batch."""
         _, memory = self.encode(images)
-        ids = torch.full((len(images), self.max_length + 1), self.end, device=images.device)
-        probs, rows = torch.ones_like(ids, dtype=torch.float32), torch.arange(len(ids), device=ids.device)
-        last, going = torch.full_like(rows, self.start), torch.ones_like(rows, dtype=torch.bool)
-        caches = [m[:, :, :, :0] for m in memory]                            # empty: (2, B, heads, 0, d)
+        B, device = images.shape[0], images.device
+        last = torch.full((B,), self.start, device=device)
+        going = torch.ones(B, dtype=torch.bool, device=device)
+        caches = [kv[:, :, :, :0] for kv in memory]                 # empty: (2, B, heads, 0, d)
+        all_ids, all_probs = [], []
         for t in range(self.max_length + 1):
             logits, caches = self.step(last[:, None], memory, caches)
-            logits = logits[:, -1].float()
-            logits[:, self.pad:] = -math.inf                                 # padding and unknown are never read
+            logits = logits[:, -1].float()                              # (B, V)
+            logits[:, self.pad:] = -math.inf                # padding and unknown are never read
             probabilities = logits.softmax(-1)
             if t == self.max_length:
-                probabilities[:, :self.end] = -1                             # the longest word ends here
-            p, last = probabilities.max(-1)
-            ids[rows, t], probs[rows, t] = last.where(going, self.end), p.where(going, 1.0)
+                probabilities[:, :self.end] = -1                    # the longest word ends here
+            probs, last = probabilities.max(-1)                         # (B,)
+            all_ids.append(last.where(going, self.end))
+            all_probs.append(probs.where(going, 1.0))
             going = going & (last != self.end)
-            left = going.sum().item()
-            if left == 0:
+            if not going.any():
                 break
-            if 2 * left <= len(rows):                                        # half have ended: the others go on without them
-                memory, caches = ([x[:, going] for x in kept] for kept in (memory, caches))
-                rows, last, going = rows[going], last[going], going[going]
-        return ids[:, :t + 1], probs[:, :t + 1]
+        return torch.stack(all_ids, dim=1), torch.stack(all_probs, dim=1)
 
     @torch.inference_mode()
     def read(self, images, batch_size=128, dtype=torch.float32):
-        """uint8 or float in [0, 1], (B, 3, 32, 128) -> [(text, product of the probabilities of its characters, end included)].
-        In float32 a reading does not depend on its batch; half precision gives no such promise."""
+        """uint8, or float in [0, 1], (B, 3, 32, 128) -> [(text, confidence)], the product
+        of the probabilities of its characters, end included. In float32 a reading does not
+        depend on its batch; half precision gives no such promise."""
         device, words = self.pos.device, []
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             for batch in images.split(batch_size):
-                ids, probs = self.decode(normalize(put(batch, device)))
-                texts = ["".join(self.charset[i] for i in row if i != self.end) for row in ids.tolist()]
-                words += zip(texts, probs.cpu().double().prod(dim=1).tolist())
+                ids, probs = self.decode(normalize_pixels(to_device(batch, device)))
+                confidences = probs.cpu().double().prod(dim=1).tolist()
+                for row, confidence in zip(ids.tolist(), confidences):
+                    text = "".join(self.charset[i] for i in row if i != self.end)
+                    words.append((text, confidence))
         return words

@@ -1,6 +1,7 @@
-"""Tests of data.py. Each docstring names the mistake that the test would catch. The crops are made here, not fetched.
+"""Tests of data.py. Each docstring names the mistake that the test would catch. Crops are made here.
 
-    pytest tests/test_data.py              STR_DATA=folder/of/lmdbs pytest tests/test_data.py     also reads real crops
+    pytest tests/test_data.py
+    STR_DATA=folder/of/lmdbs pytest tests/test_data.py        also reads real crops
 """
 import io
 import itertools
@@ -24,7 +25,10 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import multiprocessing
 
 import data
+from common import to_unit
 from data import Damaged, UserError
+
+SCRIPTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def picture(i, width=90, height=30):
@@ -61,20 +65,44 @@ def write_lmdb(folder, entries, count=True):
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """An LMDB of 50 crops, the label of number i being f"w{i}"."""
-    return write_lmdb(tmp_path_factory.mktemp("data") / "words", [(encode(picture(i)), b"w%d" % i) for i in range(50)])
+    entries = [(encode(picture(i)), b"w%d" % i) for i in range(50)]
+    return write_lmdb(tmp_path_factory.mktemp("data") / "words", entries)
 
 
 def labels_of(batches, n):
-    return [label for batch in itertools.islice(batches, n) for label in batch[1]]
+    return [label for batch in itertools.islice(batches, n) for label in batch.labels]
+
+
+def run_python(code):
+    """A process of its own, in the folder of the scripts."""
+    words = [sys.executable, "-c", code]
+    return subprocess.run(words, cwd=SCRIPTS, capture_output=True, text=True, timeout=60)
+
+
+def test_importing_does_nothing():
+    """A limit of Pillow's, a filter of warnings or a hook that a program gets because it imported one
+    function."""
+    code = """
+import atexit, os, tqdm, warnings, numpy, torch, torch.utils.data
+from PIL import Image
+import common, render
+before = Image.MAX_IMAGE_PIXELS, list(warnings.filters), atexit._ncallbacks()
+os.register_at_fork = None                                          # calling it would be an error
+import data
+assert before == (Image.MAX_IMAGE_PIXELS, list(warnings.filters), atexit._ncallbacks())
+"""
+    done = run_python(code)
+    assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
 
 
 # ---- layouts
 
 def test_lmdb(words):
     """Off-by-one: the first and the last crop are image-000000001 and image-{n}; iteration ends by itself."""
-    source = data.open_source(words)
+    source, labels = data.open_source(words), [f"w{i}" for i in range(50)]
     assert len(source) == 50 and source.name == "words" and source.where(49) == "words image-000000050"
-    assert [label for _, label in source] == [f"w{i}" for i in range(50)] == [source.label(i) for i in range(50)]
+    assert [label for _, label in source] == labels
+    assert [source.label(i) for i in range(50)] == labels
     assert source[49][0].dtype == torch.uint8 and source[49][0].shape == (3, 32, 128)
     assert torch.equal(source[49][0], data.decode(encode(picture(49))))
     for wrong in (-1, 50):
@@ -99,18 +127,19 @@ def test_num_samples_that_is_not_true(tmp_path, capsys):
     for name, count in {"few": b"4", "many": b"10", "huge": b"999999999999", "impossible": b"14"}.items():
         with lmdb.open(write_lmdb(tmp_path / name, entries)) as env, env.begin(write=True) as txn:
             txn.put(b"num-samples", count)
-    few, many = (data.open_source(str(tmp_path / name)) for name in ("few", "many"))
+    few = data.open_source(str(tmp_path / "few"))
+    many = data.open_source(str(tmp_path / "many"))
     said = capsys.readouterr().out
-    assert len(few) == 4 and said.count("\n") == 1 and "num-samples says 4; images after that, up to 6" in said
-    assert len(many) == 10                                                   # four of them damaged
+    assert said.count("\n") == 1 and "num-samples says 4; images after that, up to 6" in said
+    assert len(few) == 4 and len(many) == 10                                 # four of them damaged
     for name in "huge", "impossible":
         with pytest.raises(UserError, match="13 entries"):
             data.open_source(str(tmp_path / name))
 
 
 def test_lmdb_labels(tmp_path):
-    """A set without any label is unlabelled, but a single missing or undecodable label is damage, not an empty word; and none
-    to pre-training, which asks for no label and would lose a whole image."""
+    """A set without any label is unlabelled, but a single missing or undecodable label is damage, not an
+    empty word; and none to pre-training, which asks for no label and would lose a whole image."""
     image = encode(picture(0))
     assert data.open_source(write_lmdb(tmp_path / "none", [(image, None)] * 3))[2][1] is None
     some = [(image, "é".encode()), (image, None), (image, b"\xff\xfe")]
@@ -133,7 +162,8 @@ def test_tree_and_several(tmp_path, words):
     write_lmdb(tmp_path / "alone" / "c", [(encode(picture(0)), b"x")])
     assert data.open_source(str(tmp_path / "alone")).name == "alone"            # a set is named by its folder
     both = data.open_sources([words, str(tmp_path / "tree"), os.path.join(words, "..", "words")])
-    assert len(both) == 106 and both[105][1] == "w49" and both.label(52) == "a/y0" and both.parts[1].name == "tree"
+    assert len(both) == 106 and both[105][1] == "w49"
+    assert both.label(52) == "a/y0" and both.parts[1].name == "tree"
     thrice = data.open_sources([f"{words}@3", "synth:2"])
     assert len(thrice) == 152 and thrice[149][1] == "w49" and thrice.where(151) == "synth:2:0 word 1"
     with pytest.raises(UserError, match="words@0: no such file"):
@@ -153,14 +183,16 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_labels_files(tmp_path, monkeypatch, name):
-    """A byte order mark, a Windows line end, a space or a tab becomes part of a path or label; paths from here."""
+    """A byte order mark, a Windows line end, a space or a tab becomes part of a path or label; paths from
+    here."""
     os.makedirs(tmp_path / "sub dir")
     picture(0).save(tmp_path / "a.png")
     picture(1).save(tmp_path / "sub dir" / "ü b.jpg")
     (tmp_path / name).write_bytes(LAYOUTS[name].encode())
     source = data.open_source(str(tmp_path / name))
     assert [label for _, label in source] == [label for _, label in ROWS]
-    assert torch.equal(source[2][0], data.decode(encode(picture(0)))) and source.where(1) == f"{name} sub dir/ü b.jpg"
+    assert torch.equal(source[2][0], data.decode(encode(picture(0))))
+    assert source.where(1) == f"{name} sub dir/ü b.jpg"
     monkeypatch.chdir(tmp_path)
     assert len(data.open_source(name)[3]) == 2
     os.remove(tmp_path / "a.png")
@@ -169,13 +201,14 @@ def test_labels_files(tmp_path, monkeypatch, name):
 
 
 def test_folder(tmp_path):
-    """Crops in another order on another machine; other files taken for images; labels where there are none."""
+    """Crops in another order on another machine; other files taken for images; labels where there are
+    none."""
     for name in "b.PNG", "deep/er/a.jpg", "deep/10.png", "a.bmp":
         os.makedirs((tmp_path / name).parent, exist_ok=True)
         picture(0).save(tmp_path / name)
     (tmp_path / "readme.md").write_text("x")
-    (tmp_path / "deep" / "er" / "round").symlink_to(tmp_path)          # read 40 times over, it would drown the rest
-    (tmp_path / "deep" / "far").symlink_to("er")                       # the same folder by another name
+    (tmp_path / "deep" / "er" / "round").symlink_to(tmp_path)   # read 40 times over, it would drown the rest
+    (tmp_path / "deep" / "far").symlink_to("er")                # the same folder by another name
     source = data.open_source(str(tmp_path))
     assert [source.row(i)[0] for i in range(4)] == ["a.bmp", "b.PNG", "deep/10.png", "deep/er/a.jpg"]
     assert len(source) == 4 and source[3][1] is None
@@ -183,10 +216,14 @@ def test_folder(tmp_path):
 
 def test_synth():
     """synth:N:SEED read in the wrong order; one seed's words for every seed."""
-    source = data.open_source("synth:7:3")
+    source, other = data.open_source("synth:7:3"), data.open_source("synth:7:4")
     assert len(source) == 7 and len(data.open_source("synth")) == data.SYNTH_N
-    assert [source.label(i) for i in range(7)] == [crop[1] for crop in source]
-    assert [source.label(i) for i in range(7)] != [data.open_source("synth:7:4").label(i) for i in range(7)]
+    labels = [source.label(i) for i in range(7)]
+    assert labels == [label for _, label in source]
+    assert labels != [other.label(i) for i in range(7)]
+    crop = source.get(3)
+    assert crop.image.shape == (3, 32, 128) and crop.image.dtype == torch.uint8
+    assert crop.char_map.shape == (32, 128) and crop.char_map.any()
 
 
 def test_foreign_sources(tmp_path, words):
@@ -203,12 +240,22 @@ def test_foreign_sources(tmp_path, words):
     whole = open(os.path.join(words, "data.mdb"), "rb").read()
     half = whole[:len(whole) // 2 // 4096 * 4096]
     (tmp_path / "short" / "data.mdb").write_bytes(half)                     # reading it would be SIGBUS
-    for name, text in {"a.txt": "path label\n", "b.jsonl": "{}", "c.jsonl": "[1", "d.json": "{}", "e.txt": "",
-                       "f.tsv": "no.png\tx",
-                       "g.json": '{"data_list": [{"img_path": "a", "instances": []}]}', "h.csv": "a,b",
-                       "deep.json": "[" * 100_000, "nul.jsonl": r'{"filename": "e.txt\u0000b", "text": "x"}',
-                       "half.jsonl": r'{"filename": "a", "text": "x\ud83d"}', "null.jsonl": '{"filename": null, "text": null}',
-                       "list.jsonl": '{"filename": "a", "text": ["x"]}'}.items():
+    foreign = {
+        "a.txt": "path label\n",
+        "b.jsonl": "{}",
+        "c.jsonl": "[1",
+        "d.json": "{}",
+        "e.txt": "",
+        "f.tsv": "no.png\tx",
+        "g.json": '{"data_list": [{"img_path": "a", "instances": []}]}',
+        "h.csv": "a,b",
+        "deep.json": "[" * 100_000,
+        "nul.jsonl": r'{"filename": "e.txt\u0000b", "text": "x"}',
+        "half.jsonl": r'{"filename": "a", "text": "x\ud83d"}',
+        "null.jsonl": '{"filename": null, "text": null}',
+        "list.jsonl": '{"filename": "a", "text": ["x"]}',
+    }
+    for name, text in foreign.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "i.txt").write_bytes(b"a\t\xff\n")
     bad = ["synth:x", "synth:0", "synth:1:2:3", "synth:-1", "synth:1000000000", "nowhere"]
@@ -220,6 +267,17 @@ def test_foreign_sources(tmp_path, words):
         assert message.startswith(src) and "\n" not in message
         assert "expected" in message or "copy" in message or "relative" in message
     assert len(bad) == 26
+
+
+def test_the_entry_that_is_wrong_is_named(tmp_path):
+    """"Line 3 of 2,000,000" that is line 2, because an empty line was not counted."""
+    (tmp_path / "l.tsv").write_text("a.png\tone\n\nb.png two\n")
+    with pytest.raises(UserError, match="l.tsv: entry 3: expected path<TAB>label"):
+        data.open_source(str(tmp_path / "l.tsv"))
+    listed = [{"img_path": "a", "instances": [{"text": "x"}]}, {"img_path": "b", "instances": []}]
+    (tmp_path / "l.json").write_text(json.dumps({"data_list": listed}))
+    with pytest.raises(UserError, match="l.json: entry 2: expected MMOCR's"):
+        data.open_source(str(tmp_path / "l.json"))
 
 
 def test_opening_a_large_lmdb_is_cheap(tmp_path):
@@ -244,37 +302,44 @@ def test_reading_keeps_no_memory(tmp_path):
     for i in range(5000):
         assert len(source.bytes(i)) == 8000
     maps = open("/proc/self/smaps").read().split(os.path.realpath(path) + "/data.mdb\n")[1:]
-    assert sum(int(re.search(r"Rss: +(\d+)", entry)[1]) for entry in maps) < 20_000               # of 60,000 kB
+    resident = [int(re.search(r"Rss: +(\d+)", entry)[1]) for entry in maps]
+    assert resident and sum(resident) < 20_000                                              # of 60,000 kB
 
 
 # ---- images
 
+SIZE = 40, 20
+
+
 def corner(image):
+    """The top left pixel of what is decoded. image: a file's bytes, or (image, kind)."""
     return data.decode(encode(*image) if isinstance(image, tuple) else image)[:, 0, 0].tolist()
 
 
 def test_modes():
     """16 bits cut to white, transparency read as what lies hidden below it, CMYK inverted."""
-    red, size = Image.new("RGB", (40, 20), (200, 40, 80)), (40, 20)
+    colour, black, white = (200, 40, 80), (0, 0, 0), (255, 255, 255)
+    red = Image.new("RGB", SIZE, colour)
     grey = round(.299 * 200 + .587 * 40 + .114 * 80)
-    palette = Image.new("P", size, 1)
-    palette.putpalette([0, 0, 0, 200, 40, 80])
-    wide, dark = (Image.fromarray(np.full((20, 40), grey, np.uint16)) for grey in (100 * 257, 200))
+    palette = Image.new("P", SIZE, 1)
+    palette.putpalette([*black, *colour])
+    wide = Image.fromarray(np.full((20, 40), 100 * 257, np.uint16))
+    dark = Image.fromarray(np.full((20, 40), 200, np.uint16))
     real = Image.fromarray(np.full((20, 40), .5, np.float32))
-    cases = [(red, "PNG"), (palette, "PNG"), (palette, "GIF"), (red.convert("L"), "PNG"),
-             (Image.new("1", size, 1), "PNG"),
-             (wide, "PNG"), (dark, "PNG"), (real, "TIFF"), (Image.new("RGBA", size, (9, 9, 9, 0)), "PNG"),
-             (Image.new("LA", size, (9, 0)), "PNG"),
-             (Image.new("RGBA", size, (200, 40, 80, 255)), "PNG"), (Image.new("RGBA", size, (0, 0, 0, 128)), "PNG"),
-             (red.convert("CMYK"), "TIFF"), (red, "BMP"), (red, "WEBP")]
-    wanted = [(200, 40, 80)] * 3 + [(grey,) * 3, (255,) * 3, (100,) * 3, (1,) * 3, (127,) * 3, (255,) * 3, (255,) * 3,
-                                    (200, 40, 80),
-                                    (127,) * 3, (200, 40, 80), (200, 40, 80), (200, 40, 80)]
-    for case, want in zip(cases, wanted):
-        assert np.abs(np.subtract(corner(case), want)).max() <= 5, (case, corner(case))
-    file = encode(palette, "PNG", transparency=1)
-    assert corner(file) == [255, 255, 255]
-    assert np.abs(np.subtract(corner((red.convert("CMYK"), "JPEG")), (200, 40, 80))).max() <= 8
+    cases = [
+        (red, "PNG", colour), (palette, "PNG", colour), (palette, "GIF", colour),
+        (red, "BMP", colour), (red, "WEBP", colour), (red.convert("CMYK"), "TIFF", colour),
+        (red.convert("L"), "PNG", (grey,) * 3), (Image.new("1", SIZE, 1), "PNG", white),
+        (wide, "PNG", (100,) * 3), (dark, "PNG", (1,) * 3), (real, "TIFF", (127,) * 3),
+        (Image.new("RGBA", SIZE, (9, 9, 9, 0)), "PNG", white),
+        (Image.new("LA", SIZE, (9, 0)), "PNG", white),
+        (Image.new("RGBA", SIZE, (*colour, 255)), "PNG", colour),
+        (Image.new("RGBA", SIZE, (0, 0, 0, 128)), "PNG", (127,) * 3),
+    ]
+    for image, kind, wanted in cases:
+        assert np.abs(np.subtract(corner((image, kind)), wanted)).max() <= 5, (image, kind)
+    assert corner(encode(palette, "PNG", transparency=1)) == [255, 255, 255]
+    assert np.abs(np.subtract(corner((red.convert("CMYK"), "JPEG")), colour)).max() <= 8
 
 
 def test_turned_images(tmp_path):
@@ -288,7 +353,8 @@ def test_turned_images(tmp_path):
         lying = encode(upright.transpose(Image.Transpose.ROTATE_90), kind, exif=exif, quality=95)
         assert (data.decode(lying).float() - plain.float()).abs().mean() < 6, kind
     tall = encode(upright.transpose(Image.Transpose.ROTATE_270))            # reads from top to bottom
-    assert torch.equal(data.decode(tall, rotate_tall=True), plain) and not torch.equal(data.decode(tall), plain)
+    assert torch.equal(data.decode(tall, rotate_tall=True), plain)
+    assert not torch.equal(data.decode(tall), plain)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "tall.png").write_bytes(tall)
     for src in write_lmdb(tmp_path / "lmdb", [(tall, None)]), tmp_path / "files":
@@ -299,7 +365,8 @@ def test_turned_images(tmp_path):
 
 @pytest.mark.parametrize("size", [(1600, 400), (400, 1600), (3000, 3000), (5, 4), (1, 1)])
 def test_sizes(size):
-    """Reading a large JPEG at a fraction of its size must keep what the crop needs, whichever side is long."""
+    """Reading a large JPEG at a fraction of its size must keep what the crop needs, whichever side is
+    long."""
     image = picture(3).resize(size).filter(ImageFilter.GaussianBlur(2))
     for tall in False, True:
         turn = tall and size[1] > 1.5 * size[0]
@@ -311,11 +378,29 @@ def test_sizes(size):
 
 # ---- damage
 
-def bomb():
-    """A PNG of 65,000 x 65,000 pixels in a few bytes."""
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 65000, 65000, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(bytes(10 ** 6))) + chunk(b"IEND", b""))
+def chunk(kind, body):
+    """A piece of a PNG file."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def bomb(side=65000):
+    """A PNG of side x side pixels in a few bytes."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(bytes(10 ** 6)))
+    return b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
+
+
+def test_decompression_bombs():
+    """An image of 6000 x 6000 pixels, far below Pillow's own limit, takes 100 MB in each worker."""
+    tracemalloc.start()
+    for side in (6000, 65000):
+        with pytest.raises(Damaged, match="(?i)decompression *bomb"):
+            data.decode(bomb(side))
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 2 ** 24
+    large = encode(Image.new("L", (5790, 5790)))                # just below 2 ** 25 pixels
+    assert data.decode(large).shape == (3, 32, 128)
 
 
 @pytest.fixture
@@ -324,8 +409,7 @@ def damaged(tmp_path):
     entries = [(encode(picture(i)), b"w%d" % i) for i in range(30)]
     jpeg, png = encode(picture(0), "JPEG"), encode(picture(0))
     ways = [(jpeg[:len(jpeg) // 2], b"x"), (png[:len(png) // 2], b"x"), (b"", b"x"), (b"no image", b"x"),
-            (bomb(), b"x"),
-            (None, b"x"), (png, None), (png, b"\xff")]
+            (bomb(), b"x"), (None, b"x"), (png, None), (png, b"\xff")]
     for k, way in enumerate(ways):
         entries[3 * k + 3] = way
     return write_lmdb(tmp_path / "damaged", entries), [3 * k + 3 for k in range(len(ways))]
@@ -333,60 +417,111 @@ def damaged(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damage_is_counted(damaged, workers):
-    """A damaged crop becomes its neighbour, or kills the loader, or vanishes: what is read and reported must add up."""
+    """A damaged crop becomes its neighbour, or kills the loader, or vanishes: what is read and reported
+    must add up."""
     path, bad = damaged
     source = data.open_source(path)
     got = list(data.read_all(source, 7, workers))
-    read, named = [i for step in got for i in step[0]], [line for step in got for line in step[3]]
+    read = [i for batch in got for i in batch.places]
+    named = [line for batch in got for line in batch.damaged]
     assert read == [i for i in range(30) if i not in bad] and len(read) == len(source) - len(named)
-    assert [label for step in got for label in step[2]] == [f"w{i}" for i in read]
+    assert [label for batch in got for label in batch.labels] == [f"w{i}" for i in read]
     for i, line in zip(bad, named):
         assert f"image-{i + 1:09d}" in line and "\n" not in line
-    for words, line in zip(("runcated", "", "0 bytes", "not an image", "Bomb", "missing", "missing", "UTF-8"), named):
-        assert words in line
-    images = torch.cat([step[1] for step in got])
-    assert all(torch.equal(image, data.decode(encode(picture(i)))) for i, image in zip(read, images))
+    reasons = ("runcated", "", "0 bytes", "not an image", "Bomb", "missing", "missing", "UTF-8")
+    for reason, line in zip(reasons, named, strict=True):
+        assert reason in line
+    images = torch.cat([batch.images for batch in got])
+    for i, image in zip(read, images, strict=True):
+        assert torch.equal(image, data.decode(encode(picture(i))))
 
 
 def test_whole_batch_damaged(tmp_path):
     """torch.stack of nothing raises."""
     source = data.open_source(write_lmdb(tmp_path / "d", [(b"", b"x")] * 4))
-    images, labels, masks, named, taken = next(data.batches(source, 4, 0, char_maps=True))
-    assert images.shape == (0, 3, 32, 128) and masks.shape == (0, 32, 128) and labels == taken == [] and len(named) == 4
+    batch = next(data.batches(source, 4, 0, char_maps=True))
+    assert batch.images.shape == (0, 3, 32, 128) and batch.char_maps.shape == (0, 32, 128)
+    assert batch.labels == batch.places == [] and len(batch.damaged) == 4
+
+
+def test_next_batch(damaged, capsys):
+    """A step on no crop at all, whose loss is nan; damage that is passed on and not counted; a wait nobody
+    hears of."""
+    class Log:
+        seconds = 0
+
+        def waited(self, seconds):
+            self.seconds += seconds
+
+    source = data.open_source(damaged[0])
+    log, damage = Log(), data.DamageCount(.9)
+    stream = data.batches(source, 10, seed=0)
+    sizes = [len(data.next_batch(stream, damage, 10, log).images) for _ in range(3)]
+    assert sum(sizes) == 22 and damage.seen == 30 and damage.bad == 8 and log.seconds > 0
+    assert capsys.readouterr().out.count("damaged, left out: ") == 8
+    first_bad = data.Parts([source], "bad", damaged[1])
+    with pytest.raises(UserError, match="no crop of a batch .*, the first being damaged image-0") as error:
+        data.next_batch(data.batches(first_bad, 4, seed=0), damage, 4)
+    assert "leave such crops out with data.py pack, or raise --batch_size" in str(error.value)
+    assert damage.seen == 34 and damage.bad == 12
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader")
 def test_workers_end_with_their_reading(words):
-    """The workers of every validation, alive until the run ends; or their pipes, until no more files can be opened."""
+    """The workers of every validation, alive until the run ends; or their pipes, until no more files can be
+    opened."""
     before, files = set(multiprocessing.active_children()), []
     for _ in range(3):
         assert len(list(data.read_all(data.open_source(words), 20, workers=1))) == 3
         files.append(len(os.listdir("/dev/fd")))
     assert set(multiprocessing.active_children()) <= before
-    until = time.monotonic() + 10                                           # a thread of the queue's closes its end of a pipe
+    until = time.monotonic() + 10               # a thread of the queue's closes its end of a pipe
     while len(os.listdir("/dev/fd")) > files[0]:
         assert time.monotonic() < until, files
         time.sleep(0.01)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_process_ends_with_its_workers():
+    """Workers ignore the signals that multiprocessing sends them at the end, and it waits for them for
+    ever."""
+    code = """
+import data
+stream = data.batches(data.open_source("synth:100"), 2, seed=0, workers=2)
+assert len(next(stream).images) == 2
+data.kept = [stream]                                                # as a traceback does
+"""
+    done = run_python(code)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
 def test_error_of_a_worker_is_one_line(tmp_path):
-    """A file that becomes shorter during the run: the worker's traceback, 25 lines of it, then a process that never ends."""
+    """A file that becomes shorter during the run: the worker's traceback, 25 lines of it, then a process that
+    never ends."""
     path = write_lmdb(tmp_path / "d", [(encode(picture(i)), b"x") for i in range(50)])
-    code = f"""import data, multiprocessing, os
+    done = run_python(f"""
+import common, data, multiprocessing, os
 source = data.open_source({path!r})
 os.truncate({os.path.join(path, "data.mdb")!r}, 8192)
 try:
-    data.run(lambda: list(data.read_all(source, 8, workers=1)))
-finally:                                            # it has ended, and was not left for a late garbage collection, which hangs
-    assert not multiprocessing.active_children()"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(data.__file__), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "copy it again" in done.stderr
-    code = """import data, os
+    common.run_main(lambda: list(data.read_all(source, 8, workers=1)))
+finally:            # it has ended, and was not left for a late garbage collection, which hangs
+    assert not multiprocessing.active_children()
+""")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "copy it again" in done.stderr
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    """What a system without memory does to a worker, told as a stack trace."""
+    done = run_python("""
+import common, data, os
 stream = data.loader(data.open_source("synth:5000"), [[k] for k in range(5000)], 1)
-os.kill(stream._workers[0].pid, 9)                                          # as a system without memory does
-data.run(lambda: list(stream))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(data.__file__), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "if memory ran out, lower --workers" in done.stderr, done.stderr
+os.kill(stream._workers[0].pid, 9)
+common.run_main(lambda: list(stream))
+""")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "if memory ran out, lower --workers" in done.stderr
 
 
 def test_damaged_tree(tmp_path):
@@ -394,55 +529,66 @@ def test_damaged_tree(tmp_path):
     path = write_lmdb(tmp_path / "d", [(encode(picture(i)), b"w%d" % i) for i in range(200)])
     with open(os.path.join(path, "data.mdb"), "r+b") as file:
         pages = range(8192 + 10, os.path.getsize(file.name), 4096)
-        leaves = [at for at in pages if file.seek(at) and file.read(2) == b"\2\0"]      # flags of a page: a leaf's
+        leaves = [at for at in pages if file.seek(at) and file.read(2) == b"\2\0"]      # a leaf's flags
         file.seek(leaves[len(leaves) // 2])
         file.write(b"\0\0")
     got = list(data.read_all(data.open_source(path), 8))
-    ids, named = (sum((step[k] for step in got), []) for k in (0, 3))
-    assert len(ids) + len(named) == 200 and len(ids) > 50 and len(named) > 5
+    read = [i for batch in got for i in batch.places]
+    named = [line for batch in got for line in batch.damaged]
+    assert len(read) + len(named) == 200 and len(read) > 50 and len(named) > 5
     assert "expected an LMDB, copied whole (mdb_get: MDB_CORRUPTED" in named[0] and "d image-0" in named[0]
+
+
+def broken(file, rng):
+    """A file with a few changes: bytes of other values, an end cut off, bytes left out or put in."""
+    file = bytearray(file)
+    for _ in range(rng.randrange(1, 8)):
+        way = rng.random()
+        at = rng.randrange(max(1, min(len(file), rng.choice((40, 10 ** 6)))))
+        if way < .6 and file:
+            file[at] = rng.randrange(256)
+        elif way < .7:
+            del file[at:]
+        elif way < .85:
+            del file[at:at + rng.randrange(50)]
+        else:
+            file[at:at] = rng.randbytes(rng.randrange(50))
+    return bytes(file)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_fuzz(tmp_path):
-    """Pillow raises a dozen kinds of errors on broken files (struct, zlib, Value, Syntax, Overflow), labels may be any
-    bytes: each such entry is counted, none ends the reading or is lost from the count."""
-    rng = random.Random(0)
-    seeds = [encode(picture(k), kind, **options) for k in range(3) for kind, options in
-             (("JPEG", {}), ("PNG", {}), ("JPEG", {"progressive": True}), ("PNG", {"optimize": True}))]
-    seeds += [encode(picture(0).quantize(8)), encode(picture(0).convert("RGBA")), encode(picture(0), "GIF"),
-              encode(picture(0), "BMP"), encode(picture(0), "TIFF"), encode(picture(0), "WEBP")]
-    entries = []
+    """Pillow raises a dozen kinds of errors on broken files (struct, zlib, Value, Syntax, Overflow),
+    labels may be any bytes: each such entry is counted, none ends the reading or is lost from the
+    count."""
+    rng, seeds, entries = random.Random(0), [], []
+    for k in range(3):
+        seeds += [encode(picture(k), "JPEG"), encode(picture(k), "JPEG", progressive=True)]
+        seeds += [encode(picture(k), "PNG"), encode(picture(k), "PNG", optimize=True)]
+    seeds += [encode(picture(0).quantize(8)), encode(picture(0).convert("RGBA"))]
+    seeds += [encode(picture(0), kind) for kind in ("GIF", "BMP", "TIFF", "WEBP")]
     for _ in range(2000):
-        file = bytearray(rng.choice(seeds))
-        for _ in range(rng.randrange(1, 8)):
-            way, at = rng.random(), rng.randrange(max(1, min(len(file), rng.choice((40, 10 ** 6)))))
-            if way < .6 and file:
-                file[at] = rng.randrange(256)
-            elif way < .7:
-                del file[at:]
-            elif way < .85:
-                del file[at:at + rng.randrange(50)]
-            else:
-                file[at:at] = rng.randbytes(rng.randrange(50))
         label = bytearray(b"word!")
         label[rng.randrange(5)] = rng.randrange(256) if rng.random() < .2 else ord("a")
-        entries.append((bytes(file), bytes(label)))
+        entries.append((broken(rng.choice(seeds), rng), bytes(label)))
     got = list(data.read_all(data.open_source(write_lmdb(tmp_path / "fuzzed", entries)), 64))
-    fine, broken = sum(len(step[0]) for step in got), [line for step in got for line in step[3]]
-    assert fine + len(broken) == 2000 and min(fine, len(broken)) > 150 and not any("\n" in line for line in broken)
-    assert sum(len(step[1]) for step in got) == sum(len(step[2]) for step in got) == fine
+    fine = sum(len(batch.places) for batch in got)
+    named = [line for batch in got for line in batch.damaged]
+    assert fine + len(named) == 2000 and min(fine, len(named)) > 150
+    assert not any("\n" in line for line in named)
+    assert sum(len(batch.images) for batch in got) == sum(len(batch.labels) for batch in got) == fine
 
 
 def test_damage_count(capsys):
-    """A few damaged crops in the first batches stop a run whose share is lower; or a limit is never judged; or it blames
-    nobody, or too many."""
+    """A few damaged crops in the first batches stop a run whose share is lower; or a limit is never
+    judged; or it blames nobody, or too many."""
     count = data.DamageCount(.01)
     count.add(50, ["a"])
     count.add(50, [])
-    count.add(10, ["b", "c", "d"])                          # 4 of 110, where 1.1 are allowed: within three deviations, 4.2
+    count.add(10, ["b", "c", "d"])      # 4 of 110, where 1.1 are allowed: within three deviations, 4.2
     assert capsys.readouterr().out == "".join(f"damaged, left out: {c}\n" for c in "abcd")
-    with pytest.raises(UserError, match="5 of 120 crops are damaged, more than --max_damaged 0.01: a; b; c; d; e"):
+    message = "5 of 120 crops are damaged, more than --max_damaged 0.01: a; b; c; d; e"
+    with pytest.raises(UserError, match=message):
         count.add(10, ["e"])
     with pytest.raises(UserError, match="more than --max_damaged 0.01: a; b; c; d; e; 0; 1; 2; 3; 4$"):
         count.add(10, list("0123456789"))
@@ -456,26 +602,29 @@ def test_damage_count(capsys):
 # ---- labels
 
 def test_fit_label():
-    """36 characters lose every word in capitals; a decomposed é is outside a charset with é; length off by one."""
+    """36 characters lose every word in capitals; a decomposed é is outside a charset with é; length off by
+    one."""
     fit = data.fit_label
     assert fit("Wörld", data.CHARSETS["36"], 25) == ("wörld", "outside the charset")
     assert fit("WORLD", data.CHARSETS["36"], 25) == ("world", "")
     assert fit("WORLD", data.CHARSETS["62"], 5) == ("WORLD", "")
     assert fit("WORLD", data.CHARSETS["94"], 4)[1] == "too long"
     assert fit("", data.CHARSETS["94"], 4)[1] == fit(None, "a", 4)[1] == "empty"
-    assert fit("e\u0301", "é", 1) == ("é", "") and fit("a b", data.CHARSETS["94"], 9)[1] == "outside the charset"
+    assert fit("e\u0301", "é", 1) == ("é", "")
+    assert fit("a b", data.CHARSETS["94"], 9)[1] == "outside the charset"
     assert fit("long", "x", 9)[1] == "outside the charset"
 
 
 def test_fit_labels(tmp_path):
-    """A label that cannot be trained on is replaced or dropped in silence, or a later crop gets its image; in the
-    second source the crops of the first are meant."""
+    """A label that cannot be trained on is replaced or dropped in silence, or a later crop gets its
+    image; in the second source the crops of the first are meant."""
     image, texts = encode(picture(0)), ["good", "naïve", "x" * 30, "", "fine", "ï", None]
     path = write_lmdb(tmp_path / "l", [(image, None if text is None else text.encode()) for text in texts])
     first = write_lmdb(tmp_path / "f", [(image, b"first")] * 2)
     source, report = data.fit_labels(data.open_sources([first, "synth:3", path]), data.CHARSETS["94"], 25)
-    assert report == f"{first} synth:3 {path}: 8 of 12 labels fit, 2 outside the charset, 1 too long, 1 empty ('ï' 2)"
-    source = data.Parts([source], "", torch.tensor([0, 1, 5, 6, 7]))                                # without the drawn
+    reasons = "2 outside the charset, 1 too long, 1 empty ('ï' 2)"
+    assert report == f"{first} synth:3 {path}: 8 of 12 labels fit, {reasons}"
+    source = data.Parts([source], "", torch.tensor([0, 1, 5, 6, 7]))                    # without the drawn
     assert [source.label(i) for i in range(3)] == ["first", "first", "good"] and source[3][1] == "fine"
     assert source.where(3) == "l image-000000005" and len(source) == 5
     with pytest.raises(Damaged):
@@ -483,7 +632,8 @@ def test_fit_labels(tmp_path):
 
 
 def test_letters_that_combine_are_looked_at_one_by_one():
-    """Drawn words pass unread though NFC joins a and a breve to a letter that the charset has not: training dies on it."""
+    """Drawn words pass unread though NFC joins a and a breve to a letter that the charset has not:
+    training dies on it."""
     synth = data.Synth(3)
     synth.charset, synth.label = "ae\u0306", ["ae", "a\u0306", "e"].__getitem__
     source, report = data.fit_labels(data.Parts([synth], "synth"), synth.charset, 25)
@@ -491,48 +641,71 @@ def test_letters_that_combine_are_looked_at_one_by_one():
 
 
 def test_drawn_words_are_their_own_nfc():
-    """NFC joins a and a breve, or two Bengali vowel signs, to a letter that the charset has not: training dies on it, and the map
-    of characters counts more of them than the label."""
+    """NFC joins a and a breve, or two Bengali vowel signs, to a letter that the charset has not: training
+    dies on it, and the map of characters counts more of them than the label."""
     for chars in "ae\u0306", "\u0995\u0996\u09c7\u09be":
         synth = data.Synth(100)
-        synth.charset, synth.foreign = chars, [char for char in chars if not char.isascii()]
+        synth.charset = chars
         words = [synth.label(i) for i in range(100)]
-        assert set("".join(words)) == set(chars) and all(data.fit_label(word, chars, 25) == (word, "") for word in words)
+        assert set("".join(words)) == set(chars)
+        assert all(data.fit_label(word, chars, 25) == (word, "") for word in words)
 
 
 def test_words_of_an_accented_alphabet(monkeypatch):
-    """Drawn from what is not ASCII alone: German of ä, ö and ü. Upper case never drawn where labels are folded."""
-    monkeypatch.setattr(data, "glyph", lambda *_: True)             # as if a font had them
+    """Drawn from what is not ASCII alone: German of ä, ö and ü. Upper case never drawn where labels are
+    folded."""
+    monkeypatch.setattr(data, "fonts_with", lambda charset, files: files)           # as if a font had them
     synth = data.Synth(200, charset=data.CHARSETS["94"] + "äöüßÄÖÜ")
-    drawn = "".join(map(synth.label, range(200)))
+    drawn = "".join(synth.label(i) for i in range(200))
     assert .02 < sum(not c.isascii() for c in drawn) / len(drawn) < .3
     folded = data.open_source("synth:50", chars=data.CHARSETS["36"])
-    assert any(label != label.lower() for label in map(folded.label, range(50)))
+    labels = [folded.label(i) for i in range(50)]
+    assert any(label != label.lower() for label in labels)
+
+
+def test_fonts_of_rendered_words(monkeypatch):
+    """A charset that is drawn in a font without it; fonts sorted out for nothing where no charset is asked
+    for."""
+    asked = []
+
+    def fonts_with(charset, files):
+        asked.append((charset, files))
+        return ["chosen"]
+    monkeypatch.setattr(data, "font_files", lambda folder: [None, folder])
+    monkeypatch.setattr(data, "fonts_with", fonts_with)
+    plain = data.open_source("synth:3", fonts="mine")
+    assert plain.fonts == [None, "mine"] and plain.charset == data.PRINTABLE and asked == []
+    some = data.open_source("synth:3", fonts="mine", chars="a b")
+    assert some.fonts == ["chosen"] and asked == [("ab", [None, "mine"])] and set(some.label(0)) <= set("ab")
 
 
 def test_charset(tmp_path):
-    """Characters in another order; a byte order mark or a line end as a class; one character with two classes."""
-    assert [len(data.charset(name)) for name in ("36", "62", "94")] == [36, 62, 94]
-    assert data.charset("94")[35:38] == "zAB"
-    assert sorted(data.charset("94")) == [chr(c) for c in range(33, 127)]
+    """Characters in another order; a byte order mark or a line end as a class; one character with two
+    classes."""
+    assert [len(data.read_charset(name)) for name in ("36", "62", "94")] == [36, 62, 94]
+    assert data.read_charset("94")[35:38] == "zAB"
+    assert sorted(data.read_charset("94")) == [chr(c) for c in range(33, 127)]
     (tmp_path / "c.txt").write_bytes("\ufeffабв\r\nце\u0301漢 \n".encode())
-    assert data.charset(str(tmp_path / "c.txt")) == "абвце\u0301漢 ".replace("е\u0301", "е\u0301")
+    assert data.read_charset(str(tmp_path / "c.txt")) == "абвце\u0301漢 ".replace("е\u0301", "е\u0301")
     (tmp_path / "e.txt").write_text("ae\u0301b", encoding="utf-8")
-    assert data.charset(str(tmp_path / "e.txt")) == "aéb"
+    assert data.read_charset(str(tmp_path / "e.txt")) == "aéb"
     (tmp_path / "lines.txt").write_text("a\nz\n\u0301\nb", encoding="utf-8")
-    assert data.charset(str(tmp_path / "lines.txt")) == "az\u0301b"                # not ź: a z would be lost
-    for name, content in (("twice", b"abcda"), ("none", b"\n"), ("blank", b" \n"), ("tab", b"a\tb"), ("latin", b"\xe9"), (None, b"")):
-        if name:
-            (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match="--charset"):
-            data.charset(str(tmp_path / str(name)))
+    assert data.read_charset(str(tmp_path / "lines.txt")) == "az\u0301b"     # not ź: a z would be lost
+    wrong = {"twice": b"abcda", "none": b"\n", "blank": b" \n", "tab": b"a\tb", "latin": b"\xe9"}
+    said = {"twice": "'a' stands in it twice", "tab": "'\\\\t' is a control character"}
+    for name, content in wrong.items():
+        (tmp_path / name).write_bytes(content)
+    for name in [*wrong, "missing"]:
+        with pytest.raises(UserError, match=f"--charset .*{said.get(name, '')}"):
+            data.read_charset(str(tmp_path / name))
 
 
 # ---- batches
 
 @pytest.mark.filterwarnings("ignore:This DataLoader")
 def test_workers_and_resume(words):
-    """An order that depends on the workers, or starts anew on resuming; an LMDB opened here before the loader forks."""
+    """An order that depends on the workers, or starts anew on resuming; an LMDB opened here before the
+    loader forks."""
     source = data.open_source(words)
     assert source[0][1] == "w0"
     plain = labels_of(data.batches(source, 8, seed=1), 20)
@@ -540,7 +713,7 @@ def test_workers_and_resume(words):
         assert labels_of(data.batches(source, 8, seed=1, workers=workers), 20) == plain
     assert labels_of(data.batches(source, 8, seed=1, position=72, workers=3), 11) == plain[72:]
     assert labels_of(data.batches(source, 8, seed=2), 20) != plain
-    first = next(data.batches(source, 8, seed=1, workers=2))[0]
+    first = next(data.batches(source, 8, seed=1, workers=2)).images
     assert torch.equal(first, torch.stack([source[int(label[1:])][0] for label in plain[:8]]))
 
 
@@ -553,14 +726,16 @@ def test_epochs(words):
 
 
 def test_ranks_and_accumulation(words):
-    """Two processes see the same crops; a step of 2 x 8 or of 4 accumulated 4's is another step than one of 16."""
+    """Two processes see the same crops; a step of 2 x 8 or of 4 accumulated 4's is another step than one of
+    16."""
     source = data.open_source(words)
-    steps = [set(batch[1]) for batch in itertools.islice(data.batches(source, 16, 3, position=16), 8)]
+    steps = data.batches(source, 16, 3, position=16)
     ranks = [data.batches(source, 8, 3, position=16, rank=rank, world=2) for rank in range(2)]
     small = data.batches(source, 4, 3, position=16)
-    for step in steps:
-        assert set(sum((next(rank)[1] for rank in ranks), [])) == step
-        assert set(sum((next(small)[1] for _ in range(4)), [])) == step
+    for _ in range(8):
+        step = labels_of(steps, 1)
+        assert labels_of(ranks[0], 1) + labels_of(ranks[1], 1) == step
+        assert labels_of(small, 4) == step
 
 
 def test_spawn(words):
@@ -579,67 +754,154 @@ def test_spawn(words):
 def test_fork(words):
     """A worker that reads through its parent's LMDB, which LMDB forbids."""
     context, source = multiprocessing.get_context("fork"), data.open_source(words)
+    assert source.label(2) == "w2" and data.OPEN_LMDBS.environments
     said = context.SimpleQueue()
-    assert data.environment.cache_info().currsize
-    child = context.Process(target=lambda: said.put((data.environment.cache_info().currsize, source.label(3))))
+
+    def read():
+        label = source.label(3)
+        said.put((label, data.OPEN_LMDBS.process_id == os.getpid(), data.OPEN_LMDBS.reads))
+    child = context.Process(target=read)
     child.start()
-    assert said.get() == (0, "w3")
+    assert said.get() == ("w3", True, 1)                        # its own, of which nothing was read before
     child.join()
 
 
 def test_masks():
     """A loss on characters that looks at another crop's letters."""
     source = data.open_source("synth:9")
-    images, labels, masks, _, taken = next(data.batches(source, 9, 0, char_maps=True))
-    assert masks.shape == (9, 32, 128) and masks.dtype == torch.uint8 and taken == list(range(9))
-    for mask, label, i in zip(masks, labels, next(data.order(9, 9, 0))):
+    batch = next(data.batches(source, 9, 0, char_maps=True))
+    masks = batch.char_maps
+    assert masks.shape == (9, 32, 128) and masks.dtype == torch.uint8 and batch.places == list(range(9))
+    order = next(data.crop_order(9, 9, 0))
+    for mask, label, i in zip(masks, batch.labels, order, strict=True):
         assert torch.equal(mask, source.get(i).char_map) and mask.max() <= len(label)
+    assert next(data.batches(source, 9, 0)).char_maps is None
+
+
+def test_crops_without_a_mask(words):
+    """Real crops beside rendered words whose maps are left over from another crop."""
+    source = data.open_sources(["synth:1", words])
+    maps = data.read_batch([1, 0, 2], source, char_maps=True).char_maps
+    assert not maps[0].any() and maps[1].any() and not maps[2].any()
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_read_all_once(words, world):
-    """Ranks that pad their shares evaluate some crops twice."""
-    source = data.open_source(words)
-    seen = [i for rank in range(world) for step in data.read_all(source, 8, 0, rank, world) for i in step[0]]
+def test_read_all_once(words, world, monkeypatch):
+    """Ranks that pad their shares evaluate some crops twice; labels that are not those of the crops named."""
+    source, seen = data.open_source(words), []
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        for batch in data.read_all(source, 8):
+            assert batch.labels == [f"w{i}" for i in batch.places]
+            seen += batch.places
     assert sorted(seen) == list(range(50))
 
 
-# ---- two looks at a word
+# ---- views and augmentations
 
 def crops(n=24):
     """Smooth pictures, uint8."""
-    return torch.stack([data.decode(encode(picture(i).filter(ImageFilter.GaussianBlur(1)))) for i in range(n)])
+    smooth = [picture(i).filter(ImageFilter.GaussianBlur(1)) for i in range(n)]
+    return torch.stack([data.decode(encode(image)) for image in smooth])
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-VIEWS = {"lmim": data.guidance_view, "augment": data.augment,
-         "nsp": lambda *args: data.guidance_view(*args, moved=False)}
+def still_view(images, generator):
+    return data.guidance_view(images, generator, moved=False)
+
+
+def still_view_from_numbers(images, numbers):
+    return data.view_from_numbers(images, numbers, moved=False)
+
+
+VIEWS = {       # each with the function that is given its random numbers, and how many of them a crop needs
+    "lmim": (data.guidance_view, data.view_from_numbers, data.VIEW_NUMBERS),
+    "nsp": (still_view, still_view_from_numbers, data.VIEW_NUMBERS),
+    "augment": (data.augment, data.augment_from_numbers, data.AUGMENT_NUMBERS),
+}
 
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_views(name):
-    """Parameters drawn once for all crops; a view that cannot be repeated, or depends on the batch or rank it is in."""
-    view, images = VIEWS[name], crops(1).expand(24, -1, -1, -1)
+    """Parameters drawn once for all crops; a view that cannot be repeated, or depends on the batch or rank
+    it is in."""
+    view, from_numbers, columns = VIEWS[name]
+    images = crops(1).expand(24, -1, -1, -1)
     whole = view(images, generator())
-    assert whole.shape == images.shape and whole.dtype == torch.float32 and whole.min() >= 0 and whole.max() <= 1
-    assert torch.equal(whole, view(images, generator())) and not torch.equal(whole, view(images, generator(1)))
+    assert whole.shape == images.shape and whole.dtype == torch.float32
+    assert whole.min() >= 0 and whole.max() <= 1
+    assert torch.equal(whole, view(images, generator()))
+    assert not torch.equal(whole, view(images, generator(1)))
     assert torch.allclose(whole, view(images.float() / 255, generator()))
     apart = (whole[:, None] - whole[None]).abs().mean((2, 3, 4)) + torch.eye(24)
-    assert (apart > 1e-4).float().mean() > (.9 if name == "augment" else .999)     # augment leaves some as they are
-    part = view(images[8:13], generator(), (torch.arange(8, 13), 24))
+    enough = .9 if name == "augment" else .999              # augment leaves some as they are
+    assert (apart > 1e-4).float().mean() > enough
+    numbers = torch.rand(24, columns, generator=generator())
+    assert torch.equal(from_numbers(images, numbers), whole)
+    part = from_numbers(images[8:13], numbers[8:13])
     assert torch.allclose(part, whole[8:13], atol=1e-4)
     picked = torch.tensor([3, 17, 4])
-    assert torch.allclose(view(images[picked], generator(), (picked, 24)), whole[picked], atol=1e-4)
+    assert torch.allclose(from_numbers(images[picked], numbers[picked]), whole[picked], atol=1e-4)
     state = generator()
     first, second = view(images, state), view(images, state)
     assert torch.equal(first, whole) and not torch.equal(first, second)
 
 
+def test_columns_of_numbers():
+    """A column for which no number is drawn, which a slice would leave out in silence; a range that nothing
+    uses."""
+    for columns, numbers in ((data.MOVED_VIEW, data.VIEW_NUMBERS), (data.STILL_VIEW, data.VIEW_NUMBERS),
+                             (data.AUGMENTATION, data.AUGMENT_NUMBERS)):
+        assert sum(columns.values()) <= numbers
+    assert set(data.RANGES) <= set(data.MOVED_VIEW) | set(data.AUGMENTATION)
+
+
+def one_operation(name, **drawn):
+    """augment's numbers of one crop that has this operation alone, its numbers in the middle but for
+    `drawn`."""
+    numbers, start = torch.full((1, data.AUGMENT_NUMBERS), .5), 0
+    for column, width in data.AUGMENTATION.items():
+        numbers[:, start:start + width] = drawn.get(column, .5)
+        start += width
+    numbers[:, :len(data.AUGMENT_CHANCES)] = 1
+    numbers[:, list(data.AUGMENT_CHANCES).index(name)] = 0
+    return numbers
+
+
+def test_each_operation_does_what_it_is_called():
+    """Numbers that went to another operation, and a crop that is cut at the other end: from a ramp, dark
+    at the left and the top, that is seen in what is left."""
+    y, x = torch.meshgrid(torch.linspace(0, .5, 32), torch.linspace(0, .5, 128), indexing="ij")
+    ramp = torch.stack([x + y, x + y, x + y])[None]
+    as_it_is = data.augment_from_numbers(ramp, one_operation("rotate"))                     # by no angle
+    assert torch.allclose(as_it_is, ramp, atol=1e-3)
+
+    cut_left = data.augment_from_numbers(ramp, one_operation("horizontal", left=1., right=0.)) - ramp
+    assert cut_left[..., 0].mean() > .005 and cut_left[..., -1].abs().max() < .001
+    cut_right = data.augment_from_numbers(ramp, one_operation("horizontal", left=0., right=1.)) - ramp
+    assert cut_right[..., -1].mean() < -.005 and cut_right[..., 0].abs().max() < .001
+    cut_top = data.augment_from_numbers(ramp, one_operation("vertical", top=1., bottom=0.)) - ramp
+    assert cut_top[:, :, 0].mean() > .02 and cut_top[:, :, -1].abs().max() < .001
+
+    brighter = data.augment_from_numbers(ramp, one_operation("jitter", brightness=.75))     # by 1.2
+    assert torch.allclose(brighter, (1.2 * ramp).clamp(0, 1), atol=2e-3)
+    hazy = data.augment_from_numbers(ramp, one_operation("contrast", haze=1.))
+    assert torch.allclose(hazy, .25 + .5 * ramp, atol=2e-3)
+    inverted = data.augment_from_numbers(ramp, one_operation("invert"))
+    assert torch.allclose(inverted, 1 - ramp, atol=2e-3)
+    red = torch.tensor([.8, .2, .3]).view(1, 3, 1, 1).expand(1, 3, 32, 128)
+    faded = data.augment_from_numbers(red, one_operation("fade", fade=1.))
+    grey = data.augment_from_numbers(red, one_operation("grey"))
+    assert faded.std(1).max() < 1e-3 and (grey - faded).abs().max() < 1e-3
+
+
 def test_strength():
-    """Strength 0 still changes something, or strength does not order the ablation's weak, medium and strong."""
+    """Strength 0 still changes something, or strength does not order the ablation's weak, medium and
+    strong."""
     images = crops(64)
     for moved in True, False:
         views = [data.guidance_view(images, generator(), moved=moved, strength=s) for s in (0, .5, 1, 1.5)]
@@ -647,8 +909,19 @@ def test_strength():
         assert changes[0] < 1e-6 < changes[1] < changes[2] < changes[3]
 
 
+def grey_of(images):
+    return (images * data.LUMA.view(3, 1, 1)).sum(1)
+
+
+def flat_grey(images):
+    """(B, pixels) of mean 0 and length 1: a product of two is their correlation."""
+    grey = grey_of(images).flatten(1)
+    return torch.nn.functional.normalize(grey - grey.mean(1, keepdim=True), dim=1)
+
+
 def test_look_keeps_the_place():
-    """nsp's coarse view has each thing where the target has it, as dark or light, or what it predicts is unknowable."""
+    """nsp's coarse view has each thing where the target has it, as dark or light, or what it predicts is
+    unknowable."""
     images = torch.full((200, 3, 32, 128), 60, dtype=torch.uint8)
     spots = [(random.Random(i).randrange(4, 28), random.Random(-i).randrange(4, 124)) for i in range(200)]
     for i, (y, x) in enumerate(spots):
@@ -658,10 +931,10 @@ def test_look_keeps_the_place():
     where = torch.stack([still // 128, still % 128], 1) - torch.tensor(spots)
     assert where.abs().max() <= 2 and where.float().mean().abs() < .1
     assert (moved.flatten(1).argmax(1) != still).float().mean() > .5
-    flat = lambda x: torch.nn.functional.normalize((x - x.mean((1, 2), keepdim=True)).flatten(1), dim=1)
-    crop, grey = crops(100), torch.tensor([.299, .587, .114]).view(3, 1, 1)
+    crop = crops(100)
     view = data.guidance_view(crop, generator(), moved=False)
-    assert ((flat((view * grey).sum(1)) * flat((crop / 255 * grey).sum(1))).sum(1) > .5).float().mean() > .97
+    likeness = (flat_grey(view) * flat_grey(crop / 255)).sum(1)
+    assert (likeness > .5).float().mean() > .97
 
 
 @pytest.mark.parametrize("degrees", [15, -10, 4])
@@ -670,10 +943,12 @@ def test_rotation_is_pillows(degrees):
     y, x = np.mgrid[:32, :128]
     squares = np.uint8(255 * (x // 11 % 2 ^ y // 11 % 2))[..., None].repeat(3, 2)
     image = Image.fromarray(squares).filter(ImageFilter.GaussianBlur(2))
-    ours = data.warp(data.unit(torch.tensor(np.array(image)).permute(2, 0, 1)[None]),
-                     data.turned(torch.tensor([degrees]).deg2rad(), 4.0))[0]
-    turn = lambda picture: np.array(picture.rotate(degrees, Image.Resampling.BILINEAR, expand=True).resize(
-        (128, 32), Image.Resampling.BILINEAR)) / 255
+    corners = data.turned(torch.tensor([degrees]).deg2rad(), 4.0)
+    ours = data.warp(to_unit(torch.tensor(np.array(image)).permute(2, 0, 1)[None]), corners)[0]
+
+    def turn(picture):
+        turned = picture.rotate(degrees, Image.Resampling.BILINEAR, expand=True)
+        return np.array(turned.resize((128, 32), Image.Resampling.BILINEAR)) / 255
     inside = turn(Image.new("L", (128, 32), 255)) > .99
     error = np.abs(ours.permute(1, 2, 0).numpy() - turn(image)).mean(2)
     assert inside.mean() > .4 and error[inside].mean() < .025, error[inside].mean()
@@ -683,7 +958,7 @@ def test_warp_is_pillows_perspective():
     """A homography of the wrong corners, or an affine map in its place."""
     image = picture(6, 128, 32).filter(ImageFilter.GaussianBlur(2))
     corners = torch.tensor([[-.9, -.5], [1., -.9], [.8, .7], [-1, 1]])
-    ours = data.warp(data.unit(torch.tensor(np.array(image)).permute(2, 0, 1)[None]), corners[None])[0]
+    ours = data.warp(to_unit(torch.tensor(np.array(image)).permute(2, 0, 1)[None]), corners[None])[0]
     square, rows = [(0, 0), (128, 0), (128, 32), (0, 32)], []
     for (x, y), (u, v) in zip(square, ((corners + 1) / 2 * torch.tensor([128., 32])).tolist()):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y, u], [0, 0, 0, x, y, 1, -v * x, -v * y, v]]
@@ -693,41 +968,66 @@ def test_warp_is_pillows_perspective():
     assert np.abs(ours.permute(1, 2, 0).numpy() - np.array(theirs) / 255)[2:-2, 2:-2].mean() < .01
 
 
-def test_blur_colour_and_noise():
-    """A blur that darkens the rim; colours whose grey changes with the hue; noise of another size than asked."""
-    images = torch.rand(4, 3, 32, 128, generator=generator())
-    b = lambda *values: torch.tensor(values, dtype=torch.float32)
-    assert torch.allclose(data.focus(torch.full((2, 3, 32, 128), .7), b(1.5, .5), b(0, 1)), torch.tensor(.7), atol=1e-5)
-    point = torch.zeros(3, 3, 32, 128)
+def test_homography_takes_corners_to_corners():
+    """Heckbert's letters in the wrong places: the unit square's corners go elsewhere, or in another order."""
+    corners = data.SQUARE + .4 * torch.rand(5, 4, 2, generator=generator())
+    square = torch.tensor([[0., 0, 1], [1, 0, 1], [1, 1, 1], [0, 1, 1]])
+    there = data.homography(corners) @ square.T                                     # (5, 3, 4)
+    there = (there[:, :2] / there[:, 2:]).mT
+    assert torch.allclose(there, corners, atol=1e-5)
+
+
+def per_crop(*values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def test_blur_and_sharpness():
+    """A blur that darkens the rim, or has another size than asked; a sharpening that blurs."""
+    flat = torch.full((2, 3, 32, 128), .7)
+    assert torch.allclose(data.focus(flat, per_crop(1.5, .5), per_crop(0, 1)), torch.tensor(.7), atol=1e-5)
+    point, sigma = torch.zeros(3, 3, 32, 128), per_crop(.8, 1, 1.2)
     point[:, :, 16, 64] = 1
-    blurred = data.focus(point, b(.8, 1, 1.2), b(0, 0, 0)).sum(1) / 3
-    assert torch.allclose((blurred.sum(1) * (torch.arange(128) - 64) ** 2).sum(1), b(.8, 1, 1.2) ** 2, rtol=.1)
-    assert torch.allclose((blurred.sum(2) * (torch.arange(32) - 16) ** 2).sum(1), b(.8, 1, 1.2) ** 2, rtol=.1)
-    assert data.focus(point, b(0, 0, 0), b(0, .5, 1))[:, 0, 16, 64].diff().min() > .1
-    grey = lambda x: (x * data.LUMA.view(3, 1, 1)).sum(1)
-    middle = images * .2 + .4
-    turned = data.recolour(middle, b(1, 1, 1, 1), b(1, 1, 1, 1), b(1, 1, 1, 1), b(1, 1, 0, .5), b(.1, -.3, 0, 0))
-    assert torch.allclose(grey(turned), grey(middle), atol=1e-4) and not torch.allclose(turned[0], middle[0])
-    assert (turned[2].std(0) < 1e-4).all()
-    noisy = data.noise(torch.full((4, 3, 32, 128), .5), torch.rand(4, generator=generator()), b(.1, .05, .02, 0)) - .5
-    assert torch.allclose(noisy.std((1, 2, 3)), b(.1, .05, .02, 0), atol=.003) and noisy.mean().abs() < .002
+    blurred = data.focus(point, sigma, per_crop(0, 0, 0)).sum(1) / 3
+    along, down = (torch.arange(128) - 64) ** 2, (torch.arange(32) - 16) ** 2
+    assert torch.allclose((blurred.sum(1) * along).sum(1), sigma ** 2, rtol=.1)
+    assert torch.allclose((blurred.sum(2) * down).sum(1), sigma ** 2, rtol=.1)
+    sharpened = data.focus(point, per_crop(0, 0, 0), per_crop(0, .5, 1))
+    assert sharpened[:, 0, 16, 64].diff().min() > .1
 
 
-def test_coarse_and_normalize():
+def test_colour_and_noise():
+    """Colours whose grey changes with the hue; noise of another size than asked."""
+    middle = torch.rand(4, 3, 32, 128, generator=generator()) * .2 + .4
+    ones = per_crop(1, 1, 1, 1)
+    turned = data.recolour(middle, ones, ones, ones, per_crop(1, 1, 0, .5), per_crop(.1, -.3, 0, 0))
+    assert torch.allclose(grey_of(turned), grey_of(middle), atol=1e-4)
+    assert not torch.allclose(turned[0], middle[0]) and (turned[2].std(0) < 1e-4).all()
+    changed = data.recolour(middle, 1.1 * ones, .5 * ones, .8 * ones, ones, 0 * ones)
+    mean = grey_of(1.1 * middle).mean((1, 2)).view(4, 1, 1, 1)
+    by_hand = .8 * (.5 * 1.1 * middle + .5 * mean) + .1
+    assert torch.allclose(changed, by_hand, atol=1e-4)
+    drawn = {"noise_start": torch.rand(4, generator=generator()), "noise_size": per_crop(1, 1, 1, 1)}
+    grey = torch.full((4, 3, 32, 128), .5)
+    noisy = data.add_noise(grey, {"noise": per_crop(2, 1, .4, 0)}, drawn) - .5              # shares of 0.05
+    assert torch.allclose(noisy.std((1, 2, 3)), per_crop(.1, .05, .02, 0), atol=.003)
+    assert noisy.mean().abs() < .002
+
+
+def test_coarse_and_unit():
     """Single pixels in place of averages; height and width exchanged; uint8 and float scaled differently."""
     images = crops(4)
     coarse = data.coarse_view(images, (16, 64))
     assert coarse.shape == (4, 3, 16, 64)
     assert torch.allclose(coarse[1, 2, 3, 5], images[1, 2, 6:8, 10:12].float().mean() / 255)
-    assert torch.allclose(data.normalize(images), data.normalize(images.float() / 255), atol=1e-6)
-    assert data.normalize(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+    assert torch.allclose(to_unit(images), to_unit(images.float() / 255), atol=1e-6)
+    assert to_unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, 1]
 
 
 # ---- the command line
 
 def command(*arguments, env=None):
-    script = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data.py")
-    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, env=env)
+    words = [sys.executable, os.path.join(SCRIPTS, "data.py"), *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, env=env)
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -746,17 +1046,31 @@ def test_one_line_and_status_2(tmp_path):
     picture(0).save(tmp_path / "a.png")
     result = command("check", tmp_path / "labels.tsv", env=dict(os.environ, PYTHONIOENCODING="cp1252"))
     assert result.returncode == 0 and "\\u8bcd" in result.stdout, result.stderr
-    result = command("check", tmp_path / "labels.tsv", "--against", tmp_path / "labels.tsv", "--write_list", "/dev/full")
+    tests = ["--against", tmp_path / "labels.tsv"]
+    result = command("check", tmp_path / "labels.tsv", *tests, "--write_list", "/dev/full")
     assert result.returncode == 2 and "No space left" in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_flags_without_effect(tmp_path, words, monkeypatch, capsys):
+    """A flag that was typed in vain, and nobody says so."""
+    with pytest.raises(UserError, match="--fonts .*has no effect without rendered words; add synth"):
+        call(monkeypatch, capsys, "show", words, "--fonts", tmp_path)
+    with pytest.raises(UserError, match="--alike .*--against"):
+        call(monkeypatch, capsys, "check", words, "--alike", ".9")              # the default, but typed
+    with pytest.raises(UserError, match="--write_list .*--against"):
+        call(monkeypatch, capsys, "check", words, "--write_list", tmp_path / "list.tsv")
+    assert not os.listdir(tmp_path)
+
+
 def test_pack(tmp_path, words, damaged, monkeypatch, capsys):
-    """Images coded anew, labels shifted by damage, a data set overwritten, half of one under the final name."""
+    """Images coded anew, labels shifted by damage, a data set overwritten, half of one under the final
+    name."""
     said = call(monkeypatch, capsys, "pack", words, damaged[0], tmp_path / "out")
     source, packed = data.open_sources([words, damaged[0]]), data.open_source(str(tmp_path / "out"))
     kept = [i for i in range(80) if i - 50 not in damaged[1]]
     assert "72 of 80" in said and said.count("left out, damaged") == 8 and len(packed) == 72
-    assert [(packed.bytes(k), packed.label(k)) for k in range(72)] == [(source.bytes(i), source.label(i)) for i in kept]
+    for k, i in enumerate(kept):
+        assert (packed.bytes(k), packed.label(k)) == (source.bytes(i), source.label(i))
     with pytest.raises(UserError, match="exists already"):
         call(monkeypatch, capsys, "pack", words, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["damaged", "out"]
@@ -778,22 +1092,25 @@ def test_pack_synth(tmp_path, monkeypatch, capsys):
 
 
 def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
-    """Training crops that are also test crops, as they are or coded anew and resized, go unseen; others do not."""
+    """Training crops that are also test crops, as they are or coded anew and resized, go unseen; others do
+    not."""
     again = encode(picture(9).resize((80, 26)), "JPEG", quality=60)
     test = [(encode(picture(7)), b"w7"), (again, b"w9"), (encode(picture(90)), b"x")]
     test = write_lmdb(tmp_path / "test", test)
     said = call(monkeypatch, capsys, "check", words, "--against", test, "--write_list", tmp_path / "list.tsv")
     assert "50 entries = 50 read + 0 damaged" in said and "also in" in said
     rows = [line.split("\t") for line in (tmp_path / "list.tsv").read_text().splitlines()]
-    assert [row[:2] + row[4:] for row in rows] == [["7", "words image-000000008", "test image-000000001", "w7"],
-                                                   ["9", "words image-000000010", "test image-000000002", "w9"]]
+    assert [row[:3] + row[4:] for row in rows] == [
+        ["7", "words image-000000008", "w7", "test image-000000001", "w7"],
+        ["9", "words image-000000010", "w9", "test image-000000002", "w9"]]
     assert rows[0][3] == "same bytes" and rows[1][3].startswith("alike")
-    assert "also in test: 1\n" in call(monkeypatch, capsys, "check", words, "--against", test, "--alike", 2).replace(
-        str(tmp_path) + "/", "")
+    said = call(monkeypatch, capsys, "check", words, "--against", test, "--alike", 2)
+    assert f"also in {test}: 1\n" in said
     call(monkeypatch, capsys, "pack", words, tmp_path / "clean", "--without", tmp_path / "list.tsv")
     clean = data.open_source(str(tmp_path / "clean"))
     assert [label for _, label in clean] == [f"w{i}" for i in range(50) if i not in (7, 9)]
-    typed = write_lmdb(tmp_path / "typed", [(encode(picture(7)), b"w7\r"), (encode(picture(8)), b"w8\r")])     # Windows's line ends
+    windows = [(encode(picture(7)), b"w7\r"), (encode(picture(8)), b"w8\r")]        # line ends in labels
+    typed = write_lmdb(tmp_path / "typed", windows)
     call(monkeypatch, capsys, "check", typed, "--against", test, "--write_list", tmp_path / "typed.tsv")
     call(monkeypatch, capsys, "pack", typed, tmp_path / "clean2", "--without", tmp_path / "typed.tsv")
     assert [label for _, label in data.open_source(str(tmp_path / "clean2"))] == ["w8\r"]
@@ -801,7 +1118,7 @@ def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
         call(monkeypatch, capsys, "pack", test, tmp_path / "other", "--without", tmp_path / "list.tsv")
     with pytest.raises(UserError, match="--against"):                   # would empty the list
         call(monkeypatch, capsys, "check", words, "--write_list", tmp_path / "list.tsv")
-    with pytest.raises(UserError, match="wrods"):                       # `pack --without` would take an empty list
+    with pytest.raises(UserError, match="wrods"):               # `pack --without` would take an empty list
         call(monkeypatch, capsys, "check", "wrods", "--against", test, "--write_list", tmp_path / "none.tsv")
     assert not (tmp_path / "none.tsv").exists()
 
@@ -820,7 +1137,8 @@ def test_check_counts(tmp_path, damaged, monkeypatch, capsys):
 def test_show(tmp_path, damaged, monkeypatch, capsys):
     """The sheet dies on a damaged crop, or on an unlabelled one."""
     for options, width in (([], 4 * 268), (["--guidance", "--augment", "--coarse", "16x64"], 6 * 268)):
-        said = call(monkeypatch, capsys, "show", damaged[0], "--n", 30, "--out", tmp_path / "sheet.png", *options)
+        flags = ["--n", 30, "--out", tmp_path / "sheet.png", *options]
+        said = call(monkeypatch, capsys, "show", damaged[0], *flags)
         assert "22 of the 30 crops" in said and said.count("damaged: ") == 8
         assert Image.open(tmp_path / "sheet.png").width == width
     with pytest.raises(UserError, match="16x64"):
@@ -837,4 +1155,5 @@ def test_real_crops():
     """What holds for made pictures fails on the field's own files."""
     source = data.open_source(os.environ["STR_DATA"])
     got = list(data.read_all(source, 256, 2))
-    assert sum(len(step[0]) for step in got) == len(source) and not any(step[3] for step in got)
+    assert sum(len(batch.places) for batch in got) == len(source)
+    assert not any(batch.damaged for batch in got)

@@ -1,87 +1,135 @@
 """Tests of the rendered words. Each says which mistake it catches."""
 import hashlib
+import inspect
+import io
 import os
 import pickle
+import random
+import re
 import subprocess
 import sys
 import time
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFont
 
-import data as render
-from data import PRINTABLE, Synth, UserError
+import render
+from common import UserError
+from data import Synth, open_source
+from render import MAX_LENGTH, PRINTABLE, render_word, word_label
 
 GREEK = "αβγδεζηθικλμνξοπρστυφχψωΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩ"
+FONTS = render.font_files()
 
 
-def digest(synth, indices):
+def draw(index, seed=0, charset=PRINTABLE):
+    return render_word(seed, index, FONTS, charset)
+
+
+def digest(seed, indices):
     parts = []
     for i in indices:
-        image, label, mask = synth.get(i)
-        parts.append(hashlib.sha256(image.numpy().tobytes() + mask.numpy().tobytes() + label.encode()).hexdigest())
+        image, label, char_map = draw(i, seed)
+        content = image.tobytes() + char_map.tobytes() + label.encode()
+        parts.append(hashlib.sha256(content).hexdigest())
     return parts
 
 
+# ---- a word
+
 def test_shapes_and_types():
-    """A crop in the order (H, W, 3), as float, or sharing memory with the textures would pass the loader unnoticed."""
-    synth = Synth(10)
-    image, label, mask = synth.get(3)
-    assert image.shape == (3, 32, 128) and image.dtype == torch.uint8 and image.is_contiguous()
-    assert mask.shape == (32, 128) and mask.dtype == torch.uint8
-    assert len(synth) == 10 and synth.name == "synth" and "3" in synth.where(3)
-    assert torch.equal(synth[3][0], image) and synth[3][1] == label == synth.label(3)
-    image.zero_()
-    assert synth.get(3).image.any()
+    """A crop in the order (H, W, 3), as float, or read-only: the loader passes it on unnoticed."""
+    image, label, char_map = draw(3)
+    assert image.shape == (3, 32, 128) and image.dtype == np.uint8
+    assert char_map.shape == (32, 128) and char_map.dtype == np.uint8
+    for array in image, char_map:
+        assert array.flags.c_contiguous and array.flags.writeable
+    assert label == word_label(0, 3, PRINTABLE)
+
+
+def test_a_crop_is_nobody_elses_memory():
+    """A crop that shares memory with the textures or the glyphs: who writes into it changes later crops."""
+    before = digest(0, range(20))
+    for i in range(20):
+        image, _, char_map = draw(i)
+        image[:] = 0
+        char_map[:] = 0
+    assert digest(0, range(20)) == before
 
 
 def test_order_does_not_matter():
-    """State carried from one crop to the next (a shared generator) makes a crop depend on what was drawn before."""
-    assert digest(Synth(50), range(20)) == digest(Synth(50), reversed(range(20)))[::-1]
+    """State carried from one crop to the next (a shared generator): a crop depends on those before."""
+    assert digest(0, range(20)) == digest(0, reversed(range(20)))[::-1]
+
+
+def test_labels_without_pictures_are_the_pictures_labels():
+    """fit_labels asks for labels alone: from other random numbers they would be other crops' labels."""
+    for seed, charset in (0, PRINTABLE), (5, "0123456789"), (5, "xyz"):
+        for i in range(30):
+            assert draw(i, seed, charset)[1] == word_label(seed, i, charset)
 
 
 def test_other_processes_draw_the_same():
-    """hash() of a string, or the order of a set, differs between processes: workers would then disagree."""
-    code = "import test_render as t; print(*t.digest(t.Synth(90, 5), range(60, 72)))"
+    """hash() of a string, or the order of a set, differs between processes: workers would disagree."""
+    code = "import test_render as t; print(*t.digest(5, range(60, 72)))"
     for hashes in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": hashes, "PYTHONPATH": ".."}
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                             cwd=os.path.dirname(__file__),
-                             env={**os.environ, "PYTHONHASHSEED": hashes, "PYTHONPATH": ".."})
-        assert out.stdout.split() == digest(Synth(90, 5), range(60, 72))
-
-
-def test_survives_pickling_for_spawned_workers():
-    """An open font or a lambda on the object cannot be sent to a worker on Mac and Windows."""
-    synth = pickle.loads(pickle.dumps(Synth(9, 2)))
-    assert digest(synth, range(9)) == digest(Synth(9, 2), range(9))
+                             cwd=os.path.dirname(__file__), env=env)
+        assert out.stdout.split() == digest(5, range(60, 72))
 
 
 def test_seeds_and_indices_draw_different_words():
     """Adding seed and index would make draw 1 the draw 0 moved by one."""
-    zero, one = ([Synth(200, seed).label(i) for i in range(200)] for seed in (0, 1))
+    zero = [word_label(0, i, PRINTABLE) for i in range(200)]
+    one = [word_label(1, i, PRINTABLE) for i in range(200)]
     assert len(set(zero)) > 150
-    assert sum(a == b for a, b in zip(zero[1:], one)) < 10 and sum(a == b for a, b in zip(zero, one)) < 10
+    assert sum(a == b for a, b in zip(zero[1:], one)) < 10
+    assert sum(a == b for a, b in zip(zero, one)) < 10
 
 
-def test_ends():
-    """An index beyond the end that draws a crop makes an iteration endless."""
-    assert len(list(Synth(3))) == 3
-    for i in (3, -1):
-        with pytest.raises(IndexError):
-            Synth(3)[i]
-
+# ---- labels
 
 def test_labels():
     """Missing characters, spaces, long words, or one case only would leave the recognizer with a hole."""
-    synth = Synth(20_000)
-    labels = [synth.label(i) for i in range(20_000)]
+    labels = [word_label(0, i, PRINTABLE) for i in range(20_000)]
     assert set("".join(labels)) == set(PRINTABLE) and len(PRINTABLE) == 94
     lengths = np.array([len(label) for label in labels])
-    assert lengths.min() >= 1 and lengths.max() <= 25 and 5 < lengths.mean() < 6
+    assert lengths.min() >= 1 and lengths.max() <= MAX_LENGTH == 25 and 5 < lengths.mean() < 6
     for case in (str.isupper, str.islower, str.istitle):
         assert .2 < np.mean([case(label) for label in labels]) < .5
     assert .08 < np.mean([any(map(str.isdigit, label)) for label in labels]) < .2
+
+
+def test_kinds_of_labels_come_as_often_as_the_table_says(monkeypatch):
+    """A kind that the table names and draw_label does not know becomes another one in silence."""
+    english = set(sum(render.vocabulary().values(), []))
+
+    def labels(kind):
+        monkeypatch.setattr(render, "LABELS", {kind: 1})
+        return [word_label(0, i, PRINTABLE) for i in range(1000)]
+
+    def share_of_words(labels):
+        return np.mean([label.strip("!.,?:;'\"()[]*&@#-").lower() in english for label in labels])
+
+    shares = dict(render.LABELS)
+    assert set(shares) == {"english word", "random letters", "number", "random characters"}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert share_of_words(labels("english word")) > .9
+    letters = labels("random letters")
+    assert share_of_words(letters) < .2 and not any(re.search("[0-9]", label) for label in letters)
+    assert np.mean([label.isalpha() for label in letters]) == pytest.approx(1 - render.P_PUNCTUATION, abs=.04)
+    assert all(re.search("[0-9]", label) for label in labels("number"))
+    characters = "".join(labels("random characters"))
+    assert .5 < np.mean([char.isalpha() for char in characters]) < .6               # 52 of 94
+
+    monkeypatch.setattr(render, "LABELS", shares)
+    drawn = [render.choose(random.Random(i), render.LABELS) for i in range(5000)]
+    for kind, share in shares.items():
+        assert drawn.count(kind) / 5000 == pytest.approx(share, abs=.02)
 
 
 def test_vocabulary_is_english_and_quick():
@@ -93,59 +141,281 @@ def test_vocabulary_is_english_and_quick():
     assert "street" in words[6] and "hamburger" in words[9] and "the" in words[3][:20]
 
 
+def test_a_length_without_words(monkeypatch):
+    """A teacher adds words of 24 letters to the table. The vocabulary has none: every run would stop."""
+    monkeypatch.setattr(render, "LENGTHS", {24: 1})
+    monkeypatch.setattr(render, "LABELS", {"english word": 1})
+    render.vocabulary.cache_clear()
+    try:
+        labels = [word_label(0, i, PRINTABLE) for i in range(50)]
+    finally:
+        monkeypatch.undo()
+        render.vocabulary.cache_clear()
+    assert all(24 <= len(label) <= 25 for label in labels)
+
+
+@pytest.mark.parametrize("charset", [
+    "0123456789abcdefghijklmnopqrstuvwxyz", "0123456789", "ABCDEF0123456789", "7"])
+def test_ascii_charset(charset):
+    """A letter outside the charset cannot be learned; filtering it out must not leave an empty label, nor,
+    where the charset has few letters or none, one character of each word."""
+    labels = [word_label(0, i, charset) for i in range(300)]
+    assert all(0 < len(label) <= 25 and set(label) <= set(charset) for label in labels)
+    assert draw(0, charset=charset)[1] == labels[0]
+    assert 4 < np.mean([len(label) for label in labels]) < 7
+    if "a" in charset:
+        assert sum(label in render.vocabulary().get(len(label), ()) for label in labels) > 120
+
+
+def test_accented_alphabet():
+    """Drawn from what is not ASCII alone: German of ä, ö and ü. Drawn from a to z: German without them."""
+    charset = PRINTABLE + "äöüßÄÖÜ"
+    drawn = "".join(word_label(0, i, charset) for i in range(200))
+    assert .02 < sum(not char.isascii() for char in drawn) / len(drawn) < .3
+    assert "Ä" in drawn and "ä" in drawn and set(drawn) <= set(charset)
+
+
+@pytest.mark.parametrize("charset", ["ae\u0306", "\u0995\u0996\u09c7\u09be"])
+def test_labels_are_their_own_nfc(charset):
+    """NFC joins a and a breve, or two Bengali vowel signs, to a letter that the charset has not: training
+    dies on it, and the map of characters counts more of them than the label."""
+    labels = [word_label(0, i, charset) for i in range(200)]
+    assert set("".join(labels)) == set(charset)
+    for label in labels:
+        assert unicodedata.normalize("NFC", label) == label and 1 <= len(label) <= 25
+
+
+# ---- pictures
+
 def test_mask_lies_on_the_letters():
-    """A mask warped, flipped or numbered otherwise than the picture: where it is set, colours differ from around it."""
-    synth, apart, whole, ordered = Synth(400), [], [], []
+    """A mask warped, flipped or numbered otherwise than the picture: where it is set, colours differ from
+    those around it."""
+    apart, whole, ordered = [], [], []
     for i in range(400):
-        image, label, mask = synth.get(i)
-        pixels, ids = image.numpy().astype(float), mask.numpy()
+        image, label, ids = draw(i)
+        pixels = image.astype(float)
         assert ids.max() <= len(label)
-        whole.append(len(np.unique(ids[ids > 0])) == len(label))
-        columns = [np.nonzero((ids == k).any(0))[0].mean() for k in np.unique(ids[ids > 0])]
+        numbers = np.unique(ids[ids > 0])
+        whole.append(len(numbers) == len(label))
+        columns = [np.nonzero((ids == k).any(0))[0].mean() for k in numbers]
         ordered.append(np.all(np.diff(columns) > 0))
-        inside, outside = pixels[:, ids > 0].mean(1), pixels[:, ids == 0].mean(1)
+
+        def difference(mask):
+            return abs(pixels[:, mask].mean(1) - pixels[:, ~mask].mean(1)).sum()
+
         moved = np.roll(ids, (16, 11), (0, 1)) > 0
-        apart.append(abs(inside - outside).sum() > abs(pixels[:, moved].mean(1) - pixels[:, ~moved].mean(1)).sum())
+        apart.append(difference(ids > 0) > difference(moved))
     assert np.mean(apart) > .9 and np.mean(whole) > .9 and np.mean(ordered) > .95
 
 
 def test_crops_vary():
     """One look only: dark on light and light on dark come about equally, and few crops are nearly flat."""
     lighter, spread = [], []
-    for image, _, mask in map(Synth(400).get, range(400)):
-        grey, text = image.numpy().mean(0), mask.numpy() > 0
+    for i in range(400):
+        image, _, char_map = draw(i)
+        grey, text = image.mean(0), char_map > 0
         lighter.append(grey[text].mean() > grey[~text].mean())
         spread.append(grey.std())
     assert .4 < np.mean(lighter) < .6 and np.mean(np.array(spread) < 6) < .1
 
 
-@pytest.mark.parametrize("charset", ["0123456789abcdefghijklmnopqrstuvwxyz", "0123456789", "ABCDEF0123456789", "7"])
-def test_ascii_charset(charset):
-    """A letter outside the charset cannot be learned; filtering it out must not leave an empty label, nor, where the charset
-    has few letters or none, one character of each word."""
-    synth = Synth(300, charset=charset)
-    labels = [synth.label(i) for i in range(300)]
-    assert all(0 < len(label) <= 25 and set(label) <= set(charset) for label in labels)
-    assert synth.get(0).label == labels[0] and 4 < np.mean(list(map(len, labels))) < 7
-    if "a" in charset:
-        assert sum(label in render.vocabulary().get(len(label), ()) for label in labels) > 120
+def test_unbending_undoes_bending():
+    """A sign that is wrong in one of the two moves the letters out of the crop or out of shape."""
+    def errors(bend):
+        for u in (-1, -.4, 0, 1):
+            for v in (-.5, .1, .5):
+                found = render.unbend_point(bend, *render.bend_point(bend, u, v))
+                yield max(abs(found[0] - u), abs(found[1] - v))
+
+    rng = random.Random(0)
+    for _ in range(100):
+        bend = render.draw_bend(rng, rng.uniform(.5, 9))
+        assert max(errors(bend._replace(sag=0))) < 1e-9
+        # Of a parabola the inverse is one step of an iteration. Without that step the error is 0.017.
+        gentle = bend._replace(sag=.15, aspect=6, lean=0, taper=0)
+        assert max(errors(gentle)) < .006
+
+
+def test_bends_are_what_their_names_say():
+    """Lean and angle in the other direction, or sag upwards: what the table says would be another thing."""
+    straight = render.Bend(aspect=4, lean=0, taper=0, sag=0, angle=0)
+    top_right = np.array(render.bend_point(straight, 1, -.5))
+    assert top_right == pytest.approx([2, -.5])
+    assert render.bend_point(straight._replace(lean=.2), 1, -.5)[0] > 2     # letters lean to the right
+    assert render.bend_point(straight._replace(taper=.3), 1, -.5)[1] == pytest.approx(-.65)
+    assert render.bend_point(straight._replace(sag=.4), 0, 0) == pytest.approx((0, .4))
+    assert render.bend_point(straight._replace(sag=.4), 1, 0) == pytest.approx((2, 0))
+    assert render.bend_point(straight._replace(angle=.2), 1, 0)[1] > .3             # the right end goes down
+
+    # Letters stand upright on the parabola: from foot to top goes at a right angle to the middle line.
+    hanging = straight._replace(sag=.4)
+    top = np.array(render.bend_point(hanging, .5, -.5))
+    foot = np.array(render.bend_point(hanging, .5, .5))
+    along = np.array(render.bend_point(hanging, .501, 0)) - render.bend_point(hanging, .499, 0)
+    assert abs((foot - top) @ along) < 1e-6
+
+
+def test_a_colour_has_the_lightness_asked_for():
+    """Ground and letters are kept apart by lightness alone: a colour that misses it makes words that
+    nobody can read."""
+    rng = random.Random(0)
+    missed = []
+    for _ in range(300):
+        red, green, blue = render.draw_colour(rng, .5).ravel()
+        missed.append(abs((.30 * red + .59 * green + .11 * blue) / 255 - .5))
+    assert np.mean(np.array(missed) < .01) > .9 and max(missed) < .3    # channels end at 0 and 255
+
+
+def test_every_number_of_the_table_is_read():
+    """A teacher changes a number, and nothing changes: it stands in the table and nowhere else."""
+    source = inspect.getsource(render)
+    table = source.split("# ---- the table")[1].split("# ---- a word")[0]
+    names = re.findall("^([A-Z][A-Z_0-9]+) = ", table, re.MULTILINE)
+    rest = source.replace(table, "")
+    assert len(names) > 50
+    assert [name for name in names if not re.search(rf"\b{name}\b", rest)] == []
+    assert re.findall(r"rng\.\w+\([^)]*\d\.\d[^)]*\)", rest) == []          # nor a number besides the table
+
+
+# ---- fonts
+
+def test_broken_font_is_passed_over(tmp_path):
+    """One damaged file among a user's fonts must not end the run."""
+    broken = tmp_path / "sub" / "broken.TTF"
+    broken.parent.mkdir()
+    broken.write_bytes(b"not a font")
+    assert str(broken) in render.font_files(str(tmp_path))
+    for i in range(30):
+        render_word(0, i, [None, str(broken)], PRINTABLE)
+    assert render.fonts_with("ab", [str(broken), None]) == [None]
+    assert render.find_font("ab", 14, [str(broken)]).getlength("ab") > 0
+    assert render.find_font("", 14, [str(broken)]).getlength("ab") > 0
+
+
+def test_font_without_the_letters_is_an_error():
+    """Nothing to draw with: one line that names the label, not StopIteration, which ends loops in silence."""
+    with pytest.raises(UserError, match="--fonts"):
+        render_word(0, 0, [None], "\U0010fffd")
+
+
+def test_missing_letters_are_not_had():
+    """The box for a missing letter is a picture like another: labels would be learned from boxes."""
+    for path in FONTS[:3]:
+        assert not render.has_char(path, "\U0010fffd") and not render.has_char(path, " ")
+        assert render.has_char(path, "g") and render.has_char(path, ".")
+    assert render.draw_glyph(None, 40, 1, "\U0010fffd") is None
+
+
+def test_titles_font():
+    """A title shows boxes where another font of the list has all of its letters."""
+    have = [path for path in FONTS if path and render.has_char(path, "α")]
+    if not have:
+        pytest.skip("no font has Greek letters")
+    font = render.find_font("α b", 14, [None, *have])
+    assert font.path == have[0] and font.size == 14
+    nobody_has_it = render.find_font("α \U0010fffd", 14, FONTS)
+    assert bytes(nobody_has_it.getmask("b")) == bytes(ImageFont.load_default(14).getmask("b"))
+
+
+def test_glyph_is_placed_by_its_pen():
+    """A corner that is off by the stroke, or by the font's ascent, lets letters of a word hop."""
+    glyph = render.draw_glyph(None, 40, 0, "H")
+    fat = render.draw_glyph(None, 40, 2, "H")
+    assert glyph.top + glyph.ink.height == 0        # an H stands on the baseline
+    assert (fat.left, fat.top) == (glyph.left - 2, glyph.top - 2)
+    assert fat.ink.size == (glyph.ink.width + 4, glyph.ink.height + 4)
+    assert fat.advance == glyph.advance > 20
+
+
+def test_folder_of_fonts_is_taken_whole(tmp_path):
+    """What names a system's fonts of symbols is part of honest names too: a user's Reading.ttf must not go
+    in silence."""
+    (tmp_path / "Reading.ttf").write_bytes(b"")
+    assert str(tmp_path / "Reading.ttf") in render.font_files(str(tmp_path))
+
+
+def test_systems_fonts_of_symbols_are_left_out(monkeypatch, tmp_path):
+    """Words in pictographs: only the file's name counts, not that of a folder such as coding."""
+    folder = tmp_path / "coding"
+    folder.mkdir()
+    for name in ("NotoColorEmoji.ttf", "Wingdings.TTF", "Plain.otf", "b.ttc", "c.txt"):
+        (folder / name).write_bytes(b"")
+    monkeypatch.setattr(render, "FONT_FOLDERS", [str(tmp_path)])
+    assert render.font_files() == [None, str(folder / "Plain.otf"), str(folder / "b.ttc")]
+
+
+def test_pillows_own_font_is_enough(monkeypatch):
+    """A bare machine has no fonts at all: all 94 characters must still be drawn."""
+    monkeypatch.setattr(render, "FONT_FOLDERS", [])
+    assert render.font_files() == [None] and render.fonts_with(PRINTABLE, [None]) == [None]
+    for i in range(30):
+        render_word(0, i, [None], PRINTABLE)
+    assert len(list(Synth(30))) == 30
+
+
+# ---- the source
+
+def test_synth_hands_over_what_is_drawn():
+    """A source that swaps seed and index, or loses the map of characters, trains on without an error."""
+    synth = Synth(10, 4)
+    for i in range(5):
+        image, label, char_map = synth.get(i)
+        drawn, written, marked = draw(i, 4)
+        assert torch.equal(image, torch.from_numpy(drawn))
+        assert torch.equal(char_map, torch.from_numpy(marked))
+        assert label == written == synth.label(i) == synth[i][1] and torch.equal(synth[i][0], image)
+        assert image.dtype == char_map.dtype == torch.uint8 and image.is_contiguous()
+    assert len(synth) == 10 and synth.name == "synth" and "3" in synth.where(3)
+    stored = Image.open(io.BytesIO(synth.bytes(2)))                                 # pack writes this
+    assert np.array_equal(np.asarray(stored).transpose(2, 0, 1), draw(2, 4)[0])
+    again = open_source("synth:10:4")
+    assert len(again) == 10 and torch.equal(again[3][0], synth[3][0])
+
+
+def test_survives_pickling_for_spawned_workers():
+    """An open font or a lambda on the object cannot be sent to a worker on Mac and Windows."""
+    synth = pickle.loads(pickle.dumps(Synth(9, 2)))
+    for i in range(9):
+        assert np.array_equal(synth.get(i).image.numpy(), draw(i, 2)[0])
+
+
+def test_ends():
+    """An index beyond the end that draws a crop makes an iteration endless."""
+    assert len(list(Synth(3))) == 3
+    for i in (3, -1):
+        with pytest.raises(IndexError):
+            Synth(3)[i]
+
+
+@pytest.mark.parametrize("charset", ["0123456789", "ABCDEF0123456789"])
+def test_synth_draws_its_charset(charset):
+    """A charset that the source forgets on the way to the drawing leaves labels that cannot be trained on."""
+    synth = Synth(100, 0, None, charset)
+    labels = [synth.label(i) for i in range(100)]
+    assert set("".join(labels)) == set(charset) and synth.get(0).label == labels[0]
 
 
 def test_greek_needs_a_font_that_has_it():
-    """Empty boxes instead of letters: fonts lacking the charset must go, and the user hear if none is left."""
+    """Empty boxes instead of letters: fonts that lack the charset must go; the user hears if none is left."""
     try:
-        synth = Synth(100, charset=GREEK)
+        synth = Synth(100, 0, None, GREEK)
     except UserError as error:
         assert "--fonts" in str(error) and "\n" not in str(error)
         return
-    assert all(all(render.glyph(font, 40, 0, char) for char in GREEK) for font in synth.fonts)
+    fonts = render.fonts_with(GREEK, FONTS)
+    assert all(render.has_char(path, char) for path in fonts for char in GREEK)
     assert all(set(synth.label(i)) <= set(GREEK) for i in range(100)) and synth.get(0).char_map.any()
+    drawn = render_word(0, 0, fonts, GREEK)[0]
+    assert np.array_equal(synth.get(0).image.numpy(), drawn)
 
 
 def test_no_font_has_it():
-    """A charset that nothing draws must stop at the start, naming the letters, not in a worker an hour later."""
-    with pytest.raises(UserError, match="--fonts"):
-        Synth(3, charset="ab\U0010fffd")
+    """A charset that nothing draws must stop at the start, naming the letters, not in a worker much later."""
+    charset = "ab\U0010fffd"
+    with pytest.raises(UserError, match="\U0010fffd.*--fonts"):
+        render.fonts_with(charset, FONTS)
+    with pytest.raises(UserError, match="\U0010fffd.*--fonts"):
+        Synth(3, 0, None, charset)
 
 
 def test_folder_without_fonts(tmp_path):
@@ -153,26 +423,4 @@ def test_folder_without_fonts(tmp_path):
     (tmp_path / "a.txt").write_text("no font")
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match="--fonts"):
-            Synth(3, fonts=str(folder))
-
-
-def test_folder_of_fonts_is_taken_whole(tmp_path):
-    """What names a system's fonts of symbols is part of honest names too: a user's Reading.ttf must not go in silence."""
-    (tmp_path / "Reading.ttf").write_bytes(b"")
-    assert str(tmp_path / "Reading.ttf") in render.font_files(str(tmp_path))
-
-
-def test_broken_font_is_passed_over(tmp_path):
-    """One damaged file among a user's fonts must not end the run."""
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "broken.TTF").write_bytes(b"not a font")
-    synth = Synth(30, fonts=str(tmp_path))
-    synth.fonts = [None, str(tmp_path / "sub" / "broken.TTF")]
-    assert len(list(synth)) == 30
-
-
-def test_pillows_own_font_is_enough(monkeypatch):
-    """A bare machine has no fonts at all: all 94 characters must still be drawn."""
-    monkeypatch.setattr(render, "FONT_FOLDERS", ())
-    assert render.font_files() == [None] and all(render.glyph(None, 40, 0, char) for char in PRINTABLE)
-    assert len(list(Synth(30))) == 30
+            Synth(3, 0, str(folder))
