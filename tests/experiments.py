@@ -1,16 +1,19 @@
-"""The experiments behind the README's tables: what is done is skipped, what was cut off goes on, nothing is copied by hand.
+"""The experiments behind the tables of docs/results.md.
 
-    python tests/experiments.py list  --real DIR                     every run with its state and its one command
-    python tests/experiments.py run   --real DIR                     all of them; two cores need a night and a day
-    python tests/experiments.py run   --real DIR --only '.*-s0.*'    those whose names match; several processes with the same --out
-                                                                     share the work: start one a core, OMP_NUM_THREADS=1
-    python tests/experiments.py table --real DIR --record tests/results.jsonl --readme README.md
-                                                                     writes what is there, and what results.jsonl holds of
-                                                                     earlier runs, between the README's marks
+    python tests/experiments.py list --real DIR        every run, whether it is done, and its command
+    python tests/experiments.py run --real DIR         makes all of them; two cores need a night and a day
+    python tests/experiments.py run --real DIR --only '.*-s0.*'
+                                                       makes those whose names match, and what they need
+    python tests/experiments.py table --real DIR --record tests/results.jsonl --write docs/results.md
+                                                       writes the tables between the file's two marks
 
-DIR holds train/ and test/ (LMDBs of word crops: IIIT5k, SVT, IC13, IC15, IC03). Validation is split off train/ once. Every run's folder
-holds log.txt beside what the scripts write; done.json says how long it took, and is what `run` skips by: when you have changed what a
-method is, name another --out.
+DIR holds train/ and test/, with LMDBs of word crops: IIIT5k, SVT, IC13, IC15, IC03. Validation is split
+off train/ once. `run` skips what is done, and what was cut off goes on. Several processes with the same
+--out share the work: start one a core, with OMP_NUM_THREADS=1.
+
+A run's folder holds what the scripts write, log.txt, and done.json, by which `run` knows that it is done.
+So when you have changed what a method is, name another --out. The tables show what is in --out, and what
+the file --record holds of earlier runs.
 """
 import json
 import os
@@ -21,43 +24,90 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import namedtuple
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 sys.path.insert(0, ROOT)
-from data import Parser, UserError, open_source, run
+from common import Parser, UserError, run_main
+from data import open_source
+
+
+# ---- what is run
 
 SEEDS = (0, 1, 2)
-PRETRAINING = {  # name: flags of pretrain.py, {run} being its checkpoint; the first seven are table 1's
-    "scratch": None, "mim": "--method mim", "nsp": "--method nsp", "lmim": "--method lmim", "mnsp": "--method mnsp",
-    "mim_.6": "--method mim --mask_ratio 0.6", "mnsp_.6": "--method mnsp --mask_ratio 0.6",
-    "mim_x2": "--method mim --max_steps 8000", "mnsp_x2": "--method mnsp --max_steps 8000",   # mim_x2 takes as long as mnsp
-    "mnsp_none_x2": "--method mnsp --guide none --max_steps 8000", "lmim_x2": "--method lmim --max_steps 8000",
+MODEL = ["--model", "vit_nano"]
+PRETRAINING_STEPS = 4000                        # unless a row of PRETRAINING says otherwise
+
+# A run's name, and its flags of pretrain.py. {run} stands for the checkpoint of that run.
+PRETRAINING = {
+    # the seven of the first tables
+    "scratch": None,                            # is not pre-trained
+    "mim": "--method mim",
+    "nsp": "--method nsp",
+    "lmim": "--method lmim",
+    "mnsp": "--method mnsp",
+    "mim_.6": "--method mim --mask_ratio 0.6",
+    "mnsp_.6": "--method mnsp --mask_ratio 0.6",
+
+    # twice the steps
+    "mim_x2": "--method mim --max_steps 8000",
+    "mnsp_x2": "--method mnsp --max_steps 8000",
+    "mnsp_none_x2": "--method mnsp --set guide=none --max_steps 8000",
+    "lmim_x2": "--method lmim --max_steps 8000",
     "nsp_x2": "--method nsp --max_steps 8000",
-    "mnsp_no_mla": "--method mnsp --align none",
-    "mnsp_mse": "--method mnsp --align mse --align_weight 1", "mnsp_mse_.1": "--method mnsp --align mse --align_weight 0.1",
-    "mnsp_infonce_.1": "--method mnsp --align infonce --align_weight 0.1", "mnsp_infonce_1": "--method mnsp --align infonce --align_weight 1",
-    "mnsp_still": "--method mnsp --guide still", "mnsp_still_8x32": "--method mnsp --guide still --scales 8x32",
-    "mnsp_none": "--method mnsp --guide none", "mim_coarse": "--method mim --guide coarse",
-    "mnsp_two_scales": "--method mnsp --scales 8x32 16x64", "mnsp_8x32": "--method mnsp --scales 8x32",
-    "mnsp_weak": "--method mnsp --guidance_strength 0.5", "mnsp_strong": "--method mnsp --guidance_strength 1.5",
-    "lmim_no_align": "--method lmim --align none", "lmim_infonce": "--method lmim --align infonce --align_weight 0.02",
-    "lmim_mse_.02": "--method lmim --align_weight 0.02",
-    "mim_features": "--method mim --teacher {mim-s0}", "lmim_features": "--method lmim --teacher {mim-s0}",   # LMIM's own target
-    "mnsp_features": "--method mnsp --teacher {mim-s0}", "mim_random_features": "--method mim --teacher {scratch-s0-before}",
-    "mim_.4": "--method mim --mask_ratio 0.4", "mim_.9": "--method mim --mask_ratio 0.9", "mim_block": "--method mim --mask block",
-    "mnsp_.9": "--method mnsp --mask_ratio 0.9", "mnsp_block": "--method mnsp --mask block",
+
+    # MLA: without, in another form, with another weight
+    "mnsp_no_mla": "--method mnsp --set align=0",
+    "mnsp_mse": "--method mnsp --set form=mse align=1",
+    "mnsp_mse_.1": "--method mnsp --set form=mse align=0.1",
+    "mnsp_infonce_.1": "--method mnsp --set form=infonce align=0.1",
+    "mnsp_infonce_1": "--method mnsp --set form=infonce align=1",
+
+    # what mim's decoder sees, and at which scales
+    "mnsp_still": "--method mnsp --set guide=still",
+    "mnsp_still_8x32": "--method mnsp --set guide=still --scales 8x32",
+    "mnsp_none": "--method mnsp --set guide=none",
+    "mim_coarse": "--method mim --set guide=coarse",
+    "mnsp_two_scales": "--method mnsp --scales 8x32 16x64",
+    "mnsp_8x32": "--method mnsp --scales 8x32",
+    "mnsp_weak": "--method mnsp --guidance_strength 0.5",
+    "mnsp_strong": "--method mnsp --guidance_strength 1.5",
+
+    # LMIM's alignment
+    "lmim_no_align": "--method lmim --set align=0",
+    "lmim_infonce": "--method lmim --set form=infonce align=0.02",
+    "lmim_mse_.02": "--method lmim --set align=0.02",
+
+    # a teacher's features as target
+    "mim_features": "--method mim --teacher {mim-s0}",
+    "lmim_features": "--method lmim --teacher {mim-s0}",
+    "mnsp_features": "--method mnsp --teacher {mim-s0}",
+    "mim_random_features": "--method mim --teacher {scratch-s0-before}",
+
+    # which patches are hidden
+    "mim_.4": "--method mim --mask_ratio 0.4",
+    "mim_.9": "--method mim --mask_ratio 0.9",
+    "mim_block": "--method mim --mask block",
+    "mnsp_.9": "--method mnsp --mask_ratio 0.9",
+    "mnsp_block": "--method mnsp --mask block",
 }
-TABLE1 = list(PRETRAINING)[:7]
-SEVERAL = (*TABLE1, "mnsp_none")                                            # whose every seed is run
-EQUAL_TIME = ("mim_x2", "nsp_x2", "lmim", "lmim_no_align", "mnsp")          # a step of the last three takes about twice as long
-STEPS = 4000
-SHARES = {  # steps of fine-tuning; how many of the real labels, the part of `split` that has them, and how often it counts
-    "tenth": (2000, "a tenth", "tenth", 60), "tenth_long": (8000, "a tenth", "tenth", 60), "all": (8000, "all", "fit", 6)}
-MODEL = "--model vit_nano"
+MAIN_ROWS = list(PRETRAINING)[:7]               # of the first tables; they get every fine-tuning
+ALL_SEEDS = [*MAIN_ROWS, "mnsp_none"]           # the others are run with the first seed alone
+EQUAL_TIME = ["mim_x2", "nsp_x2", "lmim", "lmim_no_align", "mnsp"]      # took about as long as each other
+
+# steps; how many of the real labels, in words; the part of the split that has them; how often
+# each of its crops counts
+FineTuning = namedtuple("FineTuning", "steps labels part times")
+FINE_TUNING = {
+    "tenth": FineTuning(2000, "a tenth", "tenth", 60),
+    "tenth_long": FineTuning(8000, "a tenth", "tenth", 60),
+    "all": FineTuning(8000, "all", "fit", 6),
+}
 
 
 class Job:
-    """One run: name, the commands that make it (lists of words after `python`), and the jobs it needs."""
+    """A run: its name, the commands that make it (lists of words after `python`), and the names of the
+    jobs it needs."""
 
     def __init__(self, name, commands, needs=()):
         self.name, self.commands, self.needs = name, commands, needs
@@ -72,81 +122,177 @@ class Job:
         return " && ".join("python " + shlex.join(command) for command in self.commands)
 
 
-def jobs(args):
-    """All runs in the order in which they are made, by name."""
-    real, out, every = shlex.quote(args.real), shlex.quote(args.out), {}
-    tests = sorted(map(shlex.quote, open_tests(args.real)))
-    parts = os.path.join(out, "split")
+def all_jobs(real, out):
+    """{name: Job}, in the order in which they are made: the main rows first, seed by seed."""
+    rows = [(seed, name) for seed in SEEDS for name in ALL_SEEDS]
+    rows += [(0, name) for name in PRETRAINING if name not in ALL_SEEDS]
+    tests = sorted(open_tests(real))
 
-    def add(name, commands, *needs):
-        every[name] = Job(name, list(map(shlex.split, commands)), needs)
+    jobs = [split_job(real, out)]
+    for seed, name in rows:
+        if PRETRAINING[name] is not None:
+            jobs.append(pretraining_job(name, seed, out))
+        for length in FINE_TUNING:
+            if length == "tenth" or name in MAIN_ROWS:
+                jobs.append(fine_tuning_job(name, seed, length, tests, out))
+        if name in MAIN_ROWS:
+            jobs.append(untrained_reader_job(name, seed, out))
+    return {job.name: job for job in jobs}
 
-    def looks(folder):
-        return f"evaluate.py --ckpt {folder}/last.pt --data synth:256:9 --attention {folder}/attention --json {folder}/synth.json"
 
-    add("split", [f"tests/experiments.py split --real {real} --out {out}"])
-    for seed, name in [(seed, name) for seed in SEEDS for name in SEVERAL] + [(0, name) for name in PRETRAINING if name not in SEVERAL]:
-        pre, flags, init, needs = f"{name}-s{seed}", PRETRAINING[name], "", ["split"]
-        if flags:
-            flags, teachers = re.sub("{(.*?)}", rf"{out}/\1/last.pt", flags), re.findall("{(.*?)}", flags)
-            add(pre, [f"pretrain.py {MODEL} --data synth:60000 {parts}/fit@4 --max_steps {STEPS} {flags} --seed {seed} --resume "
-                      f"--out_dir {out}/{pre}"], "split", *teachers)
-            init, needs = f"--init {out}/{pre}/last.pt ", [pre]
-        for share, (steps, _, part, times) in SHARES.items():
-            folder = f"{out}/{pre}-{share}"
-            if share == "tenth" or name in TABLE1:
-                add(f"{pre}-{share}", [
-                    f"finetune.py {init}{MODEL} --data synth:200000 {parts}/{part}@{times} --val {parts}/val --max_steps {steps} "
-                    f"--seed {seed} --resume --out_dir {folder}",
-                    f"evaluate.py --ckpt {folder}/best.pt --data {' '.join(tests)} --heights 16 12 8 --rotations 15 30 --json {folder}/real.json",
-                    looks(folder)], *needs)
-        if name in TABLE1:                                           # a recognizer of no training, to look at the encoder alone
-            folder = f"{out}/{pre}-before"
-            add(f"{pre}-before", [f"finetune.py {init}{MODEL} --freeze_encoder --data synth:64 --max_steps 1 --seed {seed} --workers 0 "
-                                  f"--resume --out_dir {folder}", looks(folder)], *needs)
-    return every
+def split_job(real, out):
+    return Job("split", [["tests/experiments.py", "split", "--real", real, "--out", out]])
+
+
+def pretraining_job(name, seed, out):
+    """Pre-trains by a row of PRETRAINING."""
+    run = f"{name}-s{seed}"
+    flags, needs = [], ["split"]
+    for word in PRETRAINING[name].split():
+        if word.startswith("{"):
+            teacher = word.strip("{}")
+            needs.append(teacher)
+            word = f"{out}/{teacher}/last.pt"
+        flags.append(word)
+    command = ["pretrain.py", *MODEL, "--data", "synth:60000", f"{out}/split/fit@4",
+               "--max_steps", str(PRETRAINING_STEPS), *flags,
+               "--seed", str(seed), "--resume", "--out_dir", f"{out}/{run}"]
+    return Job(run, [command], needs)
+
+
+def fine_tuning_job(name, seed, length, tests, out):
+    """Fine-tunes, reads the test sets once, and draws where the recognizer looks."""
+    run = f"{name}-s{seed}-{length}"
+    kind, folder = FINE_TUNING[length], f"{out}/{run}"
+    init, needs = pretrained(name, seed, out)
+    train = ["finetune.py", *init, *MODEL,
+             "--data", "synth:200000", f"{out}/split/{kind.part}@{kind.times}", "--val", f"{out}/split/val",
+             "--max_steps", str(kind.steps), "--seed", str(seed), "--resume", "--out_dir", folder]
+    read = ["evaluate.py", "--ckpt", f"{folder}/best.pt", "--data", *tests,
+            "--heights", "16", "12", "8", "--rotations", "15", "30", "--json", f"{folder}/real.json"]
+    return Job(run, [train, read, attention_command(folder)], needs)
+
+
+def untrained_reader_job(name, seed, out):
+    """A recognizer that learned nothing, for a look at where the pre-trained encoder looks."""
+    run = f"{name}-s{seed}-before"
+    folder = f"{out}/{run}"
+    init, needs = pretrained(name, seed, out)
+    train = ["finetune.py", *init, *MODEL, "--freeze_encoder", "--data", "synth:64", "--max_steps", "1",
+             "--seed", str(seed), "--workers", "0", "--resume", "--out_dir", folder]
+    return Job(run, [train, attention_command(folder)], needs)
+
+
+def pretrained(name, seed, out):
+    """-> finetune.py's flags that start from a run's encoder; the jobs that make it."""
+    if PRETRAINING[name] is None:
+        return [], ["split"]
+    run = f"{name}-s{seed}"
+    return ["--init", f"{out}/{run}/last.pt"], [run]
+
+
+def attention_command(folder):
+    return ["evaluate.py", "--ckpt", f"{folder}/last.pt", "--data", "synth:256:9",
+            "--attention", f"{folder}/attention", "--json", f"{folder}/synth.json"]
 
 
 def open_tests(real):
+    """The folders of the test sets."""
     folder = os.path.join(real, "test")
     try:
-        return [os.path.join(folder, name) for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))]
+        paths = [os.path.join(folder, name) for name in os.listdir(folder)]
     except OSError as error:
-        raise UserError(f"--real {real}: {error.strerror}; expected a folder with train and test in it") from None
+        expected = "expected a folder with train and test in it"
+        raise UserError(f"--real {real}: {error.strerror}; {expected}") from None
+    return [path for path in paths if os.path.isdir(path)]
 
 
-def split(args):
-    """Packs every tenth labelled crop of train/ as `val`, the others as `fit`, and every tenth of those as `tenth`; what a
-    test set holds too is left out."""
-    train, place = os.path.join(args.real, "train"), os.path.join(args.out, "split")
-    source, also = open_source(train), os.path.join(place, "also_in_test.tsv")
-    os.makedirs(place, exist_ok=True)
-    subprocess.run([sys.executable, "data.py", "check", train, "--against", *open_tests(args.real), "--write_list", also], cwd=ROOT, check=True)
-    with open(also, encoding="utf-8") as file:
-        tested = {int(line.split("\t")[0]) for line in file}
-    fit = [i for i in range(len(source)) if i % 10 and i not in tested]
-    for name, kept in dict(fit=fit, tenth=fit[::10], val=[i for i in range(len(source)) if not i % 10 and i not in tested]).items():
-        without, kept = os.path.join(place, name + ".tsv"), set(kept)
-        with open(without, "w", encoding="utf-8") as file:
-            file.writelines(f"{i}\t{source.where(i)}\n" for i in range(len(source)) if i not in kept)
-        if not os.path.exists(os.path.join(place, name)):
-            subprocess.run([sys.executable, "data.py", "pack", train, os.path.join(place, name), "--without", without], cwd=ROOT, check=True)
+# ---- splitting the training crops
+
+def split(real, out):
+    """Packs every tenth labelled crop of train/ as `val`, the others as `fit`, and every tenth of those
+    as `tenth`. What a test set holds too is left out."""
+    train, folder = os.path.join(real, "train"), os.path.join(out, "split")
+    os.makedirs(folder, exist_ok=True)
+    in_tests = crops_in_tests(train, open_tests(real), os.path.join(folder, "also_in_test.tsv"))
+
+    source = open_source(train)
+    fit, val = [], []
+    for i in range(len(source)):
+        if i in in_tests:
+            continue
+        if i % 10 == 0:
+            val.append(i)
+        else:
+            fit.append(i)
+    for name, kept in [("fit", fit), ("tenth", fit[::10]), ("val", val)]:
+        pack(source, set(kept), train, os.path.join(folder, name))
 
 
-def cpu():
-    """Model of the processor, by which speeds can be told apart."""
-    with open("/proc/cpuinfo" if os.path.exists("/proc/cpuinfo") else os.devnull) as file:
-        models = re.findall("model name\\s*: (.*)", file.read())
-    return models[0] if models else platform.processor()
+def crops_in_tests(train, tests, list_path):
+    """Numbers of the training crops that a test set holds too."""
+    run_script("data.py", "check", train, "--against", *tests, "--write_list", list_path)
+    with open(list_path, encoding="utf-8") as file:
+        return {int(line.split("\t")[0]) for line in file}
+
+
+def pack(source, kept, train, path):
+    """Packs the crops `kept` of train/ into an LMDB, if it is not there yet."""
+    without = path + ".tsv"
+    with open(without, "w", encoding="utf-8") as file:
+        for i in range(len(source)):
+            if i not in kept:
+                file.write(f"{i}\t{source.where(i)}\n")
+    if not os.path.exists(path):
+        run_script("data.py", "pack", train, path, "--without", without)
+
+
+def run_script(*command):
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+# ---- running
+
+def run_all(jobs, chosen, out):
+    """Makes the chosen jobs and what they need, in turns with other processes on the same --out."""
+    left = with_needs(jobs, chosen)
+    while True:
+        left = [name for name in left if not jobs[name].done(out)]
+        if not left:
+            return
+        if not work_on_one(jobs, left, out):
+            time.sleep(10)                      # other processes are at all that can be done now
+
+
+def work_on_one(jobs, names, out):
+    """Makes the first job that is ready and that no other process makes -> False if there is none."""
+    for name in names:
+        ready = all(jobs[need].done(out) for need in jobs[name].needs)
+        if ready and work(jobs[name], out):
+            return True
+    return False
+
+
+def with_needs(jobs, names):
+    """The names, each after those that it needs, each once."""
+    ordered = []
+    for name in names:
+        for needed in [*with_needs(jobs, jobs[name].needs), name]:
+            if needed not in ordered:
+                ordered.append(needed)
+    return ordered
 
 
 def work(job, out):
-    """Runs a job's commands, which resume by themselves, and leaves done.json -> True; False if another process is at it, or has done
-    it. UserError: which command failed, and where its log is."""
-    import fcntl                                                     # Windows has none
-    os.makedirs(job.folder(out), exist_ok=True)
-    log, start = os.path.join(job.folder(out), "log.txt"), time.time()
-    with open(os.path.join(job.folder(out), "lock"), "w") as lock:   # let go of when this process and the command end, however they end
+    """Runs a job's commands, which resume by themselves, and leaves done.json -> True. False if another
+    process is at it, or has done it. UserError: which command failed, and where its log is."""
+    import fcntl                                # Windows has none
+    folder = job.folder(out)
+    os.makedirs(folder, exist_ok=True)
+    began = time.time()
+
+    # The lock is let go of when this process and the command have ended, however they end.
+    with open(os.path.join(folder, "lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -155,39 +301,105 @@ def work(job, out):
             return False
         print(f"{job.name}: {job.line()}", flush=True)
         for command in job.commands:
-            with open(log, "a") as file:
-                status = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                                        pass_fds=[lock.fileno()]).returncode
-            if status:
-                raise UserError(f"{job.name}: `{' '.join(command)}` ended with {status}; see {log}")
-        with open(os.path.join(job.folder(out), "done.json"), "w") as file:
-            json.dump(dict(seconds=time.time() - start, cpu=cpu()), file)
+            run_logged(job, command, os.path.join(folder, "log.txt"), lock)
+        with open(os.path.join(folder, "done.json"), "w") as file:
+            json.dump(dict(seconds=time.time() - began, cpu=cpu_model()), file)
     return True
 
 
-# ---- records and tables
+def run_logged(job, command, log, lock):
+    with open(log, "a") as file:
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                              pass_fds=[lock.fileno()])
+    if done.returncode:
+        raise UserError(f"{job.name}: `{' '.join(command)}` ended with {done.returncode}; see {log}")
+
+
+def cpu_model():
+    """The processor's name: speeds compare on one kind only."""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            found = re.search("model name\\s*: (.*)", file.read())
+        if found:
+            return found[1]
+    return platform.processor()
+
+
+# ---- records: a line of tests/results.jsonl for each run
+
+LAST_LINES = 5                                  # logged lines over which a loss is averaged: 100 steps
+
 
 def record(out, name):
-    """What the tables need of a run that is done, as one line of tests/results.jsonl."""
-    def read(file, lines=False):
-        path = os.path.join(out, name, file)
-        with open(path if os.path.exists(path) else os.devnull, encoding="utf-8") as opened:
-            return list(map(json.loads, opened)) if lines else json.loads(opened.read() or "{}")
-    done, real, synth, log = read("done.json"), read("real.json"), read("synth.json"), read("log.jsonl", lines=True)
-    of = lambda key: [row[key] for row in log if key in row]
+    """What the tables need of a run that is done."""
+    folder = os.path.join(out, name)
+    done = read_json(os.path.join(folder, "done.json"))
+    real = read_json(os.path.join(folder, "real.json"))
+    synth = read_json(os.path.join(folder, "synth.json"))
+    log = read_lines(os.path.join(folder, "log.jsonl"))
+
     found = dict(run=name, seconds=done["seconds"], cpu=done["cpu"])
     if real:
-        found |= dict(val=max(of("val_accuracy")), average=real["average"], sets={key: row["accuracy"] for key, row in real["sets"].items()})
-        found |= {change: {key: row["average"] for key, row in real[change].items()} for change in ("heights", "rotations")}
-    found |= synth.get("attention", {}).get("synth", {})
-    if not real and not synth:                             # pre-training: its last 100 steps, five logged lines
-        found |= {key: statistics.mean(of(key)[-5:]) for key in ("mim", "nsp", "spread") if of(key)}
-        found |= dict(crops_per_s=statistics.median(of("crops_per_s")), peak_gb=max(of("peak_gb"))) if log else {}
-    return json.loads(json.dumps(found), parse_float=lambda number: round(float(number), 4))
+        found.update(record_readings(real, log))
+    if synth:
+        found.update(synth.get("attention", {}).get("synth", {}))
+    if log and not real and not synth:
+        found.update(record_pretraining(log))
+    return round_numbers(found)
+
+
+def record_readings(real, log):
+    """Of a fine-tuning: the best validation, and the test sets, as they are and reduced or turned."""
+    found = dict(val=max(column(log, "val_accuracy")), average=real["average"])
+    found["sets"] = {name: one["accuracy"] for name, one in real["sets"].items()}
+    for change in ("heights", "rotations"):
+        found[change] = {value: one["average"] for value, one in real[change].items()}
+    return found
+
+
+def record_pretraining(log):
+    """Of a pre-training: its last losses, its speed, its memory."""
+    found = {}
+    for key in ("mim", "nsp", "spread"):
+        values = column(log, key)
+        if values:
+            found[key] = statistics.mean(values[-LAST_LINES:])
+    found["crops_per_s"] = statistics.median(column(log, "crops_per_s"))
+    found["peak_gb"] = max(column(log, "peak_gb"))
+    return found
+
+
+def column(log, key):
+    return [row[key] for row in log if key in row]
+
+
+def round_numbers(found):
+    """To four decimals, at every depth."""
+    return json.loads(json.dumps(found), parse_float=round_text)
+
+
+def round_text(number):
+    return round(float(number), 4)
+
+
+def read_json(path):
+    """A file's dict, or an empty one if there is no file."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def read_lines(path):
+    """A dict for each line of a file, or none if there is no file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def read_records(path):
-    """{name: record} of a file's lines."""
+    """{run: record} of a file's lines."""
     found = {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -195,125 +407,259 @@ def read_records(path):
                 row = json.loads(line)
                 found[row["run"]] = row
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"--record {path}: line {number} is no record; expected lines that `table` wrote") from None
+                expected = "expected lines that `table` wrote"
+                raise UserError(f"--record {path}: line {number} is no record; {expected}") from None
     return found
 
 
-def records(args, every):
-    """{name: record} of the lines of --record and of the runs in --out, which go before; --record is brought up to date."""
-    found = read_records(args.record) if args.record and os.path.exists(args.record) else {}
-    found |= {name: record(args.out, name) for name in every if every[name].done(args.out) and name != "split"}
-    if args.record:
-        with open(args.record + ".part", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(found[name]) + "\n" for name in sorted(found))
-        os.replace(args.record + ".part", args.record)
+def write_records(found, path):
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        for name in sorted(found):
+            file.write(json.dumps(found[name]) + "\n")
+    os.replace(path + ".part", path)
+
+
+def collect_records(jobs, out, path):
+    """{run: record} of the runs in --out and of the lines of --record, which is brought up to date. A run
+    in --out goes before its line."""
+    found = {}
+    if path and os.path.exists(path):
+        found = read_records(path)
+    for name, job in jobs.items():
+        if job.done(out) and name != "split":
+            found[name] = record(out, name)
+    if path:
+        write_records(found, path)
     return found
+
+
+# ---- tables
+
+TEST_SETS = ["IIIT5k_3000", "SVT", "IC13_857", "IC15_2077"]
+HEIGHTS = ["16", "12", "8"]
+ROTATIONS = ["15", "30"]
+NOTHING = "-"                                   # of a run that has not been made
+
+
+def all_tables(found):
+    """All records, as Markdown."""
+    tables = [words_read_table(found, length) for length in FINE_TUNING]
+    tables.append(equal_time_table(found))
+    tables.append(changes_table(found))
+    tables += [robustness_table(found, length) for length in FINE_TUNING]
+    tables.append(attention_table(found, "before", "before", ["cls", "patches"]))
+    tables.append(attention_table(found, "tenth", "after 2,000 steps of", ["cls", "patches", "decoder"]))
+    return "\n".join(table for table in tables if table) + "\n"
+
+
+def markdown(title, head, rows, folded=False):
+    """A table without the rows that hold nothing. A folded one opens at a click on GitHub."""
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        if set(row[1:]) - {NOTHING, "0"}:
+            lines.append("| " + " | ".join(row) + " |")
+    if len(lines) == 2:
+        return ""
+    if folded:
+        return "\n".join(["", f"<details><summary>{title}</summary>", "", *lines, "", "</details>"])
+    return "\n".join(["", f"**{title}**", "", *lines])
+
+
+def each_seed(found, run, *keys):
+    """The value of each seed of a run, such as "mim-s{}-tenth", or None where there is none."""
+    values = []
+    for seed in SEEDS:
+        value = found.get(run.format(seed))
+        for key in keys:
+            if value is not None:
+                value = value.get(key)
+        values.append(value)
+    return values
 
 
 def mean_sd(values, form="{:.1f}"):
-    """Mean, and how far the seeds lie apart (standard deviation), of what is there."""
-    values = [v for v in values if v is not None]
+    """Mean of the seeds that are there, and their standard deviation: how far they lie apart."""
+    values = [value for value in values if value is not None]
     if not values:
-        return "-"
-    return form.format(statistics.mean(values)) + (f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else "")
+        return NOTHING
+    text = form.format(statistics.mean(values))
+    if len(values) > 1:
+        text += " ± " + form.format(statistics.stdev(values))
+    return text
 
 
-def tables(found):
-    """All records, as Markdown."""
-    lines = []
+def count_seeds(found, run):
+    values = each_seed(found, run)
+    return str(len(values) - values.count(None))
 
-    def of(run, *keys):
-        """The value of each seed of a run such as `mim-s{}-tenth`, or None."""
-        values = [found.get(run.format(seed)) for seed in SEEDS]
-        for key in keys:
-            values = [None if value is None else value.get(key) for value in values]
-        return values
 
-    def table(title, head, body, folded=False):
-        """Folded tables open at a click where the README is shown as a page."""
-        rows = [row for row in body if set(row[1:-1]) - {"-"}]
-        if rows:
-            rows = ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
-            lines.extend(["", f"<details><summary>{title}</summary>" if folded else f"**{title}**", "", *rows])
-            lines.extend(["", "</details>"] if folded else [])
-    seeds = lambda run: sum(value is not None for value in of(run))
-    for share, (steps, labels, *_) in SHARES.items():
-        body = []
-        for name in TABLE1:
-            runs = f"{name}-s{{}}-{share}"
-            sets = [mean_sd(of(runs, "sets", s)) for s in ("IIIT5k_3000", "SVT", "IC13_857", "IC15_2077")]
-            averages = of(runs, "average")
-            body.append([f"`{name}`", *sets, mean_sd(averages), ", ".join(mean_sd([one]) for one in averages)])
-        table(f"Words read (%) after {steps:,} steps of fine-tuning on 200,000 rendered words and {labels} of the real ones",
-              ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "each seed"], body)
-    body = [[f"`{name}`", f"{STEPS * (1 + name.endswith('_x2')):,}", mean_sd(of(name + "-s{}-tenth", "average")[:1])] for name in EQUAL_TIME]
-    table("Words read (%) after pre-training for about the same time, then 2,000 steps of fine-tuning, a tenth of the real words (first seed)",
-          ["pre-training", "its steps", "average"], [row for row in body if row[-1] != "-"])
-    cpus = [row["cpu"] for row in found.values() if "crops_per_s" in row]
-    body, usual = [], max(cpus, key=cpus.count, default=None)          # speeds of another CPU compare with nothing
+def words_read_table(found, length):
+    kind = FINE_TUNING[length]
+    rows = []
+    for name in MAIN_ROWS:
+        run = f"{name}-s{{}}-{length}"
+        row = [f"`{name}`"]
+        for test_set in TEST_SETS:
+            row.append(mean_sd(each_seed(found, run, "sets", test_set)))
+        averages = each_seed(found, run, "average")
+        row.append(mean_sd(averages))
+        if row[-1] != NOTHING:
+            row.append(", ".join(mean_sd([average]) for average in averages))
+        rows.append(row)
+    title = (f"Words read (%) after {kind.steps:,} steps of fine-tuning on 200,000 rendered words "
+             f"and {kind.labels} of the real ones")
+    return markdown(title, ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "each seed"], rows)
+
+
+def equal_time_table(found):
+    rows = []
+    for name in EQUAL_TIME:
+        steps = PRETRAINING_STEPS
+        if name.endswith("_x2"):
+            steps = 2 * steps
+        first_seed = each_seed(found, name + "-s{}-tenth", "average")[:1]
+        if first_seed != [None]:
+            rows.append([f"`{name}`", f"{steps:,}", mean_sd(first_seed)])
+    title = ("Words read (%) after pre-training for about the same time, then 2,000 steps of fine-tuning, "
+             "a tenth of the real words (first seed)")
+    return markdown(title, ["pre-training", "its steps", "average"], rows)
+
+
+def changes_table(found):
+    usual = usual_cpu(found)
+    rows = []
     for name in PRETRAINING:
-        last = lambda key, form="{:.3f}": mean_sd(of(name + "-s{}", key), form)
-        speed = [value if on == usual else None for value, on in zip(of(name + "-s{}", "crops_per_s"), of(name + "-s{}", "cpu"))]
-        body.append([f"`{name}`", last("mim"), last("nsp"), last("spread"), mean_sd(speed, "{:.0f}"), last("peak_gb", "{:.2f}"),
-                     mean_sd(of(name + "-s{}-tenth", "average")), seeds(name + "-s{}-tenth")])
-    table("What each change does, and costs", ["pre-training", "mim", "nsp", "spread", "crops/s, one core", "GB", "words read (%), a tenth of the real", "seeds"], body)
-    for share, (steps, labels, *_) in SHARES.items():
-        body = []
-        for name in TABLE1:
-            runs = f"{name}-s{{}}-{share}"
-            kept = lambda *keys: mean_sd([100 * b / a if a and b is not None else None for a, b in zip(of(runs, "average"), of(runs, *keys))])
-            body.append([f"`{name}`", *(kept("heights", h) for h in ("16", "12", "8")), *(kept("rotations", r) for r in ("15", "30"))])
-        table(f"Robustness after {steps:,} steps with {labels} of the real words: accuracy on reduced or turned crops, "
-              "in per cent of that on crops as they are", ["from", "16 px", "12 px", "8 px", "15°", "30°"], body, folded=True)
-    area = next((row["text_area"] for row in found.values() if "text_area" in row), 0)
-    for share, when, who in (("before", "before", ("cls", "patches")), ("tenth", "after 2,000 steps of", ("cls", "patches", "decoder"))):
-        body = []
-        for name in TABLE1:
-            runs = f"{name}-s{{}}-{share}"
-            looks = [mean_sd(of(runs, look, what), "{:.3f}") for look in who for what in ("share", "entropy")]
-            body.append([f"`{name}`", *looks, seeds(runs)])
-        table(f"Attention {when} fine-tuning, on 256 rendered words: share on text (blind: {area:.3f}) and entropy",
-              ["from", "[cls]", "entropy", "patches", "entropy", "letters", "entropy"][:1 + 2 * len(who)] + ["seeds"], body, folded=True)
-    return "\n".join(lines) + "\n"
+        run, fine = name + "-s{}", name + "-s{}-tenth"
+        row = [f"`{name}`"]
+        for key in ("mim", "nsp", "spread"):
+            row.append(mean_sd(each_seed(found, run, key), "{:.3f}"))
+        row.append(mean_sd(speeds(found, run, usual), "{:.0f}"))
+        row.append(mean_sd(each_seed(found, run, "peak_gb"), "{:.2f}"))
+        row.append(mean_sd(each_seed(found, fine, "average")))
+        row.append(count_seeds(found, fine))
+        rows.append(row)
+    head = ["pre-training", "mim", "nsp", "spread", "crops/s, one core", "GB",
+            "words read (%), a tenth of the real", "seeds"]
+    return markdown("What each change does, and costs", head, rows)
+
+
+def usual_cpu(found):
+    """The processor of most pre-trainings."""
+    cpus = [row["cpu"] for row in found.values() if "crops_per_s" in row]
+    return max(cpus, key=cpus.count, default=None)
+
+
+def speeds(found, run, cpu):
+    """Each seed's crops a second, or None where it ran on another processor: it compares with nothing."""
+    values = []
+    for speed, its_cpu in zip(each_seed(found, run, "crops_per_s"), each_seed(found, run, "cpu")):
+        if its_cpu != cpu:
+            speed = None
+        values.append(speed)
+    return values
+
+
+def robustness_table(found, length):
+    kind = FINE_TUNING[length]
+    rows = []
+    for name in MAIN_ROWS:
+        run = f"{name}-s{{}}-{length}"
+        row = [f"`{name}`"]
+        row += [kept(found, run, "heights", height) for height in HEIGHTS]
+        row += [kept(found, run, "rotations", angle) for angle in ROTATIONS]
+        rows.append(row)
+    title = (f"Robustness after {kind.steps:,} steps with {kind.labels} of the real words: accuracy on "
+             "reduced or turned crops, in per cent of that on crops as they are")
+    return markdown(title, ["from", "16 px", "12 px", "8 px", "15°", "30°"], rows, folded=True)
+
+
+def kept(found, run, change, value):
+    """Accuracy on changed crops, in per cent of that on crops as they are."""
+    shares = []
+    for plain, changed in zip(each_seed(found, run, "average"), each_seed(found, run, change, value)):
+        if plain and changed is not None:
+            shares.append(100 * changed / plain)
+    return mean_sd(shares)
+
+
+def attention_table(found, length, when, who_looks):
+    rows = []
+    for name in MAIN_ROWS:
+        run = f"{name}-s{{}}-{length}"
+        row = [f"`{name}`"]
+        for who in who_looks:
+            for what in ("share", "entropy"):
+                row.append(mean_sd(each_seed(found, run, who, what), "{:.3f}"))
+        row.append(count_seeds(found, run))
+        rows.append(row)
+    head = ["from", "[cls]", "entropy", "patches", "entropy"]
+    if "decoder" in who_looks:
+        head += ["letters", "entropy"]
+    title = (f"Attention {when} fine-tuning, on 256 rendered words: share on text "
+             f"(of blind attention: {text_area(found):.3f}) and entropy")
+    return markdown(title, [*head, "seeds"], rows, folded=True)
+
+
+def text_area(found):
+    """The text's share of the area of the 256 words, the same in every run."""
+    for row in found.values():
+        if "text_area" in row:
+            return row["text_area"]
+    return 0.0
+
+
+# ---- the command
+
+START, END = "<!-- tables -->\n", "<!-- /tables -->"
+
+
+def write_tables(text, path):
+    """Puts the tables between the marks of a file."""
+    with open(path, encoding="utf-8") as file:
+        page = file.read()
+    if START not in page or END not in page.partition(START)[2]:
+        raise UserError(f"--write {path}: expected the marks {START.strip()} and {END} in it")
+    head, _, rest = page.partition(START)
+    tail = rest.partition(END)[2]
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(head + START + text + END + tail)
+
+
+def parse_args():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("what", choices=["list", "split", "run", "table"], help="what to do")
+    add("--real", required=True, metavar="DIR", help="the folder of train/ and test/")
+    add("--out", default="out/experiments", help="where the runs are")
+    add("--only", default="", metavar="REGEX", help="only runs whose whole name matches, and what they need")
+    add("--record", metavar="FILE", help="the tables show its runs too, and it takes up those of --out")
+    add("--write", metavar="FILE", help="write the tables into it, between its marks, see docs/results.md")
+    return parser.parse_args()
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=["list", "split", "run", "table"], help="what to do")
-    parser.add_argument("--real", required=True, metavar="DIR", help="the folder of train/ and test/")
-    parser.add_argument("--out", default="out/experiments", help="where the runs are")
-    parser.add_argument("--only", default="", metavar="REGEX", help="only runs whose whole name matches, and what they need")
-    parser.add_argument("--record", metavar="FILE", help="the tables show its runs too, and it takes up those of --out")
-    parser.add_argument("--readme", metavar="FILE", help="write the tables into it, between <!-- tables --> and <!-- /tables -->")
-    args = parser.parse_args()
-    args.real, args.out = os.path.abspath(args.real), os.path.abspath(args.out)
-    every = jobs(args)
-    chosen = [name for name in every if re.fullmatch(args.only or ".*", name)]
+    args = parse_args()
+    real, out = os.path.abspath(args.real), os.path.abspath(args.out)
+    jobs = all_jobs(real, out)
+    chosen = [name for name in jobs if re.fullmatch(args.only or ".*", name)]
     if not chosen:
         raise UserError(f"--only {args.only}: matches no run; see list")
+
     if args.what == "split":
-        split(args)
-    elif args.what == "list":
+        split(real, out)
+        return
+    if args.what == "list":
         for name in chosen:
-            print(f"{'done' if every[name].done(args.out) else 'open'}  {name}: {every[name].line()}")
-    elif args.what == "run":
-        ahead = lambda name: [first for need in every[name].needs for first in ahead(need)] + [name]
-        left = list(dict.fromkeys(need for name in chosen for need in ahead(name)))
-        while left := [name for name in left if not every[name].done(args.out)]:
-            ready = [name for name in left if all(every[need].done(args.out) for need in every[name].needs)]
-            if not any(work(every[name], args.out) for name in ready):
-                time.sleep(10)                                       # other processes are at all of them
-    text = tables(records(args, every)) if args.what in ("run", "table") else ""
+            state = "done" if jobs[name].done(out) else "open"
+            print(f"{state}  {name}: {jobs[name].line()}")
+        return
+    if args.what == "run":
+        run_all(jobs, chosen, out)
+    text = all_tables(collect_records(jobs, out, args.record))
     print(text, end="")
-    if args.readme and text:
-        with open(args.readme, encoding="utf-8") as file:
-            head, _, rest = file.read().partition("<!-- tables -->\n")
-        _, mark, tail = rest.partition("<!-- /tables -->")
-        if not mark:
-            raise UserError(f"--readme {args.readme}: expected the marks <!-- tables --> and <!-- /tables --> in it")
-        with open(args.readme, "w", encoding="utf-8") as file:
-            file.write(f"{head}<!-- tables -->\n{text}{mark}{tail}")
+    if args.write:
+        write_tables(text, args.write)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)
