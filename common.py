@@ -1,15 +1,17 @@
-"""What every script needs, and no reader must read first: plain functions, in the order in
-which a run uses them.
+"""What every script needs. Read this last: a script's main() says what is called when.
 
     errors and flags    UserError, run_main, Parser, number_in, add_training_flags
     device              pick_device, pick_dtype, autocast, to_device
-    ranks               rank, world_size, join_ranks, sum_over_ranks
-    checkpoints         read_checkpoint, load_state, find_checkpoint, save_checkpoint
-    steps               learning_rate, weight_groups, wrap_model, step_unless_not_finite
+    ranks               rank, world_size, join_ranks, sum_over_ranks, StopSignal
+    checkpoints         read_checkpoint, load_state, find_checkpoint, check_resume,
+                        resume_training, training_state, save_checkpoint
+    steps               count_steps, learning_rate, weight_groups, wrap_model,
+                        step_unless_not_finite
     log                 say, Log
 
-A checkpoint is one dict of plain types and tensors: model, optimizer, scaler, step, bad,
-args and data."""
+A checkpoint is one dict of plain types and tensors: model, optimizer, scaler, step, skipped,
+args, order and damage; a recognizer's also holds charset and best.
+"""
 import argparse
 import contextlib
 import ctypes
@@ -22,7 +24,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import traceback
 import uuid
@@ -42,39 +43,46 @@ class UserError(Exception):
 
 
 def run_main(main):
-    """Calls main() and exits. What the user can mend becomes one line on stderr and exit
-    status 2."""
+    """Calls main() and exits. What the user can mend becomes one line on stderr and exit status 2;
+    a mistake in the program keeps its traceback. STR_TRACEBACK=1 shows every traceback."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):       # a notebook's streams cannot be told
-            # a letter that the terminal lacks is no error
+        # a letter that the terminal lacks is printed as \u...; a notebook cannot be told so
+        with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
-    status = 0
+    status = 1
     try:
         main()
+        status = 0
     except KeyboardInterrupt:
         status = 130
-    except (UserError, OSError, RuntimeError) as error:
-        text = one_line(error)
-        # they hold the loader: its processes end now
+    except Exception as error:
+        line = line_for_user(error)
+        if line is None or os.environ.get("STR_TRACEBACK"):
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
+        # the traceback's frames hold the loader, whose processes would outlive the error
         traceback.clear_frames(error.__traceback__)
-        print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
         status = 2
-    leave_ranks(status)
+    finally:
+        leave_ranks(status)
     sys.exit(status)
 
 
-def one_line(error):
-    """The line that run_main prints. A RuntimeError that is not the loader's is a bug here
-    and is raised again."""
-    text = str(error).strip().split("\n")[-1]   # a loader's process sends its whole traceback
-    if isinstance(error, RuntimeError):
-        if "DataLoader worker" not in text:
-            raise error
+def line_for_user(error):
+    """The line that tells the user what to mend, or None: then the program is to be mended."""
+    text = str(error).strip().split("\n")[-1]               # a loader's process sends a traceback
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (UserError, OSError)):
+        return text
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full; lower --batch_size (and raise --accum_iter as much)"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         text = text.rstrip(".")
         return f"{text}; if memory ran out, lower --workers; training goes on with --resume"
-    if getattr(error, "filename", None):
-        return f"{error.filename}: {error.strerror}"
-    return text
+    if isinstance(error, RuntimeError) and "Connection closed by peer" in text:
+        return "another rank has ended; what it said stands above"
+    return None
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,6 +93,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
 
     def error(self, message):
+        # "argument --lr: 0: expected a number" becomes "--lr 0: expected a number"
         message = re.sub("^argument (.*?): (.*: expected)", r"\1 \2", message)
         self.exit(2, f"{self.prog}: {message}\n")
 
@@ -133,8 +142,8 @@ def add_training_flags(parser, models):
     add("--model", choices=models, default="vit_small",
         help="vit_nano trains on a laptop, vit_small is the papers'")
     add("--data", nargs="+", default=["synth"], metavar="SRC",
-        help="synth[:N[:SEED]], an LMDB folder or a tree of them, a .txt/.tsv/.jsonl/.json of "
-        "labels, a folder of images; SRC@5 is seen five times as often")
+        help="synth[:N[:SEED]], an LMDB folder or a tree of them, a .txt/.tsv/.csv/.jsonl/.json "
+        "of labels, a folder of images; SRC@5 is seen five times as often")
     add("--fonts",
         help="a folder of .ttf or .otf files for rendered words, besides those of the system")
     add("--rotate_tall", action="store_true",
@@ -152,7 +161,7 @@ def add_training_flags(parser, models):
     add("--lr", type=positive, help="the learning rate itself, instead of --blr")
     add("--min_lr", type=not_negative, default=0.0, help="where the cosine ends")
     add("--warmup_epochs", type=not_negative, default=1,
-        help="epochs of rising rate; with --max_steps the same share of them")
+        help="epochs of rising rate; with --max_steps, warmup_epochs / epochs of all steps")
     add("--weight_decay", type=not_negative, default=0.05,
         help="AdamW's; never on biases, norms and tokens")
     add("--clip_grad", type=not_negative, default=0.0,
@@ -179,15 +188,15 @@ def add_training_flags(parser, models):
 
 
 def parse_with_recipe(parser, recipes, stored_model=None):
-    """Parses with the defaults of --model's row of `recipes`, so that --help shows them
-    too. `stored_model` is the size that a checkpoint was made with; it stands in for a
-    --model that is not typed."""
+    """Parses with the defaults of --model's row of `recipes`, so that --help shows them too.
+    `stored_model`, the size that a checkpoint was made with, stands in for an untyped --model."""
     first = Parser(add_help=False)
     first.add_argument("--model", default=stored_model or "vit_small")
     model = first.parse_known_args()[0].model
-    parser.set_defaults(model=model, **recipes.get(model, {}))
+    recipe = dict(recipes.get(model, {}))
     if "epochs" in typed_flags():
-        parser.set_defaults(max_steps=None)                 # the recipe's; what is typed stands
+        recipe.pop("max_steps", None)
+    parser.set_defaults(model=model, **recipe)
     return parser.parse_args()
 
 
@@ -207,19 +216,19 @@ def check_data_flags(parser, args):
 
 
 def check_training_flags(parser, args):
-    """Ends with one line if a typed flag has no effect with the others. -> the typed names."""
-    typed = typed_flags()
-    if "blr" in typed and "lr" in typed:
+    """Ends with one line if a typed flag has no effect with the others."""
+    if {"blr", "lr"} <= typed_flags():
         parser.error("--blr has no effect with --lr; leave one of them out")
     check_data_flags(parser, args)
-    return typed
 
 
 # ---- device
 
 def pick_device(name):
-    """--device -> torch.device; auto takes a CUDA GPU if there is one, that of this rank.
-    UserError if it cannot be used."""
+    """--device -> torch.device, ready to use. auto takes a CUDA GPU if there is one, that of this
+    rank. UserError if it cannot be used."""
+    if world_size() > 1 and ":" in name:
+        raise UserError(f"--device {name}: torchrun gives each rank its own; type --device cuda")
     kind = name
     if name == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -230,9 +239,10 @@ def pick_device(name):
         torch.empty(1, device=device).cpu()     # which "meta", a device without memory, cannot
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # it plans anew for each new shape of reading
+        # cuDNN's attention plans anew for each new shape, and in reading each letter has one
         torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu":
         keep_memory()
@@ -243,7 +253,7 @@ def keep_memory():
     """Tells glibc to keep the memory it has. Else it gives each large block back, and Linux
     clears it anew: half of a step's time."""
     M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
-    # another system, another C library
+    # other systems and other C libraries have no mallopt
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
@@ -315,35 +325,45 @@ def join_ranks(device):
 
 
 def meet_ranks():
-    """torchrun's store, under a prefix that no earlier start has used: addresses of ranks
-    that were killed still stand in it (pytorch issue 135712). Each rank leaves a random
-    ticket; rank 0 answers every ticket with its prefix, until all have signed in."""
+    """torchrun's store, under a prefix that no earlier start has used. Without one, ranks that
+    start again would find the addresses of ranks that were killed (pytorch issue 135712)."""
     store = next(dist.rendezvous("env://"))[0]
-    if rank() > 0:
-        ticket = uuid.uuid4().hex
-        store.set(f"ticket/{rank()}", ticket)
-        # waits for the answer to this very ticket
-        prefix = store.get(f"prefix/{ticket}").decode()
-        store.set(f"{prefix}/{rank()}", "here")
-        return dist.PrefixStore(prefix, store)
+    if rank() == 0:
+        prefix = hand_out_prefix(store)
+    else:
+        prefix = ask_for_prefix(store)
+    return dist.PrefixStore(prefix, store)
 
+
+def ask_for_prefix(store):
+    """Leaves a random ticket, waits for rank 0's answer to that very ticket, and signs in."""
+    ticket = uuid.uuid4().hex
+    store.set(f"ticket/{rank()}", ticket)
+    prefix = store.get(f"prefix/{ticket}").decode()             # waits
+    store.set(f"{prefix}/{rank()}", "here")
+    return prefix
+
+
+def hand_out_prefix(store):
+    """Answers tickets with a new prefix until all ranks have signed in under it. Some tickets may
+    be of ranks that are dead: these are answered in vain."""
     prefix, began = uuid.uuid4().hex, time.time()
     others = range(1, world_size())
     while not store.check([f"{prefix}/{r}" for r in others]):
         for r in others:
-            if store.check([f"ticket/{r}"]):  # perhaps of a rank that is dead: answered in vain
+            if store.check([f"ticket/{r}"]):
                 ticket = store.get(f"ticket/{r}").decode()
                 store.set(f"prefix/{ticket}", prefix)
         if time.time() - began > 1800:
             raise UserError(f"rank 0 waited half an hour for the other {len(others)}; "
                             "were all of them started?")
         time.sleep(0.05)
-    return dist.PrefixStore(prefix, store)
+    return prefix
 
 
 def sum_over_ranks(group, *numbers):
-    """Sums of numbers of the host. Ranks decide on these alone, or some would wait for
-    others that have left."""
+    """Sums of CPU numbers over the ranks of `group`; the numbers themselves if it is None. All
+    ranks get the same, so whatever depends on it they do alike."""
     numbers = torch.tensor(numbers, dtype=torch.float64)
     if group is not None:
         dist.all_reduce(numbers, group=group)
@@ -351,30 +371,34 @@ def sum_over_ranks(group, *numbers):
 
 
 def leave_ranks(status):
-    """Gloo's threads must end before Python does, or one of them may abort it. After an
-    error NCCL is left alone: it would wait for ranks that go on."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """Gloo's threads must end before Python does, or one of them may abort it. After an error NCCL
+    is left alone: it would wait for ranks that go on."""
+    if not dist.is_available() or not dist.is_initialized():
         return
     if status in (0, 130) or dist.get_backend() != "nccl":
-        # our handlers hold what holds the threads
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        gc.collect()
+        gc.collect()                        # what still holds a group keeps its threads alive
         dist.destroy_process_group()
 
 
-def watch_signals():
-    """From now on SIGTERM and Ctrl-C ask for a stop between two steps. -> an Event that is
-    set when one came."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
+class StopSignal:
+    """From now on SIGTERM and Ctrl-C ask for a stop between two steps. A second Ctrl-C, two seconds
+    later or more, ends at once. (Under torchrun one Ctrl-C arrives twice.)"""
 
+    def __init__(self):
+        self.first = None                                       # when one came, in seconds
+        signal.signal(signal.SIGTERM, self.handle)
+        signal.signal(signal.SIGINT, self.handle)
 
-def stop_requested(stop, group):
-    """True on every rank if a signal came to any."""
-    return sum_over_ranks(group, stop.is_set())[0] > 0
+    def handle(self, number, frame):
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now
+        elif number == signal.SIGINT and now - self.first > 2:
+            raise KeyboardInterrupt
+
+    def came(self, group):
+        """True on every rank if a signal came to any."""
+        return sum_over_ranks(group, self.first is not None)[0] > 0
 
 
 # ---- checkpoints
@@ -385,7 +409,7 @@ def read_checkpoint(path):
     missing, foreign, torn or would run code."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            # of a pickle's protocol: the error below says enough
+            # torch warns of an old pickle's protocol; the error below says enough
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -434,6 +458,10 @@ def check_out_dir(path):
         raise UserError(f"--out_dir {path}: {place} cannot be written; name another folder")
 
 
+# what training_state puts into a checkpoint
+STATE = {"model", "optimizer", "scaler", "step", "skipped", "args", "order", "damage"}
+
+
 def find_checkpoint(out_dir, resume):
     """The checkpoint to go on from, with its "path", or None for a new run. UserError if the
     folder holds one and --resume was not typed. best.pt counts where a run was killed before its
@@ -447,40 +475,42 @@ def find_checkpoint(out_dir, resume):
             raise UserError(f"--out_dir {out_dir}: holds {name}; add --resume to go on, or name "
                             "another folder")
         checkpoint = read_checkpoint(path)
-        if not {"args", "data", "optimizer", "scaler", "step", "bad"} <= set(checkpoint):
+        if not STATE <= set(checkpoint):
             raise UserError(f"--resume {path}: not a training checkpoint of this project; name "
                             "another --out_dir")
         return dict(checkpoint, path=path)
     return None
 
 
-# flags that change the model, the data or their order: a run cannot go on under others
-MUST_MATCH ="""
-    model method scales teacher mask mask_ratio guidance_strength
-    data fonts rotate_tall seed dtype weight_decay
-    init layer_decay dropout drop_path freeze_encoder spell
-    charset max_length label_fraction val
+# flags that a run must be resumed with: they change the model, or the data and their order
+CHANGE_MODEL = """
+    model method scales teacher spell charset max_length init dropout drop_path freeze_encoder
     """.split()
+CHANGE_DATA = """
+    data fonts rotate_tall seed mask mask_ratio guidance_strength label_fraction val
+    """.split()
+# and flags whose old values the optimizer or the scaler would bring back in silence
+STORED = ["weight_decay", "layer_decay", "dtype"]
 
 
 def check_resume(checkpoint, args, crops_per_step, n_crops):
     """UserError that lists what differs between the run that was stopped and this one."""
     stored, now, differ = checkpoint["args"], vars(args), []
-    for name in MUST_MATCH:
-        if name in stored and name in now and stored[name] != now[name]:
-            differ.append(f"--{name} {stored[name]} there, {now[name]} here")
+    for name in CHANGE_MODEL + CHANGE_DATA + STORED:
+        if stored.get(name) != now.get(name):
+            differ.append(f"--{name} {stored.get(name)} there, {now.get(name)} here")
 
-    old_row = stored.get("objective", {})                       # METHODS' row, changed by --set
+    stored_row = stored.get("objective", {})                    # METHODS' row, changed by --set
     for name, value in now.get("objective", {}).items():
-        if old_row.get(name) != value:
-            differ.append(f"the method's {name} {old_row.get(name)} there, {value} here")
+        if stored_row.get(name) != value:
+            differ.append(f"the method's {name} {stored_row.get(name)} there, {value} here")
 
-    old_crops, old_n = checkpoint["data"]["crops"], checkpoint["data"]["n"]
-    if old_crops != crops_per_step:
-        differ.append(f"{old_crops} crops a step there, {crops_per_step} here")
-    if old_n != n_crops:
-        differ.append(f"--data held {old_n:,} crops and holds {n_crops:,} now: their order would "
-                      "be another")
+    order = checkpoint["order"]
+    if order["crops_per_step"] != crops_per_step:
+        differ.append(f"{order['crops_per_step']} crops a step there, {crops_per_step} here")
+    if order["n_crops"] != n_crops:
+        differ.append(f"--data held {order['n_crops']:,} crops and holds {n_crops:,} now: their "
+                      "order would be another")
     if differ:
         path = checkpoint["path"]
         raise UserError(f"--resume {path}: {'; '.join(differ)}; name another --out_dir")
@@ -488,38 +518,42 @@ def check_resume(checkpoint, args, crops_per_step, n_crops):
 
 def check_ranks_agree(group, step, n_crops):
     """UserError, on every rank, if ranks stand at different steps or read different data."""
-    world = world_size()
-    if sum_over_ranks(group, step, n_crops) != [step * world, n_crops * world]:
+    if group is None:
+        return
+    all_ranks = [None] * world_size()
+    dist.all_gather_object(all_ranks, (step, n_crops), group=group)
+    if len(set(all_ranks)) > 1:
         raise UserError(f"rank {rank()} stands at step {step} and reads {n_crops:,} crops of "
                         "--data, other ranks do not; expected an --out_dir that all nodes share, "
                         "and the same crops on each")
 
 
-def resume_training(checkpoint, model, optimizer, scaler, damage):
-    """Puts everything where the checkpoint was. -> the step that comes next, and `bad` (see
-    step_unless_not_finite)."""
+def resume_training(checkpoint, model, optimizer, scaler, skipped, damage):
+    """Puts everything where the checkpoint was. -> the step that comes next."""
     load_state(model, checkpoint["model"], checkpoint["path"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint["scaler"]:
+    if checkpoint["scaler"]:                                    # empty but for float16
         scaler.load_state_dict(checkpoint["scaler"])
+    skipped.copy_(torch.tensor(checkpoint["skipped"]))
     if rank() == 0:                                             # the sum over ranks was stored
-        damage.seen, damage.bad = checkpoint["data"]["damage"]
+        damage.seen, damage.damaged = checkpoint["damage"]
     say(f"resuming {checkpoint['path']} at step {checkpoint['step']}")
-    return checkpoint["step"], checkpoint["bad"]
+    return checkpoint["step"]
 
 
-def training_state(args, step, model, optimizer, scaler, bad, damage, data, group):
-    """What a checkpoint holds; data: dict(crops=a step, n=crops in all). Every rank must call
-    this: damage is counted over all of them."""
-    seen, damaged = sum_over_ranks(group, damage.seen, damage.bad)
+def training_state(args, step, model, optimizer, scaler, skipped, damage, order, group):
+    """What a checkpoint holds. order: dict(crops_per_step=, n_crops=), on which the order of crops
+    depends. Every rank must call this: damage is counted over all of them."""
+    seen, damaged = sum_over_ranks(group, damage.seen, damage.damaged)
     return dict(
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
         scaler=scaler.state_dict(),
         step=step,
-        bad=bad.tolist(),
+        skipped=skipped.tolist(),
         args=vars(args),
-        data=dict(data, damage=[int(seen), int(damaged)]),
+        order=order,
+        damage=[int(seen), int(damaged)],
     )
 
 
@@ -530,23 +564,30 @@ def save_checkpoint(path, state, group):
 
 
 def write_checkpoint(path, state):
-    """To a temporary file, flushed, then renamed: at no moment is there half a checkpoint.
-    False if it could not be written."""
+    """To a temporary file, flushed, then renamed: at no moment is there half a checkpoint. False
+    if it could not be written; then training goes on."""
     if not all(value.isfinite().all() for value in state["model"].values()):
         say(f"step {state['step']}: the weights are not finite and were not saved; "
             "lower --lr or --blr")
         return False
-    with tolerate_full_disk(path, state["step"]):
+    try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
-        return True
-    with contextlib.suppress(OSError):
-        os.remove(path + ".tmp")
-    return False
+    except (OSError, RuntimeError) as error:
+        cause = error
+        if isinstance(error, RuntimeError):                     # torch's, on top of the disk's
+            cause = error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        say_not_written(path, state["step"], cause)
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -554,10 +595,13 @@ def tolerate_full_disk(path, step):
     """A full or read-only disk is reported, and training goes on."""
     try:
         yield
-    except (OSError, RuntimeError) as error:        # torch's writer puts a RuntimeError on top
-        reason = str(error.__context__ or error).partition("\n")[0]
-        say(f"step {step}: could not write {path} ({reason}); training goes on, "
-            "what was there stays")
+    except OSError as error:
+        say_not_written(path, step, error)
+
+
+def say_not_written(path, step, error):
+    say(f"step {step}: could not write {path} ({error}); training goes on, "
+        "what was there stays")
 
 
 # ---- steps
@@ -579,8 +623,8 @@ def learning_rate(step, total_steps, warmup_steps, lr, min_lr):
 
 def weight_groups(model, weight_decay, layer_decay=1.0):
     """AdamW's groups. Matrices decay; biases, norms, tokens and the embedding of letters do
-    not (MAE). Encoder layer i of n learns at layer_decay^(n + 1 - i) of the rate, what is
-    above the encoder's blocks at the full rate (BEiT)."""
+    not (MAE). Encoder block i of n, counted from 1, learns at layer_decay^(n + 1 - i) of the rate,
+    the patch embedding as block 0, and all that is above the blocks at the full rate (BEiT)."""
     groups, n = {}, len(model.encoder.blocks)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -611,8 +655,8 @@ def wrap_model(model, compiled):
         model = torch.compile(model)
     if world_size() == 1:
         return model
-    # the model's buffers are places, which never change: no rank need send them (torch 2.13
-    # renamed the argument)
+    # the model's buffers are position codes, which never change: no rank need send them
+    # (torch 2.13 renamed the argument)
     ddp = torch.nn.parallel.DistributedDataParallel
     names = inspect.signature(ddp.__init__).parameters
     send_buffers = "broadcast_buffers"
@@ -622,8 +666,8 @@ def wrap_model(model, compiled):
 
 
 def step_generator(seed, step, stream):
-    """Random numbers of one step, the same on every rank. Views and masks have a `stream`
-    each, 0 to 15."""
+    """Random numbers of one step, the same on every rank. What must not have the same numbers,
+    such as views and masks, has a `stream` of its own, 0 to 15."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + stream)
 
 
@@ -633,21 +677,26 @@ def seed_dropout(seed, step):
     torch.manual_seed((seed * 1_000_003 + step) * 4096 + rank())
 
 
-def step_unless_not_finite(optimizer, scaler, grad_norm, bad):
-    """Steps, or on a non-finite gradient does nothing. Gradients were averaged over the
-    ranks, so all of them agree. It is decided on the device, without asking the host. bad
-    (2,): skipped steps, in a row and in all -> bad."""
+def step_unless_not_finite(optimizer, scaler, grad_norm, skipped):
+    """Steps, or does nothing if the gradient is not finite. Gradients were averaged over the
+    ranks, so all of them do the same. skipped (2,) counts such steps: in a row, and in all.
+
+    The device decides, and the host does not wait: a fused optimizer of torch leaves the weights
+    alone where its found_inf is 1. float16's scaler sets that by itself."""
+    if not optimizer.defaults.get("fused"):
+        raise ValueError("expected an optimizer with fused=True: others do not look at found_inf")
     skip = (~torch.isfinite(grad_norm)).float()
-    optimizer.found_inf = skip      # 1: the fused step does nothing (float16: the scaler's own)
-    scaler.step(optimizer)
+    optimizer.found_inf = skip                              # optimizer.step() looks at it
+    scaler.step(optimizer)                                  # which this calls
     scaler.update()
-    return torch.stack([(bad[0] + 1) * skip, bad[1] + skip])
+    skipped[0] = (skipped[0] + 1) * skip
+    skipped[1] += skip
 
 
-def stop_if_not_finite(bad, step, args):
-    """UserError after --max_bad_steps skipped steps in a row."""
-    if bad[0] >= args.max_bad_steps:
-        raise UserError(f"step {step}: {int(bad[0])} steps in a row had a non-finite gradient; "
+def stop_if_not_finite(skipped, step, args):
+    """UserError after --max_bad_steps skipped steps in a row. Waits for the device."""
+    if skipped[0] >= args.max_bad_steps:
+        raise UserError(f"step {step}: {int(skipped[0])} steps in a row had a non-finite gradient; "
                         f"lower --lr or --blr, or set --clip_grad 1; {args.out_dir}/last.pt, "
                         "if written, is from before them")
 
@@ -662,12 +711,16 @@ def say(text):
 
 
 class Log:
-    """Means over the steps since the last line: printed, and a line of out_dir/log.jsonl.
+    """Means over the steps since the last line: printed, and a line of out_dir/log.jsonl. A step
+    calls, in this order:
 
-    log.start_step() log.waited(seconds)         for data log.add(loss, terms)        each
-    micro-step; nothing is read from the device log.end_step(line_due)          reads them
-    if a line is due, inside the step's time: reading waits for the device log.write(...)
-    if a line is due"""
+        start_step()
+        waited(seconds)         for data
+        add(loss, terms)        each micro-step; nothing is read from the device
+        read_losses()           if a line is due: waits for the device, as part of the step
+        end_step()
+        write(...)              if a line is due
+    """
 
     def __init__(self, args, step, total_steps, crops_per_step, device, group):
         self.args, self.total_steps, self.crops_per_step = args, total_steps, crops_per_step
@@ -678,7 +731,8 @@ class Log:
         self.start_line()
 
     def start_line(self):
-        self.sums, self.steps, self.seconds, self.wait = {}, 0, 0.0, 0.0
+        self.sums, self.means = {}, {}
+        self.steps, self.seconds, self.wait = 0, 0.0, 0.0
 
     def start_step(self):
         self.began = time.perf_counter()
@@ -689,19 +743,23 @@ class Log:
     def add(self, loss, terms):
         for name, value in dict(terms, loss=loss).items():
             value = value.detach().float() / self.args.accum_iter
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            if name in self.sums:
+                value = self.sums[name] + value
+            self.sums[name] = value
 
-    def end_step(self, line_due):
+    def read_losses(self):
+        sums = torch.stack(list(self.sums.values())).tolist()
+        sums = sum_over_ranks(self.group, *sums)
+        steps = self.steps + 1                                  # this one has not ended yet
+        for name, total in zip(self.sums, sums):
+            self.means[name] = total / (world_size() * steps)
+
+    def end_step(self):
         self.steps += 1
-        if line_due:
-            sums = torch.stack(list(self.sums.values())).tolist()       # waits for the device
-            sums = sum_over_ranks(self.group, *sums)
-            share = 1 / (world_size() * self.steps)
-            self.means = {name: share * total for name, total in zip(self.sums, sums)}
         self.seconds += time.perf_counter() - self.began
 
-    def write(self, step, lr, bad, damaged, **more):
-        """bad: of step_unless_not_finite; damaged: this rank's count; more: for log.jsonl."""
+    def write(self, step, lr, skipped, damaged, **more):
+        """skipped: see step_unless_not_finite; damaged: this rank's count; more: for log.jsonl."""
         step_seconds = self.seconds / self.steps
         row = dict(
             self.means,
@@ -711,7 +769,7 @@ class Log:
             wait=self.wait / self.seconds,
             peak_gb=peak_memory(self.device),
             eta_s=step_seconds * (self.total_steps - step),
-            bad_steps=int(bad[1]),
+            bad_steps=int(skipped[1]),
             damaged=int(sum_over_ranks(self.group, damaged)[0]),
             **more,
         )
@@ -754,7 +812,7 @@ def cut_log(path, step):
     off, as are torn ones."""
     whole_line = re.compile(r'{"step": (\d+), [^{}]*}\n')
     with tolerate_full_disk(path, step):
-        with open(path) as old, open(path + ".tmp", "w") as new:
+        with open(path, errors="replace") as old, open(path + ".tmp", "w") as new:
             for line in old:
                 found = whole_line.fullmatch(line)
                 if found and int(found[1]) <= step:

@@ -6,20 +6,23 @@
 
 The parts of this file, in the order of reading:
 
-    sources     decode, Lmdb, Files, Synth, Parts, open_source, open_sources
+    sources     decode, Lmdb, Files, Synth, Parts, Subset, open_source, open_sources
     labels      CHARSETS, read_charset, fit_label, fit_labels
     views       guidance_view, augment, coarse_view: whole batches, on their device
     batches     read_batch, batches, next_batch, read_all, DamageCount
+    pictures    draw_sheet
     commands    show, check, pack
 
-SRC is one of: `synth`, `synth:N` or `synth:N:SEED` (rendered words); a folder that holds
-`data.mdb`, or a tree of such folders; a labels file, .txt or .tsv (path<TAB>label), .jsonl
-({"filename", "text"}) or MMOCR's .json, with image paths that are relative to it; a folder of
-images (unlabelled). In a list SRC@N counts N times. What cannot be read raises Damaged and is
-counted, never replaced.
+SRC is a source of crops, see SRC_HELP. What cannot be read raises Damaged and is counted, never
+replaced.
+
+Some words of pre-training, which model.py explains. A view is a picture of the same word that
+looks different. `mim` fills in the hidden patches of a crop, and may look at a guidance view.
+`nsp` predicts a crop from its coarse views, which have fewer pixels.
 """
 import atexit
 import contextlib
+import csv
 import functools
 import io
 import itertools
@@ -45,7 +48,7 @@ from tqdm import tqdm
 import common
 from common import H, W, Parser, UserError, number_in, parse_size, run_main
 from common import say, to_device, to_unit, typed_flags
-from render import MAX_LENGTH, PRINTABLE, find_font, font_files, fonts_with
+from render import MAX_LENGTH, PRINTABLE, describe_fonts, find_font, font_files, fonts_with
 from render import render_word, word_label
 
 
@@ -64,9 +67,12 @@ class Damaged(UserError):
 class Source(Dataset):
     """Numbered crops: source[i] -> (image uint8 (3, 32, 128), label or None).
 
-    A subclass sets `n`, how many crops it has, and `name`. It has label(i); where(i), a place that
-    a person can find; and bytes(i), the stored file, or else get(i). With bytes(i) it also sets
-    `rotate_tall`, see decode.
+    A subclass sets `n`, how many crops it has, and `name`. It has four methods:
+
+        get(i)          -> Crop; raises Damaged
+        label(i)        -> the label alone, or None; raises Damaged
+        file_bytes(i)   -> the crop as an image file; raises Damaged
+        where(i)        -> where a person finds it
     """
 
     def __len__(self):
@@ -78,21 +84,17 @@ class Source(Dataset):
         crop = self.get(i)
         return crop.image, crop.label
 
+
+class StoredFiles(Source):
+    """A source whose crops are image files. A subclass also sets `rotate_tall`, see decode."""
+
     def get(self, i):
-        """-> Crop. Raises Damaged."""
         try:
-            image = decode(self.bytes(i), self.rotate_tall)
+            image = decode(self.file_bytes(i), self.rotate_tall)
             label = self.label(i)
         except Damaged as error:
             raise Damaged(f"{self.where(i)}: {error}") from None
         return Crop(image, label, None)
-
-    def bytes(self, i):
-        """The crop as a PNG file: for a source that stores no files."""
-        pixels = self.get(i).image.permute(1, 2, 0).numpy()
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
-        return file.getvalue()
 
 
 # Pillow could read EPS and the like too, but runs other programs for them.
@@ -101,18 +103,28 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 MAX_PIXELS = 2 ** 25                    # 33 million are no word. Pillow allows five times as many.
 TALL = 1.5                              # a crop is tall if its height / width is above this
 
+# Files that are often met in the place of an image, by how they begin. They are not read.
+NOT_READ = {
+    "AVIF": rb"....ftypavi[fs]",
+    "HEIC": rb"....ftyp(hei[cx]|mif1)",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "a Mac's notes on another file": rb"\0\x05\x16\x07",
+    "a Git LFS pointer, and not the file itself": rb"version https://git-lfs",
+}
+
 
 def decode(data, rotate_tall=False):
     """An image file's bytes -> uint8 (3, 32, 128), squeezed bicubically, as the field does.
 
-    Transparency is laid over white, 16 bits are scaled to 8, EXIF rotation is applied. rotate_tall
-    turns tall crops 90 degrees counter-clockwise. Raises Damaged for whatever is not a whole image.
+    What is transparent is laid over white or black, 16 bits are scaled to 8, EXIF rotation is
+    applied. rotate_tall turns tall crops 90 degrees counter-clockwise. Raises Damaged for whatever
+    is not a whole image.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return read_pixels(image, rotate_tall)
     except UnidentifiedImageError:
-        raise Damaged(f"not an image ({len(data)} bytes)") from None
+        raise Damaged(f"{kind_of_file(data)} ({len(data)} bytes)") from None
     except Damaged:
         raise
     except Exception as error:
@@ -121,11 +133,20 @@ def decode(data, rotate_tall=False):
         raise Damaged(f"{type(error).__name__}: {reason[:120]}") from None
 
 
+def kind_of_file(data):
+    """What a file is that is no image of FORMATS."""
+    for kind, beginning in NOT_READ.items():
+        if re.match(beginning, data, re.DOTALL):
+            return f"{kind}; expected one of {', '.join(FORMATS)}"
+    return "not an image"
+
+
 def read_pixels(image, rotate_tall):
     """An opened image, of which nothing is read yet -> uint8 (3, 32, 128)."""
     if image.width * image.height > MAX_PIXELS:
         raise Damaged(f"{image.width} x {image.height} pixels: no word, but a decompression bomb")
-    if image.format == "JPEG" and "exif" not in image.info:
+    may_be_turned = "exif" in image.info            # then width and height may change places
+    if image.format == "JPEG" and not may_be_turned:
         image.draft(None, (2 * W, 2 * H))           # the decoder halves what is far too large
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
@@ -133,9 +154,7 @@ def read_pixels(image, rotate_tall):
     if image.mode[0] in "IF":                       # I, I;16, F: more than 8 bits of grey
         image = deep_grey_to_8_bits(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = lay_on_ground(image)
     if rotate_tall and image.height > TALL * image.width:
         image = image.transpose(Image.Transpose.ROTATE_90)
 
@@ -145,7 +164,8 @@ def read_pixels(image, rotate_tall):
 
 
 def deep_grey_to_8_bits(image):
-    """Grey of 16 or 32 bits, whole numbers or floats, whose range is partly to be guessed."""
+    """Grey of more than 8 bits has one of three ranges: 0 to 65535; 0 to 1; or that of 8 bits.
+    Where the mode leaves it open, the lightest pixel says which."""
     grey = np.asarray(image, np.float32)
     if image.mode.startswith("I;16") or grey.max() > 255:
         scale = 1 / 257                             # 65535 becomes 255
@@ -156,29 +176,47 @@ def deep_grey_to_8_bits(image):
     return Image.fromarray((grey * scale).clip(0, 255).astype(np.uint8))
 
 
+def lay_on_ground(image):
+    """A picture with transparency, over a ground on which it shows: black if what is to be seen of
+    it is light, as white letters are, else white."""
+    image = image.convert("RGBA")
+    small = image.resize((W, H), Image.Resampling.BOX)
+    grey = np.asarray(small.convert("L"), np.float32)
+    opacity = np.asarray(small.getchannel("A"), np.float32)
+    mid_grey = 127.5
+    colour = "white"
+    if (grey * opacity).sum() > mid_grey * opacity.sum():
+        colour = "black"
+    ground = Image.new("RGBA", image.size, colour)
+    return Image.alpha_composite(ground, image)
+
+
 # ---- sources: LMDB
 
-class OpenLmdbs:
-    """The LMDBs that this process has open. lmdb opens each only once in a process.
+MAX_READS = 1000                        # of the LMDBs that are open; then they are opened anew
 
-    A forked worker inherits this object, but LMDB forbids it to read through what its parent
-    opened: it drops that and opens its own. Pages once read stay mapped and count as memory until
-    the file is closed, so after so many reads all are closed and opened anew.
-    """
-    READS = 1000
+
+class OpenLmdbs:
+    """The LMDBs that this process has open. lmdb opens each only once in a process."""
 
     def __init__(self):
-        self.close()
+        self.forget_all()
 
-    def close(self):
-        self.environments = {}          # what nobody holds any more is closed
+    def forget_all(self):
+        """What nobody holds any more is closed."""
+        self.environments = {}
         self.process_id = os.getpid()
         self.reads = 0
 
     def get(self, folder):
         """The read-only LMDB of a folder."""
-        if self.process_id != os.getpid() or self.reads == self.READS:
-            self.close()
+        # A forked worker inherits this object, but LMDB forbids it to read through what its
+        # parent opened.
+        forked = self.process_id != os.getpid()
+        # Pages once read stay mapped, and count as memory until the file is closed.
+        read_enough = self.reads == MAX_READS
+        if forked or read_enough:
+            self.forget_all()
         self.reads += 1
         if folder not in self.environments:
             self.environments[folder] = open_lmdb(folder)
@@ -210,7 +248,7 @@ def reading(folder):
         raise Damaged(f"{folder}: expected an LMDB, copied whole ({error})") from None
 
 
-class Lmdb(Source):
+class Lmdb(StoredFiles):
     """The field's layout: keys image-%09d (JPEG, PNG), label-%09d (UTF-8) and num-samples.
     Entries are counted from 1. labels=False reads no label: a damaged one is then no damage."""
 
@@ -220,7 +258,10 @@ class Lmdb(Source):
         self.rotate_tall = rotate_tall
         with reading(self.folder) as transaction:
             self.n = count_crops(transaction, folder)
-            self.labelled = labels and has_key_with(transaction, b"label-")
+            check_first_key(transaction, "image", folder)
+            self.labelled = labels and first_key(transaction, b"label-") is not None
+            if self.labelled:
+                check_first_key(transaction, "label", folder)
 
     def value(self, key):
         with reading(self.folder) as transaction:
@@ -229,7 +270,7 @@ class Lmdb(Source):
             raise Damaged(f"key {key} is missing")
         return value
 
-    def bytes(self, i):
+    def file_bytes(self, i):
         return self.value(f"image-{i + 1:09d}")
 
     def label(self, i):
@@ -247,15 +288,19 @@ class Lmdb(Source):
 def count_crops(transaction, folder):
     """How many crops an LMDB has: its num-samples, or without that the number of its last
     image. UserError if that cannot be true. Not all keys are read: there may be millions."""
-    entries = transaction.stat()["entries"]
+    n_keys = transaction.stat()["entries"]
     last = last_image_number(transaction)
-    count = transaction.get(b"num-samples", last).strip()
+    count = transaction.get(b"num-samples")
+    if count is None:
+        count = last
+    count = count.strip()
 
-    sound = re.fullmatch(b"0*[1-9][0-9]{,8}", count) and int(count) <= entries
-    if not sound or not has_key_with(transaction, b"image-"):
+    is_number = re.fullmatch(b"0*[1-9][0-9]{,8}", count) is not None
+    has_images = first_key(transaction, b"image-") is not None
+    if not is_number or not has_images or int(count) > n_keys:
         raise UserError(
-            f"{folder}: no word crops (num-samples {count[:20]}, {entries:,} entries, "
-            f"first key {first_key(transaction)}); expected the keys image-000000001, "
+            f"{folder}: no word crops (num-samples {count[:20]}, {n_keys:,} entries, "
+            f"first key {first_key(transaction, b'')}); expected the keys image-000000001, "
             "label-000000001 and so on, and num-samples")
 
     if last.isdigit() and int(last) > int(count):
@@ -264,37 +309,61 @@ def count_crops(transaction, folder):
     return int(count)
 
 
-def has_key_with(transaction, prefix):
-    """True if a key begins with these bytes."""
+def check_first_key(transaction, kind, folder):
+    """UserError if the first key of a kind, "image" or "label", is numbered in another way than
+    the field's: with other digits, or from 0. One or all of the crops would be missing."""
+    key = first_key(transaction, f"{kind}-".encode())
+    number = key.removeprefix(f"{kind}-")
+    if number == "000000000":
+        key += ", counted from 0"
+    elif re.fullmatch("[0-9]{9}", number):
+        return
+    raise UserError(f"{folder}: its first {kind} is {key}; expected {kind}-000000001 and so on, "
+                    "nine digits, counted from 1: write it anew")
+
+
+def first_key(transaction, prefix):
+    """The first key that begins with these bytes, as text, or None."""
     with transaction.cursor() as cursor:
-        found = cursor.set_range(prefix)            # goes to the first key from there on
-        return found and cursor.key().startswith(prefix)
+        # This goes to the first key that is not before the prefix.
+        if cursor.set_range(prefix) and cursor.key().startswith(prefix):
+            return cursor.key().decode(errors="replace")
+    return None
 
 
 def last_image_number(transaction):
     """What follows "image-" in the last key that begins so: digits, as bytes. b"" if none does."""
-    if not has_key_with(transaction, b"image-"):
-        return b""
+    after_last_image = b"image-:"                   # a colon is the character after 9
     with transaction.cursor() as cursor:
-        if cursor.set_range(b"image-:"):            # a colon is the character after 9
-            cursor.prev()
+        if cursor.set_range(after_last_image):
+            found = cursor.prev()
         else:
-            cursor.last()
-        return cursor.key().removeprefix(b"image-")
-
-
-def first_key(transaction):
-    with transaction.cursor() as cursor:
-        if cursor.first():
-            return cursor.key().decode(errors="replace")
-    return "none"
+            found = cursor.last()
+        if found and cursor.key().startswith(b"image-"):
+            return cursor.key().removeprefix(b"image-")
+    return b""
 
 
 # ---- sources: labels files, and folders of images
 
-class Files(Source):
-    """Images named by (path, label or None). All names are one block of bytes, which worker
-    processes share without copying it."""
+class PackedRows:
+    """Rows of text as one block of bytes, which worker processes share without copying it."""
+
+    def __init__(self, rows):
+        rows = [row.encode("utf-8", "surrogatepass") for row in rows]
+        self.block = b"".join(rows)
+        self.ends = np.cumsum([0] + [len(row) for row in rows])
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        row = self.block[self.ends[i]:self.ends[i + 1]]
+        return row.decode("utf-8", "surrogatepass")
+
+
+class Files(StoredFiles):
+    """Images named by entries (path, label or None). Paths start from the folder `root`."""
 
     def __init__(self, entries, root, name, rotate_tall=False):
         self.root = root
@@ -302,26 +371,30 @@ class Files(Source):
         self.rotate_tall = rotate_tall
         rows = []
         for path, label in entries:
-            row = path if label is None else f"{path}\0{label}"
-            rows.append(row.encode("utf-8", "surrogatepass"))
+            row = path
+            if label is not None:
+                row = f"{path}\0{label}"            # no path holds a NUL
+            rows.append(row)
+        self.rows = PackedRows(rows)
         self.n = len(rows)
-        self.block = b"".join(rows)
-        self.ends = np.cumsum([0] + [len(row) for row in rows])
 
     def row(self, i):
         """-> (path as the file has it, label or None)."""
-        row = self.block[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass")
-        path, nul, label = row.partition("\0")
-        return (path, label) if nul else (path, None)
+        path, nul, label = self.rows[i].partition("\0")
+        if nul == "":
+            label = None
+        return path, label
 
     def path(self, i):
         return os.path.join(self.root, self.row(i)[0])
 
-    def bytes(self, i):
+    def file_bytes(self, i):
         try:
             return pathlib.Path(self.path(i)).read_bytes()
-        except (OSError, ValueError) as error:
-            raise Damaged(getattr(error, "strerror", error)) from None
+        except OSError as error:
+            raise Damaged(error.strerror) from None
+        except ValueError as error:                 # a path that no file can have
+            raise Damaged(str(error)) from None
 
     def label(self, i):
         return self.row(i)[1]
@@ -334,31 +407,52 @@ class Files(Source):
 LABEL_FILES = {
     ".txt": "path<TAB>label",
     ".tsv": "path<TAB>label",
+    ".csv": "path,label",
     ".jsonl": '{"filename": ..., "text": ...}',
     ".json": 'MMOCR\'s {"data_list": [{"img_path": ..., "instances": [{"text": ...}]}]}',
 }
+# A label that JSON takes for a number, such as 7 or 1.50, stays as it is written.
+NUMBERS_AS_TEXT = dict(parse_int=str, parse_float=str, parse_constant=str)
 
 
 def read_labels(path):
-    """Yields (image path, label). UserError names the first entry that is not as it should be."""
+    """Yields (image path, label). UserError names the first line that is not as it should be, or
+    MMOCR's entry."""
     kind = suffix_of(path)
-    number = 0
+    unit = "entry" if kind == ".json" else "line"
+    at = path
+    may_be_header = kind in (".txt", ".tsv", ".csv")
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            entries = json.load(file)["data_list"] if kind == ".json" else file
-            for number, entry in enumerate(entries, 1):
-                if kind != ".json" and not entry.strip():
-                    continue                        # an empty line
-                image_path, label = parse_entry(entry, kind)
-                check_names(image_path, label)
+        for number, entry in read_entries(path, kind):
+            at = f"{path}: {unit} {number}"
+            image_path, label = parse_entry(entry, kind)
+            check_names(image_path, label)
+            if may_be_header and is_header(image_path, os.path.dirname(path)):
+                say(f"{at} is taken for a header: {entry}")
+            else:
                 yield image_path, label
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: entry {number}: expected {LABEL_FILES[kind]} "
+            may_be_header = False
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: line {first_line_not_utf8(path)}: expected UTF-8 "
+                        f"({error.reason}); save it as UTF-8") from None
+    except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
+        raise UserError(f"{at}: expected {LABEL_FILES[kind]} "
                         f"({type(error).__name__}: {error})") from None
 
 
 def suffix_of(path):
     return os.path.splitext(path)[1].lower()
+
+
+def read_entries(path, kind):
+    """Yields (number, entry): the lines that are not empty, or the elements of MMOCR's list."""
+    with open(path, encoding="utf-8-sig") as file:
+        if kind == ".json":
+            yield from enumerate(json.load(file, **NUMBERS_AS_TEXT)["data_list"], 1)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line.rstrip("\n")
 
 
 def parse_entry(entry, kind):
@@ -367,59 +461,86 @@ def parse_entry(entry, kind):
         (instance,) = entry["instances"]
         return entry["img_path"], instance["text"]
     if kind == ".jsonl":
-        row = json.loads(entry)
+        row = json.loads(entry, **NUMBERS_AS_TEXT)
         return row["filename"], row["text"]
-    image_path, label = entry.rstrip("\n").split("\t", 1)
+    if kind == ".csv":
+        (row,) = csv.reader([entry], strict=True)
+        image_path, label = row
+        return image_path, label
+    image_path, label = entry.split("\t", 1)
     return image_path, label
 
 
 def check_names(image_path, label):
-    """TypeError for what is no string, ValueError for what no file can have, as half an emoji."""
+    """TypeError for what is no string, ValueError for what no file can hold: a NUL in its name,
+    or half an emoji (a UnicodeEncodeError)."""
+    if not isinstance(image_path, str):
+        raise TypeError(f"the path is {image_path!r}")
+    if label is not None and not isinstance(label, str):
+        raise TypeError(f"the label is {label!r}")
     os.fsencode(image_path)
     if label is not None:
-        str.encode(label)
+        label.encode()
     if "\0" in image_path:
         raise ValueError("a NUL in a path")
 
 
+def is_header(image_path, folder):
+    """True for a first line such as "filename,words", which names no file."""
+    return suffix_of(image_path) == "" and not os.path.isfile(os.path.join(folder, image_path))
+
+
+def first_line_not_utf8(path):
+    """Its number: a file is decoded many lines at once."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+
+
 def files_under(folder):
-    """Every file below a folder, sorted. Links are followed, but each folder is read once, by
-    the first of its names."""
+    """-> (every file below a folder, sorted; an OSError for each folder that cannot be read).
+    Links are followed, but each folder is read once, by the first of its names."""
     files = []
+    unreadable = []
     seen = {os.path.realpath(folder)}
-    for place, folders, names in os.walk(folder, followlinks=True):
-        files += [os.path.join(place, name) for name in names]
+    for parent, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
+        files += [os.path.join(parent, name) for name in names]
         unseen = []
         for name in sorted(folders):
-            real = os.path.realpath(os.path.join(place, name))
+            real = os.path.realpath(os.path.join(parent, name))
             if real not in seen:
                 seen.add(real)
                 unseen.append(name)
         folders[:] = unseen                         # os.walk goes on into these alone
-    return sorted(files)
+    return sorted(files), unreadable
 
 
 # ---- sources: rendered words
 
-SYNTH_N = 1_000_000     # words in `synth`. Beside 10,000 crops, 99 in a hundred are then rendered.
+SYNTH_N = 1_000_000     # words in `synth`. With 10,000 other crops, 99 of a hundred are rendered.
 
 
 class Synth(Source):
     """n rendered words. Crop i depends on (seed, i) alone, whatever the process or the order.
 
     fonts: a folder of more fonts. charset: the characters to draw, in fonts that have them all;
-    None: a keyboard's, in all fonts. Pictures depend on the installed fonts, words on the Python
-    version: another machine draws another set.
+    None: a keyboard's, in all fonts. Another machine has other fonts, so it draws other pictures
+    of the same words.
     """
     name = "synth"
 
     def __init__(self, n=SYNTH_N, seed=0, fonts=None, charset=None):
         self.n = n
         self.seed = seed
-        self.charset = "".join((charset or PRINTABLE).split())
-        self.fonts = font_files(fonts)
-        if charset:
-            self.fonts = fonts_with(self.charset, self.fonts)
+        if charset is None:
+            self.charset = PRINTABLE
+            self.fonts = font_files(fonts)
+        else:
+            self.charset = "".join(charset.split())         # no blanks
+            self.fonts = fonts_with(self.charset, font_files(fonts, self.charset))
 
     def get(self, i):
         image, label, char_map = render_word(self.seed, i, self.fonts, self.charset)
@@ -428,27 +549,39 @@ class Synth(Source):
     def label(self, i):
         return word_label(self.seed, i, self.charset)
 
+    def file_bytes(self, i):
+        """A PNG file: nothing is lost."""
+        pixels = self.get(i).image.permute(1, 2, 0).numpy()
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
     def where(self, i):
         return f"synth:{self.n}:{self.seed} word {i}"
 
 
-# ---- sources: several as one
+def say_fonts(source):
+    """Says of Parts in which fonts their rendered words are drawn."""
+    for part in source.parts:
+        if isinstance(part, Synth):
+            say(f"rendered words: {describe_fonts(part.fonts)}")
+            return
+
+
+# ---- sources: several as one, and some crops of one
 
 class Parts(Source):
-    """Several sources as one, one after the other. indices: an array, the numbers of the crops
-    that are left, in their new order; None leaves all."""
+    """Several sources as one, one after the other."""
 
-    def __init__(self, parts, name, indices=None):
+    def __init__(self, parts, name):
         self.parts = parts
         self.name = name
-        self.indices = indices
+        # The number of each part's first crop, and at the end the number of all crops.
         self.starts = np.cumsum([0] + [len(part) for part in parts])
-        self.n = int(self.starts[-1]) if indices is None else len(indices)
+        self.n = int(self.starts[-1])
 
     def locate(self, i):
         """Crop i -> (the part that has it, its number there)."""
-        if self.indices is not None:
-            i = int(self.indices[i])
         # The last part that starts at or before i.
         k = np.searchsorted(self.starts, i, "right") - 1
         return self.parts[k], int(i - self.starts[k])
@@ -457,23 +590,53 @@ class Parts(Source):
         part, number = self.locate(i)
         return part.get(number)
 
-    def bytes(self, i):
-        part, number = self.locate(i)
-        return part.bytes(number)
-
     def label(self, i):
         part, number = self.locate(i)
         return part.label(number)
+
+    def file_bytes(self, i):
+        part, number = self.locate(i)
+        return part.file_bytes(number)
 
     def where(self, i):
         part, number = self.locate(i)
         return part.where(number)
 
 
+class Subset(Source):
+    """Some crops of a source. indices: an array of their numbers there, in their new order."""
+
+    def __init__(self, source, indices):
+        self.source = source
+        self.indices = indices
+        self.name = source.name
+        self.n = len(indices)
+
+    def get(self, i):
+        return self.source.get(int(self.indices[i]))
+
+    def label(self, i):
+        return self.source.label(int(self.indices[i]))
+
+    def file_bytes(self, i):
+        return self.source.file_bytes(int(self.indices[i]))
+
+    def where(self, i):
+        return self.source.where(int(self.indices[i]))
+
+
 # ---- sources: what was typed
 
+SRC_HELP = """
+SRC is one of: `synth`, `synth:N` or `synth:N:SEED` (rendered words); a folder that holds
+`data.mdb`, or a tree of such folders; a labels file, .txt or .tsv (path<TAB>label), .csv
+(path,label), .jsonl ({"filename", "text"}) or MMOCR's .json, with image paths that are relative to
+it; a folder of images (unlabelled). In a list SRC@N counts N times.
+"""
+
+
 def open_source(src, fonts=None, rotate_tall=False, chars=None, labels=True):
-    """SRC, see the top of this file -> Source. UserError for what is missing, empty or foreign.
+    """SRC, see SRC_HELP -> Source. UserError for what is missing, empty or foreign.
 
     fonts, a folder, and chars, the characters of a charset, are for rendered words. labels=False
     is for those who need none: a damaged label is then no damage.
@@ -485,7 +648,13 @@ def open_source(src, fonts=None, rotate_tall=False, chars=None, labels=True):
         return open_folder(src, rotate_tall, labels)
     if os.path.exists(src) and suffix_of(src) in LABEL_FILES:
         return open_labels_file(src, rotate_tall)
-    what = "a file of another kind" if os.path.exists(src) else "no such file or folder"
+
+    if not os.path.exists(src):
+        what = "no such file or folder"
+    elif os.path.basename(src) == "data.mdb":
+        what = f"name its folder, {os.path.dirname(os.path.abspath(src))}"
+    else:
+        what = "a file of another kind"
     raise UserError(f"{src}: {what}; expected synth, synth:N, an LMDB folder, a labels file "
                     f"({' '.join(LABEL_FILES)}) or a folder of images")
 
@@ -495,42 +664,94 @@ def name_of(src):
     return os.path.basename(os.path.abspath(src))
 
 
+# How Unicode's names of letters begin that join, though they run from left to right.
+JOINING_SCRIPTS = ("MONGOLIAN", "PHAGS-PA")
+
+
 def open_synth(src, fonts, chars):
     if not re.fullmatch("synth(:0*[1-9][0-9]{,8}(:[0-9]+)?)?", src):
         raise UserError(f"{src}: expected synth, synth:N or synth:N:SEED, whole numbers, "
                         "N from 1 to 999999999")
-    if chars == CHARSETS["36"]:
-        chars = CHARSETS["62"]          # labels are folded, words are drawn in both cases
+    if chars is not None:
+        check_can_be_drawn(src, chars)
+        if folds_case(chars):
+            # The label "Word" becomes "word" in training, so the crop may show either.
+            chars = CHARSETS["62"]
     numbers = [int(number) for number in src.split(":")[1:]]
     return Synth(*numbers, fonts=fonts, charset=chars)
 
 
+def check_can_be_drawn(src, chars):
+    """UserError for a charset of which rendered words would be wrong. Says if they lack some."""
+    wrong = "".join(char for char in chars if not stands_alone(char))
+    if wrong:
+        raise UserError(
+            f"{src}: rendered words are set letter by letter, from left to right, which is wrong "
+            f"for {' '.join(wrong[:10])} of the charset; name real crops instead")
+    if any(char.isspace() for char in chars):
+        say(f"{src}: rendered words hold no space, which the charset has")
+
+
+def stands_alone(char):
+    """False for what is not simply set to the right of the letter before: a mark, and letters of a
+    script that runs from right to left or joins them."""
+    if is_mark(char) or unicodedata.bidirectional(char) in ("R", "AL"):
+        return False
+    return not unicodedata.name(char, "").startswith(JOINING_SCRIPTS)
+
+
 def open_folder(src, rotate_tall, labels):
-    """A folder that holds data.mdb, or a tree of such folders; else a folder of images."""
-    files = files_under(src)
-    lmdbs = [os.path.dirname(file) for file in files if os.path.basename(file) == "data.mdb"]
-    if len(lmdbs) == 1:
-        return Lmdb(os.path.normpath(lmdbs[0]), name_of(src), rotate_tall, labels)
-    if lmdbs:
-        parts = []
-        for folder in lmdbs:
-            name = os.path.normpath(os.path.join(name_of(src), os.path.relpath(folder, src)))
-            parts.append(Lmdb(os.path.normpath(folder), name, rotate_tall, labels))
-        return Parts(parts, name_of(src))
+    """A folder that holds data.mdb, or a tree of such folders; else a folder of images. Says in
+    one line what else is in it."""
+    files, unreadable = files_under(src)
+    lmdbs = []
+    images = []
+    others = Counter()                              # what is not looked at: how often
+    if unreadable:
+        others["folders that cannot be read"] = len(unreadable)
+    for file in files:
+        name = os.path.basename(file)
+        if name == "data.mdb":
+            lmdbs.append(os.path.dirname(file))
+        elif name.startswith("._"):
+            others["._* (a Mac's notes on other files)"] += 1
+        elif suffix_of(name) in SUFFIXES:
+            images.append(file)
+        elif name != "lock.mdb":                    # stands beside every data.mdb
+            others[suffix_of(name) or "without suffix"] += 1
+    if lmdbs and images:
+        others["images beside an LMDB"] = len(images)
 
-    images = [file for file in files if file.lower().endswith(SUFFIXES)]
-    if not images:
-        raise UserError(f"{src}: holds {what_it_holds(files)}; expected data.mdb, folders with "
+    if not lmdbs and not images:
+        raise UserError(f"{src}: holds {list_counts(others)}; expected data.mdb, folders with "
                         f"one, or images ({' '.join(SUFFIXES)})")
-    entries = [(os.path.relpath(file, src), None) for file in images]
-    return Files(entries, src, name_of(src), rotate_tall)
+    if others:
+        say(f"{src}: not looked at: {list_counts(others)}")
+    if not lmdbs:
+        entries = [(os.path.relpath(file, src), None) for file in images]
+        return Files(entries, src, name_of(src), rotate_tall)
+    return open_lmdbs(src, lmdbs, rotate_tall, labels)
 
 
-def what_it_holds(files):
-    """For an error's text: "3 .csv, 1 without suffix", or "nothing"."""
-    suffixes = Counter(os.path.splitext(file)[1] or "without suffix" for file in files)
-    held = [f"{n} {suffix}" for suffix, n in suffixes.most_common(4)]
-    return ", ".join(held) or "nothing"
+def list_counts(counts):
+    """A Counter in one line: "3 .csv, 1 without suffix", or "nothing"."""
+    first = counts.most_common(8)
+    listed = [f"{n:,} {what}" for what, n in first]
+    rest = counts.total() - sum(n for _, n in first)
+    if rest > 0:
+        listed.append(f"{rest:,} others")
+    return ", ".join(listed) or "nothing"
+
+
+def open_lmdbs(src, folders, rotate_tall, labels):
+    """The LMDBs below a folder as one Source."""
+    if len(folders) == 1:
+        return Lmdb(os.path.normpath(folders[0]), name_of(src), rotate_tall, labels)
+    parts = []
+    for folder in folders:
+        name = os.path.normpath(os.path.join(name_of(src), os.path.relpath(folder, src)))
+        parts.append(Lmdb(os.path.normpath(folder), name, rotate_tall, labels))
+    return Parts(parts, name_of(src))
 
 
 def open_labels_file(src, rotate_tall):
@@ -538,9 +759,12 @@ def open_labels_file(src, rotate_tall):
     if len(source) == 0:
         raise UserError(f"{src}: expected entries in it, found none")
     first_paths = [source.path(i) for i in range(min(100, len(source)))]
-    if not any(os.path.exists(path) for path in first_paths):
+    if not any(os.path.isfile(path) for path in first_paths):
+        hint = "move it to the folder that they start from"
+        if "\\" in first_paths[0]:
+            hint = "write their \\ as /"
         raise UserError(f"{src}: no {first_paths[0]}; image paths are relative to the labels file: "
-                        "move it to the folder that they start from")
+                        f"{hint}")
     return source
 
 
@@ -568,6 +792,11 @@ CHARSETS = {
 }
 
 
+def folds_case(chars):
+    """True for the charset of 36: labels are read and trained on in lower case."""
+    return chars == CHARSETS["36"]
+
+
 def read_charset(name):
     """--charset: 36, 62, 94 or a UTF-8 file -> its characters as one string, NFC, line ends
     left out. UserError if there is none, or one that cannot be a class."""
@@ -578,63 +807,108 @@ def read_charset(name):
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--charset {name}: expected 36, 62, 94 or a UTF-8 file of characters "
                         f"({error})") from None
-    # Line by line, so that no accent joins the line above.
-    chars = "".join(unicodedata.normalize("NFC", line) for line in lines)
+    typed = Counter()
+    chars = ""
+    for line in lines:                              # so that no accent joins the line above
+        typed.update(split_letters(line))
+        chars += unicodedata.normalize("NFC", line)
 
-    for char, times in Counter(chars).items():
+    for letter, times in typed.items():
         if times > 1:
-            raise UserError(f"--charset {name}: {char!r} stands in it twice")
+            raise UserError(f"--charset {name}: {letter!r} stands in it twice")
     for char in chars:
         if unicodedata.category(char) == "Cc":
             raise UserError(f"--charset {name}: {char!r} is a control character")
     if not chars.strip():
         raise UserError(f"--charset {name}: holds no character")
-    return chars
+
+    merged = [char for char, times in Counter(chars).items() if times > 1]
+    if merged:
+        say(f"--charset {name}: NFC writes some of its letters as others that it holds too; "
+            f"{' '.join(merged)} became one class each")
+    return "".join(dict.fromkeys(chars))
+
+
+def split_letters(line):
+    """A line -> its letters, each with the marks that follow it."""
+    letters = []
+    for char in line:
+        if letters and is_mark(char):
+            letters[-1] += char
+        else:
+            letters.append(char)
+    return letters
+
+
+def is_mark(char):
+    """True for what is written onto another letter, such as an accent or Hindi's vowel signs."""
+    return unicodedata.category(char).startswith("M")
+
+
+# text: a label as it is trained on. problem: why it cannot be trained on, or "".
+Fit = namedtuple("Fit", "text problem")
 
 
 def fit_label(label, chars, max_length):
-    """-> (the label as it is trained on, the reason why it cannot be or ""). It is NFC, and in
-    lower case if the charset is 36."""
-    text = unicodedata.normalize("NFC", label or "")
-    if chars == CHARSETS["36"]:
+    """-> Fit. The text is NFC, and in lower case if the charset is 36."""
+    if label is None:
+        return Fit("", "without a label")
+    text = unicodedata.normalize("NFC", label)
+    if folds_case(chars):
         text = text.lower()
     if any(char not in chars for char in text):
-        return text, "outside the charset"
+        return Fit(text, "outside the charset")
     if len(text) > max_length:
-        return text, "too long"
+        return Fit(text, "too long")
     if not text:
-        return text, "empty"
-    return text, ""
+        return Fit(text, "empty")
+    return Fit(text, "")
 
 
 def fit_labels(source, chars, max_length):
-    """Parts -> (Parts of the crops whose label can be trained on, a line for the log).
+    """Parts -> (Subset of the crops whose label can be trained on, a line for the log).
 
     The line says how many cannot, why, and which characters are to blame. Entries whose label is
     damaged stay in, for the loader to name and count.
     """
     fits = np.ones(len(source), bool)
-    reasons = Counter()
+    problems = Counter()
     unknown = Counter()
+    known_parts = {}                                # the parts of SRC@N are read once
     for start, part in zip(source.starts, source.parts):
-        if all_drawn_labels_fit(part, chars, max_length):
-            continue
-        for i in range(len(part)):
-            try:
-                text, reason = fit_label(part.label(i), chars, max_length)
-            except Damaged:
-                continue
-            if reason:
-                fits[start + i] = False
-                reasons[reason] += 1
-                unknown.update(char for char in dict.fromkeys(text) if char not in chars)
+        if part not in known_parts:
+            known_parts[part] = fit_part(part, chars, max_length)
+        part_fits, part_problems, part_unknown = known_parts[part]
+        fits[start:start + len(part)] = part_fits
+        problems += part_problems
+        unknown += part_unknown
 
     report = [f"{source.name}: {fits.sum():,} of {len(source):,} labels fit"]
-    report += [f"{n:,} {reason}" for reason, n in reasons.items()]
+    report += [f"{n:,} {problem}" for problem, n in problems.items()]
     line = ", ".join(report)
     if unknown:
         line += f" ({', '.join(f'{char!r} {n:,}' for char, n in unknown.most_common(8))})"
-    return Parts([source], source.name, fits.nonzero()[0]), line
+    return Subset(source, fits.nonzero()[0]), line
+
+
+def fit_part(part, chars, max_length):
+    """-> which labels of a part fit (an array of bool), the problems of the others: how often, and
+    the characters outside the charset: how many labels hold them."""
+    fits = np.ones(len(part), bool)
+    problems = Counter()
+    unknown = Counter()
+    if all_drawn_labels_fit(part, chars, max_length):
+        return fits, problems, unknown
+    for i in range(len(part)):
+        try:
+            fit = fit_label(part.label(i), chars, max_length)
+        except Damaged:
+            continue
+        if fit.problem:
+            fits[i] = False
+            problems[fit.problem] += 1
+            unknown.update(char for char in dict.fromkeys(fit.text) if char not in chars)
+    return fits, problems, unknown
 
 
 def all_drawn_labels_fit(part, chars, max_length):
@@ -642,8 +916,10 @@ def all_drawn_labels_fit(part, chars, max_length):
     where characters combine: a label may then hold another than those that were drawn."""
     if not isinstance(part, Synth) or max_length < MAX_LENGTH:
         return False
-    _, reason = fit_label(part.charset, chars, len(part.charset))
-    return reason == ""
+    drawn = part.charset
+    if folds_case(chars):
+        drawn = drawn.lower()
+    return unicodedata.is_normalized("NFC", drawn) and set(drawn) <= set(chars)
 
 
 # ---- views and augmentations
@@ -651,15 +927,20 @@ def all_drawn_labels_fit(part, chars, max_length):
 # Everything here works on a whole batch, on its device, and never asks the device for a
 # number: the host would have to wait. So whether a crop is changed is no branch but a number:
 #
-#     on       {operation: (B,)}, how strongly it acts on each crop; 0 leaves the crop as it is
-#     drawn    {name: (B,) or (B, columns)}, random numbers in [0, 1): where in its range it is
+#     strengths   {operation: (B,)}, how strongly it acts on each crop; 0 leaves the crop as it is
+#     drawn       {name: (B,) or (B, columns)}, random numbers in [0, 1): where in its range it is
 #
 # Both come from one row of random numbers for each crop. A row means the same view, whatever
 # batch its crop is in.
+#
+# To add an augmentation of your own: give its probability at the end of AUGMENT_CHANCES, and what
+# it draws at the end of RANGES and of AUGMENTATION, in the place of spare columns. Write it as
+# one of the stages below, and call that in augment_from_numbers. There is room for four more
+# probabilities and five more columns. The others keep the numbers that they draw today.
 
 # LMIM's operations (CVPR 2025): those that change a crop's look and those that move its pixels.
 # vertical and horizontal cut something off; tilt is a change of perspective.
-LOOK = ("contrast", "blur", "sharpen", "fade")
+LOOK = ("haze", "blur", "sharpen", "fade")          # haze is LMIM's loss of contrast
 MOVE = ("rotate", "vertical", "horizontal", "tilt", "bend")
 OPERATIONS = LOOK + MOVE + ("solarize",)
 LEAST_OPERATIONS = 3                    # a view has from three to all ten of them,
@@ -670,7 +951,7 @@ P_NOISE = 0.5                           # A view that stays in place may have no
 # What fine-tuning does to its share of the crops, of PARSeq's kinds (ECCV 2022).
 AUGMENT_CHANCES = {
     "rotate": 0.4, "vertical": 0.4, "horizontal": 0.4, "tilt": 0.4, "bend": 0.2,
-    "contrast": 0.2, "blur": 0.2, "sharpen": 0.2, "fade": 0.2,
+    "haze": 0.2, "blur": 0.2, "sharpen": 0.2, "fade": 0.2,
     "jitter": 0.6, "grey": 0.1,
     "low_resolution": 0.15, "invert": 0.1, "noise": 0.25,
 }
@@ -693,14 +974,14 @@ RANGES = {
     "brightness": (-0.4, 0.4),
     "contrast": (-0.4, 0.4),
     "hue": (-0.1, 0.1),                 # turns of the colour circle
-    "haze": (0, 0.5),                   # share that mid-grey takes: LMIM's loss of contrast
+    "haze": (0, 0.5),                   # share that mid-grey takes
     "solarize": (0.25, 0.75),           # what is lighter than 1 minus this is inverted
-    "noise_size": (0.01, 0.05),         # standard deviation, where white is 1
+    "noise_deviation": (0.01, 0.05),    # where white is 1
 }
 MAX_ANGLE = math.radians(15)
 
 # What the columns of a crop's numbers are for: a name and how many columns it has, from the
-# left. The last few are spare. A view that stays in place skips POINT_COLUMNS.
+# left. Numbers to the right of these are drawn and not used.
 VIEW_NUMBERS = 80
 AUGMENT_NUMBERS = 81
 CHOICE_COLUMNS = dict(order=10, how_many=1, jitter_chance=1, grey_chance=1, noise_chance=1)
@@ -708,12 +989,14 @@ POINT_COLUMNS = dict(corners=8, bend_points=32)
 MOVE_COLUMNS = dict(left=1, top=1, right=1, bottom=1, tilt=1, bend=1, angle=1)
 LOOK_COLUMNS = dict(
     blur=1, sharpen=1, fade=1, saturation=1, brightness=1, contrast=1, haze=1, hue=1)
-NOISE_COLUMNS = dict(noise_start=1, noise_size=1)
-AUGMENT_COLUMNS = dict(chances=len(AUGMENT_CHANCES), changed=1)
+NOISE_COLUMNS = dict(noise_start=1, noise_deviation=1)
 
 MOVED_VIEW = CHOICE_COLUMNS | POINT_COLUMNS | MOVE_COLUMNS | LOOK_COLUMNS | dict(solarize=1)
-STILL_VIEW = CHOICE_COLUMNS | POINT_COLUMNS | LOOK_COLUMNS | NOISE_COLUMNS
-AUGMENTATION = AUGMENT_COLUMNS | POINT_COLUMNS | MOVE_COLUMNS | LOOK_COLUMNS | NOISE_COLUMNS
+# A view that stays in place has none of the numbers of points.
+STILL_VIEW = CHOICE_COLUMNS | dict(not_used=40) | LOOK_COLUMNS | NOISE_COLUMNS
+# The first fourteen of AUGMENT_CHANCES have `chances`, those that are added have `more_chances`.
+AUGMENTATION = dict(chances=14, changed=1) | POINT_COLUMNS | MOVE_COLUMNS | LOOK_COLUMNS
+AUGMENTATION |= NOISE_COLUMNS | dict(more_chances=4)
 
 
 def guidance_view(images, generator, moved=True, strength=1.0):
@@ -721,9 +1004,9 @@ def guidance_view(images, generator, moved=True, strength=1.0):
     [0, 1] -> float in [0, 1].
 
     LMIM's list: at least three of ten operations, then colour jitter and loss of colour.
-    moved=False is for nsp, whose view shows where the target's letters are: every pixel keeps its
-    place and every edge its sign. So of the ten the four of LOOK are left, and noise is added.
-    strength scales every range; 0 changes nothing.
+    moved=False is for nsp's coarse views, which must show where the letters are that nsp predicts:
+    every pixel keeps its place, and what is darker than its neighbours stays so. So of the ten
+    the four of LOOK are left, and noise is added. strength scales every range; 0 changes nothing.
     """
     numbers = draw_numbers(len(images), VIEW_NUMBERS, generator, images.device)
     return view_from_numbers(images, numbers, moved, strength)
@@ -744,36 +1027,32 @@ def draw_numbers(rows, columns, generator, device):
 
 
 def view_from_numbers(images, numbers, moved=True, strength=1.0):
-    """guidance_view with its numbers, (B, VIEW_NUMBERS) in [0, 1). Cut from one large draw, they
-    give the views of one large batch."""
+    """guidance_view with its numbers, (B, VIEW_NUMBERS) in [0, 1). They may be some rows of a
+    larger draw: the views are then those of a larger batch."""
     images = to_unit(images)
     if moved:
         drawn = name_columns(numbers, MOVED_VIEW)
-        on = choose_operations(drawn, strength)
-        images = move_and_bend(images, on, drawn)
-        images = change_look(images, on, drawn)
-        return solarize(images, on, drawn)
+        strengths = choose_operations(drawn, strength)
+        images = move_and_bend(images, strengths, drawn)
+        images = change_look(images, strengths, drawn)
+        return solarize(images, strengths, drawn)
 
     drawn = name_columns(numbers, STILL_VIEW)
-    on = choose_operations(drawn, strength)
-    images = change_look(images, on, drawn)
-    return add_noise(images, on, drawn)
+    strengths = choose_operations(drawn, strength)
+    images = change_look(images, strengths, drawn)
+    return add_noise(images, strengths, drawn)
 
 
 def augment_from_numbers(images, numbers):
     """augment with its numbers, (B, AUGMENT_NUMBERS) in [0, 1)."""
     drawn = name_columns(numbers, AUGMENTATION)
-    changed = drawn["changed"] > P_UNCHANGED
-    on = {}
-    for (name, chance), number in zip(AUGMENT_CHANCES.items(), drawn["chances"].unbind(1)):
-        on[name] = ((number < chance) & changed).float()
-
+    strengths = choose_augmentations(drawn)
     images = to_unit(images)
-    images = move_and_bend(images, on, drawn)
-    images = lower_resolution(images, on)
-    images = change_look(images, on, drawn)
-    images = invert(images, on)
-    return add_noise(images, on, drawn)
+    images = move_and_bend(images, strengths, drawn)
+    images = lower_resolution(images, strengths)
+    images = change_look(images, strengths, drawn)
+    images = invert(images, strengths)
+    return add_noise(images, strengths, drawn)
 
 
 # ---- views: what the numbers mean
@@ -799,95 +1078,120 @@ def in_range(drawn, name):
 
 def choose_operations(drawn, strength):
     """What a view does to each crop -> {operation: (B,)}: `strength`, or 0 where it does not."""
-    # The columns of `order` shuffle the ten: sorting twice gives each its place among them.
-    place = drawn["order"].argsort(1).argsort(1)
+    # The columns of `order` shuffle the ten: sorting twice says when each of them has its turn.
+    turn = drawn["order"].argsort(1).argsort(1)
     choices = len(OPERATIONS) - LEAST_OPERATIONS + 1
     how_many = LEAST_OPERATIONS + (choices * drawn["how_many"]).floor()
-    chosen = torch.where(place < how_many[:, None], strength, 0.0)
-    on = dict(zip(OPERATIONS, chosen.unbind(1)))
+    chosen = torch.where(turn < how_many[:, None], strength, 0.0)
+    strengths = dict(zip(OPERATIONS, chosen.unbind(1)))
 
-    on["jitter"] = torch.where(drawn["jitter_chance"] < P_JITTER, strength, 0.0)
-    on["noise"] = torch.where(drawn["noise_chance"] < P_NOISE, strength, 0.0)
+    strengths["jitter"] = torch.where(drawn["jitter_chance"] < P_JITTER, strength, 0.0)
+    strengths["noise"] = torch.where(drawn["noise_chance"] < P_NOISE, strength, 0.0)
     # A crop has all of its colour or none. So here the strength scales the probability.
-    on["grey"] = (drawn["grey_chance"] < P_GREY * strength).float()
-    return on
+    strengths["grey"] = (drawn["grey_chance"] < P_GREY * strength).float()
+    return strengths
+
+
+def choose_augmentations(drawn):
+    """What fine-tuning does to each crop -> {operation: (B,)}: 1, or 0 where it does not."""
+    changed = drawn["changed"] > P_UNCHANGED
+    numbers = torch.cat([drawn["chances"], drawn["more_chances"]], 1)
+    strengths = {}
+    for (name, chance), number in zip(AUGMENT_CHANCES.items(), numbers.unbind(1)):
+        strengths[name] = ((number < chance) & changed).float()
+    return strengths
 
 
 # ---- views: stages
 
-def move_and_bend(images, on, drawn):
+TO_DEVIATION_1 = 12 ** 0.5      # times this, uniform numbers in [0, 1) have standard deviation 1
+
+
+def for_images(numbers):
+    """(B,) -> (B, 1, 1, 1), to be multiplied with images."""
+    return numbers[:, None, None, None]
+
+
+def for_matrices(numbers):
+    """(B,) -> (B, 1, 1), to be multiplied with matrices."""
+    return numbers[:, None, None]
+
+
+def move_and_bend(images, strengths, drawn):
     """All of the geometry becomes four corners and a bend, so that a crop is sampled once.
     Coordinates run from -1 to 1, so a side is 2 long."""
     b, _, height, width = images.shape
     side = 2
 
-    # Each corner moves inward, by its own number. Twice that is 1 on average, so `tilt` is the
-    # mean move, in shares of a side.
-    tilt = on["tilt"] * in_range(drawn, "tilt")
-    inward = per_row(tilt) * drawn["corners"].view(b, 4, 2) * (2 * side)
+    # Each corner moves inward, by its own number. `tilt` is the mean move, in shares of a side.
+    tilt = strengths["tilt"] * in_range(drawn, "tilt")
+    moves = 2 * drawn["corners"].view(b, 4, 2)                                  # their mean is 1
+    inward = for_matrices(tilt) * moves * side
     corners = copy_once(SQUARE, images.device) * (1 - inward)                   # (B, 4, 2)
 
     # All of it turns.
-    angle = on["rotate"] * in_range(drawn, "angle") * MAX_ANGLE
+    angle = strengths["rotate"] * in_range(drawn, "angle") * MAX_ANGLE
     corners = turned(angle, width / height, corners)
 
     # Rims are cut off: `before` at the left and top, `after` at the right and bottom.
-    left = on["horizontal"] * in_range(drawn, "left")
-    right = on["horizontal"] * in_range(drawn, "right")
-    top = on["vertical"] * in_range(drawn, "top")
-    bottom = on["vertical"] * in_range(drawn, "bottom")
+    left = strengths["horizontal"] * in_range(drawn, "left")
+    right = strengths["horizontal"] * in_range(drawn, "right")
+    top = strengths["vertical"] * in_range(drawn, "top")
+    bottom = strengths["vertical"] * in_range(drawn, "bottom")
     before = torch.stack([left, top], 1)[:, None]                               # (B, 1, 2)
     after = torch.stack([right, bottom], 1)[:, None]
     corners = corners * (1 - before - after) + before - after
 
-    # 4 x 4 points move in x and y. Times sqrt(12), numbers in [0, 1) have a standard deviation
-    # of 1, so `bend` is that of the moves, in shares of a side.
-    bend = on["bend"] * in_range(drawn, "bend")
+    # 4 x 4 points move in x and y. `bend` is the standard deviation of the moves, in shares of a
+    # side.
+    bend = strengths["bend"] * in_range(drawn, "bend")
     moves = drawn["bend_points"].view(b, 2, 4, 4) - 0.5
-    moves = per_crop(bend) * moves * (side * 12 ** 0.5)
+    moves = for_images(bend) * moves * (side * TO_DEVIATION_1)
     return warp(images, corners, moves)
 
 
-def change_look(images, on, drawn):
+def change_look(images, strengths, drawn):
     """Blur, sharpness and colour: every pixel stays in its place."""
-    blur = on["blur"] * in_range(drawn, "blur")
-    sharpen = on["sharpen"] * in_range(drawn, "sharpen")
+    blur = strengths["blur"] * in_range(drawn, "blur")
+    sharpen = strengths["sharpen"] * in_range(drawn, "sharpen")
     images = focus(images, blur, sharpen)
 
     # The factors of fading, of jitter and of the loss of all colour.
-    saturation = 1 - on["fade"] * in_range(drawn, "fade")
-    saturation = saturation * (1 + on["jitter"] * in_range(drawn, "saturation"))
-    saturation = saturation * (1 - on["grey"])
-    brightness = 1 + on["jitter"] * in_range(drawn, "brightness")
-    contrast = 1 + on["jitter"] * in_range(drawn, "contrast")
-    haze = on["contrast"] * in_range(drawn, "haze")
-    hue = on["jitter"] * in_range(drawn, "hue")
-    return recolour(images, brightness, contrast, 1 - haze, saturation.clamp(min=0), hue)
+    jitter = strengths["jitter"]
+    saturation = 1 - strengths["fade"] * in_range(drawn, "fade")
+    saturation = saturation * (1 + jitter * in_range(drawn, "saturation"))
+    saturation = saturation * (1 - strengths["grey"])
+    saturation = saturation.clamp(min=0)
+    hue = jitter * in_range(drawn, "hue")
+    brightness = 1 + jitter * in_range(drawn, "brightness")
+    contrast = 1 + jitter * in_range(drawn, "contrast")
+    haze = strengths["haze"] * in_range(drawn, "haze")
+    return recolour(images, saturation, hue, brightness, contrast, haze)
 
 
-def lower_resolution(images, on):
+def lower_resolution(images, strengths):
     """A picture of a third of the pixels each way, 10 x 42 of 32 x 128, enlarged again."""
     height, width = images.shape[2:]
     low = coarse_view(images, (height // 3, width // 3))
     low = F.interpolate(low, size=(height, width), mode="bilinear")
-    return images.lerp(low, per_crop(on["low_resolution"]))
+    return images.lerp(low, for_images(strengths["low_resolution"]))
 
 
-def solarize(images, on, drawn):
+def solarize(images, strengths, drawn):
     """Inverts what is light, as film does that was given far too much light."""
-    threshold = 1 - on["solarize"] * in_range(drawn, "solarize")
-    return torch.where(images > per_crop(threshold), 1 - images, images)
+    threshold = 1 - strengths["solarize"] * in_range(drawn, "solarize")
+    return torch.where(images > for_images(threshold), 1 - images, images)
 
 
-def invert(images, on):
-    return images.lerp(1 - images, per_crop(on["invert"]))
+def invert(images, strengths):
+    return images.lerp(1 - images, for_images(strengths["invert"]))
 
 
-def add_noise(images, on, drawn):
+def add_noise(images, strengths, drawn):
     """In place."""
-    size = on["noise"] * in_range(drawn, "noise_size")
+    deviation = strengths["noise"] * in_range(drawn, "noise_deviation")
     noise = noise_from_tape(images, drawn["noise_start"])
-    return images.addcmul_(noise, per_crop(size * 12 ** 0.5)).clamp_(0, 1)
+    return images.addcmul_(noise, for_images(deviation * TO_DEVIATION_1)).clamp_(0, 1)
 
 
 # ---- views: geometry
@@ -900,18 +1204,22 @@ def turned(angle, aspect, corners=None):
     """The corners (B, 4, 2) through which a picture is seen rotated by `angle` (B,) radians
     counter-clockwise, on a canvas that grows until all of it fits.
 
-    aspect: the picture's width / height. corners: what is turned, (B, 4, 2), instead of SQUARE.
+    aspect: the picture's width / height. corners: what is turned, (B, 4, 2); None: SQUARE.
     """
     if corners is None:
         corners = copy_once(SQUARE, angle.device)
     cos = torch.cos(angle)[:, None]
     sin = torch.sin(angle)[:, None]
-    x, y = corners.unbind(-1)
 
-    # The canvas grows from w x h to (w cos + h |sin|) x (h cos + w |sin|).
-    x = x * (cos + sin.abs() / aspect)
-    y = y * (cos + sin.abs() * aspect)
-    # (x cos - y sin, x sin + y cos), but x is measured in half widths and y in half heights.
+    # First the canvas grows, from w x h to (w cos + h |sin|) x (h cos + w |sin|).
+    growth_x = cos + sin.abs() / aspect
+    growth_y = cos + sin.abs() * aspect
+    x, y = corners.unbind(-1)
+    x = x * growth_x
+    y = y * growth_y
+
+    # Then it turns. In pixels (x, y) goes to (x cos - y sin, x sin + y cos). But here x is in
+    # half widths and y in half heights: `aspect` half heights are a half width.
     turned_x = cos * x - sin * y / aspect
     turned_y = sin * aspect * x + cos * y
     return torch.stack([turned_x, turned_y], -1)
@@ -926,14 +1234,9 @@ def homography(corners):
         x = (a u + b v + c) / (g u + h v + 1)
         y = (d u + e v + f) / (g u + h v + 1)
 
-    and the square's corners, clockwise from (0, 0), to p_0, p_1, p_2, p_3, each an (x, y). With
-    delta_1 = p_1 - p_2, delta_2 = p_3 - p_2 and sigma = p_0 - p_1 + p_2 - p_3
-
-        g = det(sigma, delta_2) / det(delta_1, delta_2)
-        h = det(delta_1, sigma) / det(delta_1, delta_2)
-        (a, d) = p_1 - p_0 + g p_1      (b, e) = p_3 - p_0 + h p_3      (c, f) = p_0
+    and the square's corners, clockwise from (0, 0), go to p0, p1, p2, p3.
     """
-    p0, p1, p2, p3 = corners.unbind(1)                              # each (B, 2)
+    p0, p1, p2, p3 = corners.unbind(1)                              # (x, y), each (B, 2)
     delta1 = p1 - p2
     delta2 = p3 - p2
     sigma = p0 - p1 + p2 - p3
@@ -955,9 +1258,9 @@ def determinant(p, q):
     return p[:, :1] * q[:, 1:] - p[:, 1:] * q[:, :1]
 
 
-def warp(images, corners, bend=None):
+def warp(images, corners, moves=None):
     """Pictures (B, 3, H, W), each seen through four corners (B, 4, 2). With SQUARE's it is seen as
-    it is. bend (B, 2, 4, 4): moves of 4 x 4 points in x and y, spread over the picture."""
+    it is. moves (B, 2, 4, 4): how far 4 x 4 points, spread over the picture, go in x and y."""
     b, _, height, width = images.shape
     device = images.device
     u = (torch.arange(width, device=device) + 0.5) / width          # the middles of pixels
@@ -969,8 +1272,8 @@ def warp(images, corners, bend=None):
     products = homography(corners).reshape(-1, 3) @ points.flatten(1)
     products = products.view(b, 3, height, width)
     grid = products[:, :2].div_(products[:, 2:])
-    if bend is not None:
-        grid += F.interpolate(bend, size=(height, width), mode="bilinear", align_corners=True)
+    if moves is not None:
+        grid += F.interpolate(moves, size=(height, width), mode="bilinear", align_corners=True)
     grid = grid.permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
@@ -997,7 +1300,7 @@ def focus(images, sigma, sharpen):
     r = KERNEL_RADIUS
     blur = gaussian_kernel(sigma ** 2)
     blur_twice = gaussian_kernel(sigma ** 2 + MASK_VARIANCE)
-    sharpen = sharpen[:, None, None]
+    sharpen = for_matrices(sharpen)
     kernel = (1 + sharpen) * blur - sharpen * blur_twice            # (B, 7, 7)
 
     # Crops and colours become channels, and each channel has its own kernel.
@@ -1015,19 +1318,21 @@ def gaussian_kernel(variance):
     return row[:, :, None] * row[:, None]
 
 
-# The grey of red, green and blue. And RGB from NTSC's YIQ: grey (Y) and two axes of hue (I, Q).
+# The grey of a colour is the sum of its red, green and blue with these weights.
 LUMA = torch.tensor([0.299, 0.587, 0.114])
+# NTSC writes a colour as its grey (Y) and two axes of hue (I, Q). From these to RGB:
 FROM_YIQ = torch.tensor([[1, 0.956, 0.619], [1, -0.272, -0.647], [1, -1.106, 1.703]])
+# Takes the grey away and turns the hue by 90 degrees, in YIQ.
 QUARTER_TURN_OF_IQ = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])
-# Turns an RGB colour's hue by 90 degrees and takes its grey away.
+# The same in RGB.
 QUARTER_TURN = FROM_YIQ @ QUARTER_TURN_OF_IQ @ FROM_YIQ.inverse()
 
 
-def recolour(images, brightness, contrast, haze, saturation, hue):
+def recolour(images, saturation, hue, brightness, contrast, haze):
     """All changes of colour as one 3 x 4 matrix for each crop. All but the images are (B,).
 
-    In this order: saturation (a factor) and hue (turns), brightness (a factor), contrast about the
-    crop's mean grey (a factor), contrast about mid-grey (`haze`, a factor).
+    They come in the order of the arguments: saturation (a factor), hue (turns), brightness (a
+    factor), contrast about the crop's mean grey (a factor), haze (the share of mid-grey).
     """
     luma = copy_once(LUMA, images.device)
     quarter = copy_once(QUARTER_TURN, images.device)
@@ -1036,18 +1341,19 @@ def recolour(images, brightness, contrast, haze, saturation, hue):
     # degrees.
     to_grey = luma.expand(3, 3)
     to_rest = torch.eye(3, device=images.device) - to_grey
-    cos = per_row(torch.cos(2 * math.pi * hue))
-    sin = per_row(torch.sin(2 * math.pi * hue))
+    cos = for_matrices(torch.cos(2 * math.pi * hue))
+    sin = for_matrices(torch.sin(2 * math.pi * hue))
     turned_rest = cos * to_rest + sin * quarter
-    matrix = to_grey + per_row(saturation) * turned_rest                        # (B, 3, 3)
+    matrix = to_grey + for_matrices(saturation) * turned_rest                   # (B, 3, 3)
 
-    # Then brightness x, contrast x + (1 - contrast) mean, haze x + (1 - haze) / 2. The mean is
+    # Then brightness x, contrast x + (1 - contrast) mean, keep x + (1 - keep) / 2. The mean is
     # that of the brightened crop; saturation and hue leave grey as it is.
-    matrix = per_row(haze * contrast * brightness) * matrix
+    keep = 1 - haze
+    matrix = for_matrices(keep * contrast * brightness) * matrix
     mean_grey = images.mean((2, 3)) @ luma                                      # (B,)
-    offset = haze * (1 - contrast) * brightness * mean_grey + 0.5 * (1 - haze)
+    offset = keep * (1 - contrast) * brightness * mean_grey + 0.5 * (1 - keep)
 
-    recoloured = torch.baddbmm(per_row(offset), matrix, images.flatten(2))
+    recoloured = torch.baddbmm(for_matrices(offset), matrix, images.flatten(2))
     return recoloured.view_as(images).clamp_(0, 1)
 
 
@@ -1066,17 +1372,8 @@ def noise_from_tape(images, start):
     where on the tape a crop's begins: it is the same in every batch and on every device."""
     tape = copy_once(noise_tape(), images.device)
     windows = tape.unfold(0, images[0].numel(), 1)              # one begins at each number
-    return windows[(start * len(windows)).long()].view_as(images)
-
-
-def per_crop(numbers):
-    """(B,) -> (B, 1, 1, 1), to be multiplied with images."""
-    return numbers[:, None, None, None]
-
-
-def per_row(numbers):
-    """(B,) -> (B, 1, 1), to be multiplied with matrices."""
-    return numbers[:, None, None]
+    first = (start * len(windows)).long()
+    return windows[first].view_as(images)
 
 
 @functools.cache
@@ -1090,20 +1387,25 @@ def copy_once(constant, device):
 # images: uint8 (b, 3, 32, 128). labels: b strings or None.
 # char_maps: uint8 (b, 32, 128), zeros for a crop without one; None if nobody asked.
 # damaged: a line for each crop that could not be read; these are missing in the batch.
-# places: where among the crops that were asked for these b stand.
-Batch = namedtuple("Batch", "images labels char_maps damaged places")
+# indices: the numbers of the b crops in the source.
+# places: where the b crops stand among those that were asked for.
+Batch = namedtuple("Batch", "images labels char_maps damaged indices places")
 
 
-def read_batch(indices, source, char_maps=False):
+def read_batch(asked_for, source, char_maps=False):
     """The crops of these numbers -> Batch."""
-    crops, damaged, places = [], [], []
-    for place, i in enumerate(indices):
+    crops = []
+    damaged = []
+    indices = []
+    places = []
+    for place, i in enumerate(asked_for):
         try:
             crop = source.get(i)
         except Damaged as error:
             damaged.append(str(error))
         else:
             crops.append(crop)
+            indices.append(i)
             places.append(place)
 
     images = torch.zeros(len(crops), 3, H, W, dtype=torch.uint8)
@@ -1111,7 +1413,7 @@ def read_batch(indices, source, char_maps=False):
         images[k] = crop.image
     labels = [crop.label for crop in crops]
     maps = stack_char_maps(crops) if char_maps else None
-    return Batch(images, labels, maps, damaged, places)
+    return Batch(images, labels, maps, damaged, indices, places)
 
 
 def stack_char_maps(crops):
@@ -1122,17 +1424,26 @@ def stack_char_maps(crops):
     return maps
 
 
+class BatchReader(Dataset):
+    """What torch's loader asks: its items are whole batches, and lists of indices their keys."""
+
+    def __init__(self, source, char_maps):
+        self.source = source
+        self.char_maps = char_maps
+
+    def __getitem__(self, indices):
+        return read_batch(indices, self.source, self.char_maps)
+
+
 def loader(source, index_lists, workers, char_maps=False):
     """Lists of indices -> an iterator over their Batches. Worker processes are handed indices
     alone."""
     if workers:
-        atexit.unregister(end_workers)              # once is enough
+        # Registered by every loader, it would run as often.
+        atexit.unregister(end_workers)
         atexit.register(end_workers)
-    # torch's loader reads this range, crop i being i, and so read_batch gets the lists.
-    numbers = range(len(source))
-    read = functools.partial(read_batch, source=source, char_maps=char_maps)
     return iter(DataLoader(
-        numbers, batch_sampler=index_lists, collate_fn=read, num_workers=workers,
+        BatchReader(source, char_maps), sampler=index_lists, batch_size=None, num_workers=workers,
         prefetch_factor=4 if workers else None, worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_initialized()))
 
@@ -1164,13 +1475,14 @@ def crop_order(n, batch_size, seed, position=0, rank=0, world=1):
     """Yields for ever the indices of a rank's micro-batches.
 
     All ranks read one stream of crops: all n in random order, then all n in another, and so on.
-    Position p of it is crop permutation[p % n] of epoch p // n. A rank's micro-batch m holds the
-    batch_size positions from position + (m * world + rank) * batch_size on. So 1 x 16, 2 x 8 and
-    1 x 4 accumulated four times see the same crops in a step, and a run resumes at any position,
-    on any number of processes or workers, with the same order.
+    Position p of it is crop permutation[p % n] of epoch p // n. The ranks take batch_size crops of
+    it each, in turn. So a step sees the same crops whether 1 process reads 16, or 2 read 8 each,
+    or 1 reads 4 and accumulates four times; and a run resumes at any position, on any number of
+    processes or workers, with the same order.
     """
     epoch = None
-    for first in itertools.count(position + rank * batch_size, world * batch_size):
+    for micro_batch in itertools.count():
+        first = position + (micro_batch * world + rank) * batch_size
         indices = []
         for p in range(first, first + batch_size):
             if p // n != epoch:
@@ -1181,14 +1493,21 @@ def crop_order(n, batch_size, seed, position=0, rank=0, world=1):
         yield indices
 
 
-def next_batch(stream, damage, batch_size, log=None):
+def rows_in_step(places, micro_step, batch_size):
+    """Where the crops at `places` of this rank's micro-batch stand in the step's one large batch,
+    that of all ranks and micro-steps, see crop_order -> LongTensor."""
+    first = (micro_step * common.world_size() + common.rank()) * batch_size
+    return first + torch.tensor(places, dtype=torch.long)
+
+
+def next_batch(stream, damage, log=None):
     """The next Batch of a stream, see `batches`. damage, a DamageCount, is told what could not be
     read; log, a common.Log, how long it took. UserError if nothing could be read."""
     began = time.perf_counter()
     batch = next(stream)
     if log is not None:
         log.waited(time.perf_counter() - began)
-    damage.add(batch_size, batch.damaged)
+    damage.add(len(batch.images) + len(batch.damaged), batch.damaged)
     if len(batch.images) == 0:
         raise UserError(f"no crop of a batch could be read, the first being {batch.damaged[0]}; "
                         "leave such crops out with data.py pack, or raise --batch_size")
@@ -1196,22 +1515,21 @@ def next_batch(stream, damage, batch_size, log=None):
 
 
 def read_all(source, batch_size, workers=0):
-    """Yields every crop once over all ranks, in order: Batches whose `places` are the crops'
-    numbers in the source. The first rank shows how far it is, on a terminal."""
+    """Yields every crop once over all ranks, in order, as Batches. The first rank shows how far it
+    is, on a terminal."""
     mine = range(common.rank(), len(source), common.world_size())
     index_lists = [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
     hide_bar = True if common.rank() > 0 else None          # None: where there is no terminal
     with tqdm(total=len(mine), desc=source.name[:40], disable=hide_bar) as bar:
-        # The loader comes first in zip: so it is asked for its end, at which its workers end.
-        for batch, indices in zip(loader(source, index_lists, workers), index_lists):
-            yield batch._replace(places=[indices[place] for place in batch.places])
-            bar.update(len(indices))
+        for batch in loader(source, index_lists, workers):
+            yield batch
+            bar.update(len(batch.images) + len(batch.damaged))
 
 
 class DamageCount:
-    """Counts what cannot be read and names the first ten. A share above `limit` ends the run. It is
-    judged from 100 crops on, and three standard deviations are allowed for, or chance would end
-    sound runs early."""
+    """Counts what cannot be read and names the first ten, each once however often it is met. A
+    share above `limit` ends the run. It is judged from 100 crops on, and three standard
+    deviations are allowed for, or chance would end sound runs early."""
     NAMED = 10
     LEAST_SEEN = 100
     DEVIATIONS = 3
@@ -1219,22 +1537,24 @@ class DamageCount:
     def __init__(self, limit=0.01):
         self.limit = limit
         self.seen = 0
-        self.bad = 0
+        self.damaged = 0
         self.first = []
 
     def add(self, seen, damaged):
         """Of `seen` crops these, one string each, could not be read."""
         self.seen += seen
-        self.bad += len(damaged)
-        for line in damaged[:self.NAMED - len(self.first)]:
+        self.damaged += len(damaged)
+        for line in damaged:
+            if len(self.first) == self.NAMED or line in self.first:
+                continue
             self.first.append(line)
             with contextlib.suppress(OSError):      # the output may go to a disk that is full
                 print(f"damaged, left out: {line}", flush=True)
 
         expected = self.limit * self.seen
         deviation = (expected * (1 - self.limit)) ** 0.5
-        if self.seen >= self.LEAST_SEEN and self.bad > expected + self.DEVIATIONS * deviation:
-            raise UserError(f"{self.bad} of {self.seen} crops are damaged, "
+        if self.seen >= self.LEAST_SEEN and self.damaged > expected + self.DEVIATIONS * deviation:
+            raise UserError(f"{self.damaged} of {self.seen} crops are damaged, "
                             f"more than --max_damaged {self.limit}: {'; '.join(self.first)}")
 
 
@@ -1248,9 +1568,10 @@ MARGIN_X, MARGIN_Y = 6, 4               # around it
 CELL_W = PICTURE_W + 2 * MARGIN_X
 NO_PICTURE_H = 22                       # of a row without pictures
 TEXT_H = 18                             # is added to a row with text
-CAPTION_BASE = 16                       # base line of the text below a picture, from its rim
-TITLE_BASE = 46                         # of text alone in a row with pictures, from the row's top
-LAST_BASE = 12                          # the least distance of that from the row's lower rim
+# Base lines of text.
+BELOW_PICTURE = 16                      # from the picture's lower rim
+BELOW_TOP = 46                          # of text alone: from the row's top,
+ABOVE_BOTTOM = 12                       # but at least so far from the row's lower rim
 CAPTION_SIZE, TITLE_SIZE, LEAST_SIZE = 14, 24, 7
 
 MAX_LETTERS = 200                       # of a piece of text
@@ -1271,10 +1592,10 @@ def draw_sheet(rows, path):
         for column, (picture, pieces) in enumerate(row):
             x = column * CELL_W + MARGIN_X
             if picture is None:
-                base = min(TITLE_BASE, height - LAST_BASE)
+                base = min(BELOW_TOP, height - ABOVE_BOTTOM)
                 draw_text(sheet, pieces, x, y + base, TITLE_SIZE, files)
             else:
-                base = MARGIN_Y + PICTURE_H + CAPTION_BASE
+                base = MARGIN_Y + PICTURE_H + BELOW_PICTURE
                 paste_crop(sheet, picture, x, y + MARGIN_Y)
                 draw_text(sheet, pieces, x, y + base, CAPTION_SIZE, files)
         y += height
@@ -1316,10 +1637,15 @@ def draw_text(sheet, pieces, x, y, size, files):
 
 def show(args):
     """Draws crops, and beside each the views that were asked for."""
-    source = open_sources(args.src, fonts=args.fonts)
-    if args.fonts and not any(isinstance(part, Synth) for part in source.parts):
-        raise UserError(f"--fonts {args.fonts}: has no effect without rendered words; "
-                        "add synth to SRC")
+    chars = None
+    if args.charset is not None:
+        chars = read_charset(args.charset)
+    source = open_sources(args.src, fonts=args.fonts, chars=chars)
+    rendered = any(isinstance(part, Synth) for part in source.parts)
+    for flag, value in (("--fonts", args.fonts), ("--charset", args.charset)):
+        if value is not None and not rendered:
+            raise UserError(f"{flag} {value}: has no effect without rendered words; "
+                            "add synth to SRC")
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(source), generator=generator)[:args.n].tolist()
     batch = read_batch(chosen, source)
@@ -1362,7 +1688,6 @@ def make_views(images, generator, args):
 
 READ_AT_ONCE = 256                      # crops
 FINGERPRINT_SIZE = (8, 32)              # of the small picture that it is made of
-FINGERPRINT_LENGTH = 7 * 32 + 8 * 31    # pairs of neighbours in that
 
 
 def check(args):
@@ -1374,21 +1699,22 @@ def check(args):
     source = open_sources(args.src)
     known = None
     if args.against:
-        tests = open_sources(args.against)
+        known = KnownCrops(open_sources(args.against), args.workers)
         if args.write_list:
             open(args.write_list, "a").close()      # fails now, not after an hour of reading
-        known = KnownCrops(tests, args.workers)
 
     counts = Counts()
     lines = []
     for batch in read_all(source, READ_AT_ONCE, args.workers):
-        files = [source.bytes(i) for i in batch.places]
+        files = [source.file_bytes(i) for i in batch.indices]
         counts.add(files, batch)
         if known is not None:
             matches = known.find(files, batch.images, args.alike)
             lines += list_lines(source, batch, known.source, matches)
 
     counts.report(source)
+    if not counts.widths:
+        raise UserError(f"{source.name}: none of its {len(source):,} entries could be read")
     if known is not None:
         first = ", the first 20:" if len(lines) > 20 else ""
         print(f"also in {known.source.name}: {len(lines):,}{first}")
@@ -1408,6 +1734,7 @@ class Counts:
         self.widths = []
         self.heights = []
         self.lengths = []               # of labels
+        self.quoted = 0                 # labels that are written as CSV writes them
         self.damaged = []
 
     def add(self, files, batch):
@@ -1421,6 +1748,8 @@ class Counts:
             if label is not None:
                 self.lengths.append(len(label))
                 self.chars.update(label)
+                if re.fullmatch('".*"".*"', label):
+                    self.quoted += 1
 
     def report(self, source):
         print(f"{source.name}: {len(source):,} entries = {len(self.widths):,} read "
@@ -1437,7 +1766,11 @@ class Counts:
 
         repeats = self.hashes.total() - len(self.hashes)
         print(f"entries that repeat the bytes of another: {repeats:,}")
-        for line in self.damaged[:20]:
+        if self.quoted:
+            print(f"{self.quoted:,} labels stand in quotes and double those in them, as in a CSV "
+                  "file; if it is one, name it .csv, with a comma after the path")
+        named = list(dict.fromkeys(self.damaged))
+        for line in named[:20]:
             print(f"damaged: {line}")
 
 
@@ -1455,25 +1788,31 @@ class KnownCrops:
     def __init__(self, source, workers):
         self.source = source
         self.by_hash = {}               # hash of a file -> its number
-        # The first fingerprint is nobody's and like none: there may be no other.
-        self.numbers = [None]
-        prints = [torch.zeros(1, FINGERPRINT_LENGTH)]
+        self.numbers = []
+        prints = []
+        n_damaged = 0
         for batch in read_all(source, READ_AT_ONCE, workers):
-            for i in batch.places:
-                self.by_hash[hash(source.bytes(i))] = i
-            self.numbers += batch.places
+            for i in batch.indices:
+                self.by_hash[hash(source.file_bytes(i))] = i
+            self.numbers += batch.indices
             prints.append(fingerprint(batch.images))
+            n_damaged += len(batch.damaged)
+        if not self.numbers:
+            raise UserError(f"--against {source.name}: none of {n_damaged:,} crops could be read")
+        if n_damaged > 0:
+            print(f"{source.name}: {n_damaged:,} of {len(source):,} crops are damaged and are not "
+                  "looked for")
         self.prints = torch.cat(prints)
 
-    def find(self, files, images, least):
+    def find(self, files, images, least_alike):
         """For each crop (number of the test crop or None, why): that has the very same bytes, or a
-        likeness above `least`."""
+        likeness above `least_alike`."""
         likeness, nearest = (fingerprint(images) @ self.prints.T).max(1)
         matches = []
         for file, alike, k in zip(files, likeness.tolist(), nearest.tolist()):
             if hash(file) in self.by_hash:
                 matches.append((self.by_hash[hash(file)], "same bytes"))
-            elif alike > least:
+            elif alike > least_alike:
                 matches.append((self.numbers[k], f"alike {alike:.3f}"))
             else:
                 matches.append((None, ""))
@@ -1499,7 +1838,7 @@ def list_lines(source, batch, tests, matches):
     """A line for each crop that was found: its number, where it is, its label, why, where the
     test crop is, its label."""
     lines = []
-    for i, label, (k, why) in zip(batch.places, batch.labels, matches):
+    for i, label, (k, why) in zip(batch.indices, batch.labels, matches):
         if k is not None:
             fields = [i, source.where(i), label, why, tests.where(k), tests.label(k)]
             line = "\t".join(str(field) for field in fields)
@@ -1508,6 +1847,10 @@ def list_lines(source, batch, tests, matches):
 
 
 # ---- the command pack
+
+TWO_PAGES = 8192                # bytes. LMDB writes whole pages; an entry is cut into these.
+COPIES = 2                      # LMDB writes a page anew before it sets the former one free
+
 
 def pack(args):
     """Writes an LMDB of the files as they are, reads it back, and only then gives it its name."""
@@ -1561,12 +1904,11 @@ def write_lmdb(folder, source, skip, workers):
         for batch in read_all(source, READ_AT_ONCE, workers):
             for line in batch.damaged:
                 print(f"left out, damaged: {line}")
-            files = [source.bytes(i) for i in batch.places]
-            # An entry fills whole pages: 8192. Twice, for those too that a write sets free.
-            room += 2 * sum(len(file) + 8192 for file in files)
+            files = [source.file_bytes(i) for i in batch.indices]
+            room += COPIES * sum(len(file) + TWO_PAGES for file in files)
             environment.set_mapsize(room)
             with environment.begin(write=True) as transaction:
-                for i, label, file in zip(batch.places, batch.labels, files):
+                for i, label, file in zip(batch.indices, batch.labels, files):
                     if i in skip:
                         continue
                     if not kept:
@@ -1594,11 +1936,11 @@ def check_written(folder, name, source, kept):
     packed = Lmdb(folder, name)
     wrong = 0
     for k, i in enumerate(kept):
-        if packed.bytes(k) != source.bytes(i) or packed.label(k) != source.label(i):
+        if packed.file_bytes(k) != source.file_bytes(i) or packed.label(k) != source.label(i):
             wrong += 1
     if wrong or len(packed) != len(kept):
         raise UserError(f"{folder}: {wrong} entries are not what was written; is the disk sound?")
-    OPEN_LMDBS.close()                  # Windows renames no folder that holds an open file
+    OPEN_LMDBS.forget_all()                  # Windows renames no folder that holds an open file
 
 
 # ---- the command line
@@ -1615,8 +1957,7 @@ def main():
 
 def add_command(commands, command, does):
     """-> the function that adds a flag to it."""
-    src_help = __doc__.split("SRC is")[1]
-    parser = commands.add_parser(command.__name__, help=does, description=f"{does} SRC:{src_help}")
+    parser = commands.add_parser(command.__name__, help=does, description=f"{does} {SRC_HELP}")
     parser.set_defaults(command=command)
     parser.add_argument("src", nargs="+", metavar="SRC", help="where the crops are, one or several")
     return parser.add_argument
@@ -1630,6 +1971,8 @@ def add_show(commands):
     add("--seed", type=number_in("[0, 4294967296)", int), default=0,
         help="another one picks other crops and draws other views")
     add("--fonts", help="a folder of more fonts for rendered words")
+    add("--charset",
+        help="36, 62, 94 or a UTF-8 file: the characters that rendered words are made of")
     add("--guidance", action="store_true",
         help="beside each crop mim's kind of guidance view, moved and bent, and nsp's")
     add("--augment", action="store_true",

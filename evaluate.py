@@ -1,7 +1,7 @@
 """Reads words with a fine-tuned recognizer and scores the readings.
 
     python evaluate.py --ckpt out/finetune/best.pt --data bench/IIIT5k_3000 bench/SVT --json r.json
-    python evaluate.py --ckpt out/finetune/best.pt --images a.png b.jpg
+    python evaluate.py --ckpt out/finetune/best.pt --images a.png folder
     python evaluate.py --score preds.tsv --protocol waics
     torchrun --nproc_per_node=8 evaluate.py --ckpt out/finetune/best.pt --data bench/SVT
 
@@ -11,7 +11,10 @@ takes lines of label<TAB>prediction, which may come from any system. From Python
     net = evaluate.load_recognizer("best.pt")
     net.read(images)                # uint8 (B, 3, 32, 128) -> [(text, confidence)]
 """
+import contextlib
 import difflib
+import functools
+import itertools
 import json
 import math
 import os
@@ -24,65 +27,55 @@ from collections import Counter, namedtuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
 import model
 from common import (
-    H, W, Parser, UserError, check_data_flags, load_state, number_in, pick_device, pick_dtype,
-    rank, read_checkpoint, run_main, say, to_device, to_unit, typed_flags, world_size,
+    H, W, Parser, UserError, autocast, check_data_flags, join_ranks, load_state, number_in,
+    pick_device, rank, read_checkpoint, run_main, say, to_device, to_unit, typed_flags, world_size,
 )
 from data import BLACK, GREY, RED, Damaged, draw_sheet
 
-# What is written on a crop, what was read, and how sure that is: the product of the
-# probabilities of its letters and its end.
+# label: what is written on a crop. text: what was read. confidence: how sure that is, the
+# product of the probabilities of its characters and its end. Of a crop that could not be
+# decoded nothing is known.
 Reading = namedtuple("Reading", "label text confidence")
-DAMAGED = Reading("", None, 0)                  # of a crop that could not be read
+DAMAGED = Reading(None, None, None)
 
 
 # ---- protocols and scores
 
-# A protocol says which differences between a label and a reading do not count.
-PROTOCOLS = {
-    "exact": "composed and decomposed Unicode are the same (NFC), nothing else is; spaces count",
-    "ci": "as exact, but in lower case; spaces count",
-    "waics": "only ASCII letters and digits count, in lower case; spaces and symbols do not",
-    "parseq36": "PARSeq's: no spaces, NFKD to ASCII, labels over 25 characters dropped, "
-                "0-9 and a-z kept, labels that are then empty dropped",
-    "zh": "FudanVI's: lower case, no spaces, full width to half; "
-          "traditional is not made simplified, lacking a table",
-}
-PARSEQ_LONGEST = 25                             # characters, counted after NFKD
 LETTERS_AND_DIGITS = data.CHARSETS["62"]        # ASCII's, in both cases
+PARSEQ_LONGEST = 25                             # characters, counted after NFKD
 
 # Full-width characters and their half-width forms: U+FF01 to U+FF5E are ASCII's "!" to "~".
 HALF_WIDTH = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
 HALF_WIDTH[0x3000] = " "
 
 
-def default_protocol(charset):
-    """waics, as in papers. It keeps ASCII alone, so exact for a charset of one's own."""
-    if charset in data.CHARSETS.values():
-        return "waics"
-    return "exact"
+def fold_exact(text):
+    return unicodedata.normalize("NFC", text)
 
 
-def normalize(text, protocol):
-    """The form in which a label and a reading are compared. UserError for an unknown protocol."""
-    if protocol == "exact":
-        return unicodedata.normalize("NFC", text)
-    if protocol == "ci":
-        return unicodedata.normalize("NFC", text).lower()
-    if protocol == "waics":
-        # LMIM's order: first the filter, then lower case. The other way round a Kelvin sign would
-        # become a k. mmocr does that, and keeps Chinese, and "^" by a slip in its pattern.
-        return keep_letters_and_digits(text).lower()
-    if protocol == "parseq36":
-        return keep_letters_and_digits(to_ascii(text)).lower()
-    if protocol == "zh":
-        # FudanVI's order: the space goes before full width becomes half. So an ideographic space
-        # (U+3000) turns into a space that stays and counts.
-        return text.lower().replace(" ", "").translate(HALF_WIDTH)
-    raise UserError(f"protocol {protocol}: expected one of {' '.join(PROTOCOLS)}")
+def fold_ci(text):
+    return unicodedata.normalize("NFC", text).lower()
+
+
+def fold_waics(text):
+    """LMIM's order: first the filter, then lower case. The other way round a Kelvin sign would
+    become a k. mmocr does that, and keeps Chinese, and "^" by a slip in its pattern."""
+    return keep_letters_and_digits(text).lower()
+
+
+def fold_parseq36(text):
+    return keep_letters_and_digits(to_ascii(text)).lower()
+
+
+def fold_zh(text):
+    """FudanVI's order: the space goes before full width becomes half. So an ideographic space
+    (U+3000) turns into a space that stays and counts."""
+    return text.lower().replace(" ", "").translate(HALF_WIDTH)
 
 
 def keep_letters_and_digits(text):
@@ -94,6 +87,40 @@ def to_ascii(text):
     without_spaces = "".join(text.split())
     decomposed = unicodedata.normalize("NFKD", without_spaces)
     return decomposed.encode("ascii", "ignore").decode()
+
+
+# A protocol says which differences between a label and a reading do not count. fold: makes the
+# form in which both are compared. about: the sentence above the table.
+Protocol = namedtuple("Protocol", "fold about")
+PROTOCOLS = {
+    "exact": Protocol(fold_exact,
+        "composed and decomposed Unicode are the same (NFC), nothing else is; spaces count"),
+    "ci": Protocol(fold_ci,
+        "as exact, but in lower case; spaces count"),
+    "waics": Protocol(fold_waics,
+        "only ASCII letters and digits count, in lower case; spaces and symbols do not"),
+    "parseq36": Protocol(fold_parseq36,
+        "PARSeq's: no spaces, NFKD to ASCII, labels over 25 characters dropped, "
+        "0-9 and a-z kept, labels that are then empty dropped"),
+    "zh": Protocol(fold_zh,
+        "FudanVI's: lower case, no spaces, full width to half; "
+        "traditional is not made simplified, lacking a table"),
+}
+
+
+def normalize(text, protocol):
+    """The form in which a label and a reading are compared. UserError for an unknown protocol."""
+    if protocol not in PROTOCOLS:
+        raise UserError(f"protocol {protocol}: expected one of {' '.join(PROTOCOLS)}")
+    return PROTOCOLS[protocol].fold(text)
+
+
+def default_protocol(charset):
+    """waics, as in papers. But of a charset of one's own it may keep no character, so there
+    exact."""
+    if charset in data.CHARSETS.values():
+        return "waics"
+    return "exact"
 
 
 def edit_distance(a, b):
@@ -128,8 +155,9 @@ def reason_to_drop(label, text, protocol):
 def score(pairs, protocol):
     """(label, text) pairs -> {"n", "evaluated", "dropped": {reason: count}, "accuracy", "ned"}.
 
-    accuracy: how many are equal when normalized, in percent. ned: PARSeq's 1 - NED, the mean of
-    1 - distance / length of the longer word, in percent. `n` counts the dropped words too.
+    accuracy: how many are equal when normalized, in percent. `n` counts the dropped words too.
+    ned: PARSeq's 1 - NED, in percent: 100 where all are equal. NED is the normalized edit
+    distance, the mean of distance / length of the longer word.
 
     Only parseq36 drops labels. In waics a label without letters and digits stays, as in LMIM's
     code, and a reading without any is right. Where all labels are such (another script, say),
@@ -145,14 +173,14 @@ def score(pairs, protocol):
             continue
 
         truth = normalize(label, protocol)
-        reading = normalize(text, protocol)
+        answer = normalize(text, protocol)
         letters += len(truth)
-        if truth == reading:
+        if truth == answer:
             right += 1
             nearness.append(1)                  # two empty words are equal as well
         else:
-            longer = max(len(truth), len(reading))
-            nearness.append(1 - edit_distance(truth, reading) / longer)
+            longer = max(len(truth), len(answer))
+            nearness.append(1 - edit_distance(truth, answer) / longer)
 
     evaluated = len(nearness)
     accuracy, ned = None, None
@@ -163,11 +191,18 @@ def score(pairs, protocol):
             "accuracy": accuracy, "ned": ned}
 
 
-def read_predictions(path):
+def timed_score(pairs, protocol, began):
+    """A set's row of the table: `score`, and the seconds since `began`."""
+    row = score(pairs, protocol)
+    row["seconds"] = time.perf_counter() - began
+    return row
+
+
+def parse_predictions(path):
     """A file of lines label<TAB>prediction -> [(label, prediction)]; UserError for any other file.
 
     Further columns are passed over. But --predictions writes "damaged" into the third where a crop
-    could not be read: there the prediction is None."""
+    could not be decoded: there the prediction is None."""
     expected = "expected lines of label<TAB>prediction in UTF-8"
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
@@ -219,24 +254,29 @@ def summarize(sets, protocol):
 
 
 def print_table(result):
-    """Prints what `summarize` returned: a row a set, then both averages. Then, if they are in it,
-    a table for each of --heights and --rotations."""
-    sets = result["sets"]
-    width = max(10, max(map(len, sets))) + 1
-    print(f"\nprotocol {result['protocol']}: {PROTOCOLS[result['protocol']]}")
-    print_row(width, "set", "n", "evaluated", "accuracy", "1-NED", "seconds")
-    for name, row in sets.items():
-        cells = [row[key] for key in ("n", "evaluated", "accuracy", "ned", "seconds")]
-        print_row(width, name, *cells, *table_notes(name, row))
-    print_row(width, "average", "", "", result["average"])
-    print_row(width, "weighted", "", "", result["weighted"])
+    """Prints what `summarize` returned, and a short table for each of --heights and --rotations
+    that is in it."""
+    width = max(10, max(map(len, result["sets"]))) + 1
+    lines = ["", *set_lines(result, width)]
+    for height, summary in result.get("heights", {}).items():
+        lines += ["", f"height {height}, and the change"]
+        lines += difference_lines(summary, result, width)
+    for degrees, summary in result.get("rotations", {}).items():
+        lines += ["", f"rotation {degrees}, and the change"]
+        lines += difference_lines(summary, result, width)
+    print_at_once("\n".join(lines) + "\n")
 
-    for key, title in (("heights", "height"), ("rotations", "rotation")):
-        for value, view in result.get(key, {}).items():
-            print(f"\n{title} {value}, and the change")
-            for name, row in view["sets"].items():
-                print_change(width, name, row["accuracy"], sets[name]["accuracy"])
-            print_change(width, "average", view["average"], result["average"])
+
+def set_lines(result, width):
+    """The protocol, a row a set, then both averages."""
+    lines = [f"protocol {result['protocol']}: {PROTOCOLS[result['protocol']].about}"]
+    lines.append(table_row(width, "set", "n", "evaluated", "accuracy", "1-NED", "seconds"))
+    for name, row in result["sets"].items():
+        cells = [row[key] for key in ("n", "evaluated", "accuracy", "ned", "seconds")]
+        lines.append(table_row(width, name, *cells, *table_notes(name, row)))
+    lines.append(table_row(width, "average", "", "", result["average"]))
+    lines.append(table_row(width, "weighted", "", "", result["weighted"]))
+    return lines
 
 
 def table_notes(name, row):
@@ -249,15 +289,22 @@ def table_notes(name, row):
     return notes
 
 
-def print_change(width, name, accuracy, plain_accuracy):
-    """A row of another view: its accuracy, and by how much it differs from that of plain crops."""
-    change = None
-    if accuracy is not None and plain_accuracy is not None:
-        change = f"{accuracy - plain_accuracy:+.2f}"
-    print_row(width, name, "", "", accuracy, change)
+def difference_lines(summary, plain, width):
+    """A row a set of changed crops: its accuracy, and by how much it differs from that of plain
+    crops. Then a row of the averages."""
+    pairs = [(name, row["accuracy"], plain["sets"][name]["accuracy"])
+             for name, row in summary["sets"].items()]
+    pairs.append(("average", summary["average"], plain["average"]))
+    lines = []
+    for name, accuracy, plain_accuracy in pairs:
+        difference = None
+        if accuracy is not None and plain_accuracy is not None:
+            difference = f"{accuracy - plain_accuracy:+.2f}"
+        lines.append(table_row(width, name, "", "", accuracy, difference))
+    return lines
 
 
-def print_row(width, name, *cells):
+def table_row(width, name, *cells):
     """The name in `width` columns, then each cell in ten: - for None, two decimals for a float."""
     line = name.ljust(width)
     for cell in cells:
@@ -266,68 +313,128 @@ def print_row(width, name, *cells):
         elif isinstance(cell, float):
             cell = f"{cell:.2f}"
         line += str(cell).rjust(10)
-    print(line.rstrip())
+    return line.rstrip()
+
+
+def print_at_once(text):
+    """Prints, while tqdm may show a bar. -> False if nobody listens any more, as after
+    `| head -1`: then this and all that follows goes nowhere, quietly."""
+    try:
+        tqdm.write(text, end="")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def check_damaged(result, max_damaged):
+    """UserError that names the sets of which a larger share could not be decoded: their accuracy
+    is that of the rest, which may be few."""
+    lines = []
+    for name, row in result["sets"].items():
+        damaged = row["dropped"].get("damaged", 0)
+        if damaged > max_damaged * row["n"]:
+            lines.append(f"{name}: {damaged:,} of {row['n']:,} crops could not be read")
+    if lines:
+        raise UserError(f"{'; '.join(lines)}; that is more than --max_damaged {max_damaged:g}")
 
 
 # ---- reading
 
 def load_recognizer(path, device="cpu"):
-    """A checkpoint of finetune.py -> model.Recognizer; UserError if the file is none."""
+    """A checkpoint of finetune.py -> model.Recognizer; UserError if the file is none. Its
+    `rotate_tall` says whether it was trained on crops of which the tall ones were turned."""
     checkpoint = read_checkpoint(path)
     if not is_recognizer(checkpoint):
         raise UserError(f"{path}: not a recognizer; expected a checkpoint of finetune.py")
-    args = checkpoint["args"]
-    sizes = model.MODELS[args["model"]]
+    stored = checkpoint["args"]                 # finetune.py's flags
+    sizes = model.MODELS[stored["model"]]
     encoder = model.ViT(**sizes["encoder"])
-    net = model.Recognizer(encoder, checkpoint["charset"], args["max_length"],
-                           spell=args["spell"], **sizes["reader"])
-    load_state(net, checkpoint["model"], path)
+    net = model.Recognizer(encoder, checkpoint["charset"], stored["max_length"],
+                           spell=stored["spell"], **sizes["reader"])
+    weights = checkpoint["model"]
+    load_state(net, weights, path)
+    net.rotate_tall = bool(stored.get("rotate_tall"))
     return net.to(device).eval()
 
 
 def is_recognizer(checkpoint):
     """True if a checkpoint holds all that a recognizer is made from."""
-    args = checkpoint.get("args")
-    if not isinstance(args, dict):
+    stored = checkpoint.get("args")
+    if not isinstance(stored, dict):
         return False
-    if not {"max_length", "spell"} <= set(args):
+    if not {"max_length", "spell"} <= set(stored):
         return False
     if not {"charset", "model"} <= set(checkpoint):             # "model": the weights
         return False
-    return args.get("model") in model.MODELS                    # "model": the name of a size
+    return stored.get("model") in model.MODELS                  # --model: the name of a size
 
 
 def read_source(read, source, batch_size, workers, group=None):
     """Reads every crop once. The ranks share the work, and each returns what all of them read.
 
-    read: a function, crops uint8 (B, 3, 32, 128) -> [(text, confidence)]. group: over which the
-    ranks exchange readings; None is torch's default group.
+    read: a function, crops uint8 (B, 3, 32, 128) -> [(text, confidence)]. group: join_ranks'.
     -> a Reading for every crop, in the source's order, and a line for every damaged crop that
     says where it is and why."""
-    found = {}                                  # {place in the source: Reading}
-    broken = []
+    readings = {}                               # {number in the source: Reading}
+    damaged = []
     for batch in data.read_all(source, batch_size, workers):
-        broken += batch.damaged
+        damaged += batch.damaged
         if len(batch.images) == 0:
             continue
         words = read(batch.images)
-        for place, label, (text, confidence) in zip(batch.places, batch.labels, words):
-            found[place] = Reading(label, text, confidence)
+        for index, label, (text, confidence) in zip(batch.indices, batch.labels, words):
+            readings[index] = Reading(label, text, confidence)
 
-    if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, (found, broken), group=group)
-        found, broken = {}, []
-        for found_by_rank, broken_by_rank in parts:
-            found.update(found_by_rank)
-            broken += broken_by_rank
-    readings = [found.get(place, DAMAGED) for place in range(len(source))]
-    return readings, broken
+    readings, damaged = gather_readings(readings, damaged, group)
+    return [readings.get(index, DAMAGED) for index in range(len(source))], damaged
 
 
-def check_labels(source, predictions):
-    """UserError for a crop without a label, and for a label that a line of the file --predictions
-    cannot hold. This is known before an hour of reading and not after it."""
+def gather_readings(readings, damaged, group):
+    """{number in the source: reading} and damaged crops' lines of one rank -> those of all."""
+    if group is None:
+        return readings, damaged
+    of_ranks = [None] * world_size()
+    dist.all_gather_object(of_ranks, (readings, damaged), group=group)
+    all_readings, all_damaged = {}, []
+    for readings, damaged in of_ranks:
+        all_readings.update(readings)
+        all_damaged += damaged
+    return all_readings, all_damaged
+
+
+def read_sets(net, sources, protocol, args, group, change=None):
+    """Reads and scores every set. change: a function, crops (B, 3, H, W) in [0, 1] -> what is
+    read in their place; None leaves them as they are.
+
+    -> {name: its row}, {name: its Readings}, {name: lines of damaged crops}."""
+    dtype = getattr(torch, args.dtype)
+
+    def read(images):
+        if change is not None:
+            images = change(to_unit(to_device(images, net.device)))
+        return net.read(images, args.batch_size, dtype)
+
+    rows, readings, damaged = {}, {}, {}
+    for name, source in sources.items():
+        began = time.perf_counter()
+        readings[name], damaged[name] = read_source(
+            read, source, args.batch_size, args.workers, group)
+        pairs = [(reading.label, reading.text) for reading in readings[name]]
+        rows[name] = timed_score(pairs, protocol, began)
+    return rows, readings, damaged
+
+
+# ---- labels
+
+def check_labels(name, source, net, protocol, predictions):
+    """-> a line that says how many of a set's labels the net can write.
+
+    UserError for a crop without a label, for a label that a line of the file --predictions cannot
+    hold, and if no label can be read right. This is known before an hour of reading and not after
+    it."""
+    labels = []
     for i in range(len(source)):
         try:
             label = source.label(i)
@@ -339,41 +446,143 @@ def check_labels(source, predictions):
         if predictions and ("\t" in label or "\n" in label):
             raise UserError(f"{source.where(i)}: {label!r} holds a tab or line end: "
                             "no --predictions of it")
+        labels.append(label)
+
+    fitting, line = data.fit_labels(data.Parts([source], name), net.charset, net.max_length)
+    if len(fitting) == 0 and not can_be_right(labels, net, protocol):
+        raise UserError(f"{line}; the recognizer can read none of them right: it has "
+                        f"{len(net.charset)} characters, for words of {net.max_length} at most; "
+                        "leave the set out, or name another --ckpt")
+    return line
 
 
-def read_sets(net, sources, protocol, args, view=None, value=None):
-    """Reads and scores every set -> {name: its score}, {name: its Readings}. If a view is given,
-    not the crops are read but view(crops, value)."""
-    device = net.pos.device
-    dtype = pick_dtype(args.dtype, device)
+def can_be_right(labels, net, protocol):
+    """True if the net can write a word that equals one of these under the protocol, which may
+    pass over case and symbols."""
+    known = set()
+    for character in net.charset:
+        known.update(normalize(character, protocol))
+    for label in labels:
+        truth = normalize(label, protocol)
+        if truth and len(truth) <= net.max_length and known.issuperset(truth):
+            return True
+    return False
 
-    def read(images):
-        if view is not None:
-            images = view(to_unit(to_device(images, device)), value)
-        return net.read(images, args.batch_size, dtype)
 
-    scores, readings = {}, {}
-    for name, source in sources.items():
-        start = time.perf_counter()
-        readings[name], broken = read_source(read, source, args.batch_size, args.workers)
-        pairs = [(reading.label, reading.text) for reading in readings[name]]
-        scores[name] = score(pairs, protocol)
-        scores[name]["seconds"] = time.perf_counter() - start
-        if view is None:                        # with a view the same crops are damaged
-            for line in broken[:5]:
-                say(f"damaged: {line}")
-    return scores, readings
+# ---- reading without labels
+
+def open_images(args):
+    """--images -> a Source of all the files, those of folders too."""
+    parts = []
+    for path in args.images:
+        if os.path.isdir(path):
+            # what is said of a folder is no reading
+            with contextlib.redirect_stdout(sys.stderr):
+                parts.append(data.open_source(path, rotate_tall=args.rotate_tall, labels=False))
+        else:
+            parts.append(data.Files([(path, None)], "", "--images", args.rotate_tall))
+    return data.Parts(parts, "--images")
+
+
+def image_path(source, index):
+    """What stands for an image of open_images: its file, or its place in an LMDB."""
+    part, number = source.locate(index)
+    if isinstance(part, data.Files):
+        return part.path(number)
+    return part.where(number)
+
+
+@torch.inference_mode()
+def read_characters(net, images, dtype):
+    """As net.read, but -> [(text, confidences)], one for each character and one for the end. Their
+    product is the word's confidence."""
+    images = model.normalize_pixels(to_device(images, net.device))
+    with autocast(net.device, dtype):
+        characters, confidences = net.decode(images)            # (B, T) each
+    words = []
+    for row, probabilities in zip(characters.tolist(), confidences.cpu().double().tolist()):
+        n = row.index(net.end)
+        text = "".join(net.charset[character] for character in row[:n])
+        words.append((text, probabilities[:n + 1]))
+    return words
+
+
+def read_image_batches(net, source, args, group):
+    """Yields, as soon as every rank has read a batch, {number in the source: (text, confidences)}
+    and the lines of damaged images."""
+    def read_batches():
+        for batch in data.read_all(source, args.batch_size, args.workers):
+            words = []
+            if len(batch.images) > 0:
+                words = read_characters(net, batch.images, getattr(torch, args.dtype))
+            yield dict(zip(batch.indices, words)), batch.damaged
+
+    # A rank may have a batch less than another. It takes part nevertheless, with nothing.
+    rounds = range(math.ceil(len(source) / (args.batch_size * world_size())))
+    nothing = ({}, [])
+    for (words, damaged), _ in itertools.zip_longest(read_batches(), rounds, fillvalue=nothing):
+        yield gather_readings(words, damaged, group)
+
+
+def read_images(net, args, group):
+    """--images: prints path, text and confidence of each as they are read, and writes --json and
+    --predictions. Ends with an error if one could not be decoded, once all the others are done."""
+    source = open_images(args)
+    prepare_files(args)
+    if rank() == 0 and net.rotate_tall:
+        print(ROTATE_TALL, file=sys.stderr)
+
+    readings, damaged = {}, []
+    for words, lines in read_image_batches(net, source, args, group):
+        readings.update(words)
+        damaged += lines
+        if rank() > 0:
+            continue
+        printed = []
+        for index, (text, confidences) in sorted(words.items()):
+            path = image_path(source, index)
+            printed.append(f"{path}\t{text}\t{math.prod(confidences):.6g}\n")
+        heard = print_at_once("".join(printed))
+        if not heard and not (args.json or args.predictions):
+            return
+    if rank() == 0:
+        write_images(source, readings, args)
+        if damaged:
+            first = "; ".join(damaged[:DAMAGED_NAMED])
+            raise UserError(f"{len(damaged)} of {len(source)} could not be read: {first}")
+
+
+def write_images(source, readings, args):
+    """--json and --predictions of --images."""
+    rows, lines = [], []
+    for index in range(len(source)):
+        path = image_path(source, index)
+        text, confidences = readings.get(index, (None, None))
+        if text is None:
+            rows.append({"path": path, "text": None, "confidence": None})
+            lines.append(prediction_line(DAMAGED, path))
+            continue
+        confidence = math.prod(confidences)
+        *characters, end = confidences
+        rows.append({"path": path, "text": text, "confidence": confidence,
+                     "characters": characters, "end": end})
+        lines.append(prediction_line(Reading(None, text, confidence), path))
+    if args.predictions:
+        write_file("".join(lines), args.predictions)
+    if args.json:
+        write_json({"images": rows}, args.json)
 
 
 # ---- robustness
 
-def read_views(net, sources, protocol, args, view, values):
-    """Reads view(crops, value) of every set, for each value -> {value: summary}."""
-    results = {}
-    for value in values:
-        scores, _ = read_sets(net, sources, protocol, args, view, value)
-        results[f"{value:g}"] = summarize(scores, protocol)
-    return results
+def read_changed(net, sources, protocol, args, group, changes):
+    """Reads every set anew for each of {value: a function that changes crops} -> {value:
+    summary}."""
+    summaries = {}
+    for value, change in changes.items():
+        rows, _, _ = read_sets(net, sources, protocol, args, group, change)
+        summaries[value] = summarize(rows, protocol)
+    return summaries
 
 
 def reduce_height(images, height):
@@ -392,7 +601,9 @@ def rotate(images, degrees):
     angle = torch.full((len(images),), math.radians(degrees), device=images.device)
     corners = data.turned(angle, W / H)
     large = F.interpolate(images, scale_factor=4)
-    return data.coarse_view(data.warp(large, corners), (H, W))
+    turned = data.warp(large, corners)
+    means = data.coarse_view(turned, (H, W))                    # over areas of 4 x 4
+    return means.clamp(0, 1)                                    # whatever a device rounds to
 
 
 # ---- pictures of attention
@@ -421,8 +632,8 @@ def inputs_of(layer, call, *arguments):
 def attention_weights(q, k):
     """softmax(q k' / sqrt(d)) of (B, heads, T, d) and (B, heads, S, d), mean over the heads:
     (B, T, S). The layers themselves never keep it."""
-    scores = q.float() @ k.float().mT / math.sqrt(q.shape[-1])
-    return scores.softmax(-1).mean(1)
+    logits = q.float() @ k.float().mT / math.sqrt(q.shape[-1])
+    return logits.softmax(-1).mean(1)
 
 
 def encoder_attention(net, images):
@@ -437,7 +648,9 @@ def decoder_attention(net, images, ids):
     """Where the last layer's cross-attention looks for each letter: (B, T, N). The net is given
     the classes `ids` (B, T) that it read, as in training, and so sees all letters at once."""
     layer = net.layers[-1].cross_attn
-    letters, (keys, _) = inputs_of(layer, net, images, ids)     # (B, T, D), (B, heads, N, d)
+    # the layer is called with the letters so far, and the keys and values of the crop
+    letters, crop_kv = inputs_of(layer, net, images, ids)       # (B, T, D), (2, B, heads, N, d)
+    keys, _ = crop_kv
     return attention_weights(layer.queries(letters), keys)
 
 
@@ -454,14 +667,14 @@ def report_attention(net, source, path):
     pixels are known, also measures how often that is text -> attention_on_text's dict, or None."""
     first = range(min(N_MEASURED, len(source)))
     batch = data.read_batch(first, source, char_maps=True)
-    rendered = bool(batch.char_maps.any())
+    rendered = bool(batch.char_maps.any())      # other crops have no map of their characters
     images = batch.images
     if not rendered:                            # nothing to measure
         images = images[:N_DRAWN]
     if len(images) == 0:                        # all of them are damaged
         return None
 
-    normalized = model.normalize_pixels(to_device(images, net.pos.device))
+    normalized = model.normalize_pixels(to_device(images, net.device))
     ids, encoder, decoder = attention(net, normalized)
     encoder = encoder[:, :, 1:]                 # what falls on [cls] is nowhere in the picture
     encoder = encoder / encoder.sum(-1, keepdim=True)           # (B, 1+N, N), shares again
@@ -513,19 +726,19 @@ def attention_on_text(net, char_maps, ids, encoder, decoder, name):
     """How much of the attention falls on text, and how widely it is spread -> a dict.
 
     char_maps (B, H, W) is above 0 on text; encoder (B, 1+N, N), decoder (B, T, N). Within a patch
-    attention counts as even, so the share of blind attention is `text_area`. The entropy is
-    divided by log N: 1 is all over the picture, 0 is on one patch."""
+    attention counts as even. So attention that is spread evenly over the picture has the share
+    `text_area`. The entropy is divided by log N: 1 is all over the picture, 0 is on one patch."""
     on_text = (char_maps > 0).float().unsqueeze(1)              # (B, 1, H, W)
-    text = F.avg_pool2d(on_text, net.encoder.patch).flatten(2)  # (B, 1, N), share of each patch
-    text = text.to(encoder.device)
-    n, N = len(text), text.shape[-1]
-    text_area = text.mean().item()
+    text_share = F.avg_pool2d(on_text, net.encoder.patch)       # (B, 1, h, w), of each patch
+    text_share = text_share.flatten(2).to(encoder.device)       # (B, 1, N)
+    n, N = len(text_share), text_share.shape[-1]
+    text_area = text_share.mean().item()
     print(f"attention on {n} rendered words of {name}; text is {text_area:.3f} of the area")
 
-    found = {"n": n, "text_area": text_area}
+    measured = {"n": n, "text_area": text_area}
     looks = {"cls": encoder[:, :1], "patches": encoder[:, 1:], "decoder": decoder}
     for who, weights in looks.items():
-        share = (weights * text).sum(-1)                        # (B, 1 or N or T)
+        share = (weights * text_share).sum(-1)                  # (B, 1 or N or T)
         entropy = -torch.xlogy(weights, weights).sum(-1) / math.log(N)
         if who == "decoder":
             is_letter = ids != net.end
@@ -535,9 +748,23 @@ def attention_on_text(net, char_maps, ids, encoder, decoder, name):
             entropy = entropy[is_letter]
         share = share.mean().item()
         entropy = entropy.mean().item()
-        found[who] = {"share": share, "entropy": entropy}
+        measured[who] = {"share": share, "entropy": entropy}
         print(f"  {who:8} {share:.3f} on text, entropy {entropy:.3f}")
-    return found
+    return measured
+
+
+def report_attention_on_sets(net, sources, folder):
+    """A picture a set in the folder -> {name: what was measured}, of sets of rendered words."""
+    measured, drawn = {}, set()
+    for name, source in sources.items():
+        file = re.sub(r"[^\w.-]", "_", name)
+        while file in drawn:                    # a/b and a_b are two sets
+            file += "_"
+        drawn.add(file)
+        numbers = report_attention(net, source, os.path.join(folder, f"{file}.png"))
+        if numbers is not None:
+            measured[name] = numbers
+    return measured
 
 
 # ---- pictures of errors
@@ -549,20 +776,20 @@ def draw_errors(sources, readings, protocol, path):
     """Draws wrongly read crops, the most confident first: image, truth, reading."""
     wrong = []
     for name in sources:
-        for place, reading in enumerate(readings[name]):
+        for index, reading in enumerate(readings[name]):
             if is_wrong(reading, protocol):
-                wrong.append((name, place, reading))
+                wrong.append((name, index, reading))
     wrong.sort(key=lambda error: error[2].confidence, reverse=True)
 
     # a row of the sheet is a list of cells: (picture or None, [(text, colour), ...])
     rows = [[(None, [(title, GREY)]) for title in ("image", "truth", "reading")]]
-    for name, place, (label, text, confidence) in wrong[:N_ERRORS]:
+    for name, index, (label, text, confidence) in wrong[:N_ERRORS]:
         source = sources[name]
-        caption = f"{source.where(place)}   {confidence:.3f}"
-        image = (source.get(place).image, [(caption, GREY)])
-        truth = (None, [(label, BLACK)])
-        reading = (None, mark_errors(label, text, protocol))
-        rows.append([image, truth, reading])
+        caption = f"{source.where(index)}   {confidence:.3f}"
+        image_cell = (source.get(index).image, [(caption, GREY)])
+        truth_cell = (None, [(label, BLACK)])
+        reading_cell = (None, mark_errors(label, text, protocol))
+        rows.append([image_cell, truth_cell, reading_cell])
     draw_sheet(rows, path)
     print(f"{path}: the {len(rows) - 1} most confident of {len(wrong):,} errors")
 
@@ -578,13 +805,13 @@ def is_wrong(reading, protocol):
 def mark_errors(label, text, protocol):
     """A reading, normalized, in pieces (letters, colour): wrong letters are red, and so is a _ for
     each letter that is missing."""
-    truth, reading = normalize(label, protocol), normalize(text, protocol)
+    truth, answer = normalize(label, protocol), normalize(text, protocol)
     pieces = []
-    matcher = difflib.SequenceMatcher(None, truth, reading, autojunk=False)
-    for kind, i1, i2, j1, j2 in matcher.get_opcodes():          # truth[i1:i2] is reading[j1:j2]
+    matcher = difflib.SequenceMatcher(None, truth, answer, autojunk=False)
+    for kind, i1, i2, j1, j2 in matcher.get_opcodes():          # truth[i1:i2] is answer[j1:j2]
         colour = BLACK if kind == "equal" else RED
         missing = (i2 - i1) - (j2 - j1)
-        pieces.append((reading[j1:j2], colour))
+        pieces.append((answer[j1:j2], colour))
         if missing > 0:
             pieces.append(("_" * missing, RED))
     return pieces
@@ -592,13 +819,17 @@ def mark_errors(label, text, protocol):
 
 # ---- the command
 
+DAMAGED_NAMED = 5               # of a set, and of --images: crops that are named, with the reason
+ROTATE_TALL = "--rotate_tall, as in the recognizer's training: tall crops are turned"
+
+
 def add_flags(parser):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", nargs="+", metavar="SRC",
         help="labelled sets, a row each: an LMDB folder or a tree of them, a labels file, "
         "synth:N for rendered words in the checkpoint's charset")
     what.add_argument("--images", nargs="+", metavar="FILE",
-        help="image files to read: prints path, text, confidence")
+        help="image files to read, or folders of them: prints path, text, confidence")
     what.add_argument("--score", metavar="FILE",
         help="lines of label<TAB>prediction, from any system; needs no --ckpt")
     add = parser.add_argument
@@ -607,13 +838,16 @@ def add_flags(parser):
     add("--protocol", choices=PROTOCOLS,
         help="how labels and readings are compared; left out: waics, as in papers, "
         "but exact for a checkpoint with your own charset")
-    add("--json", metavar="FILE", help="write the results here")
+    add("--json", metavar="FILE",
+        help="write the results here; those of --images have each character's confidence")
     add("--predictions", metavar="FILE",
         help="write label, reading, confidence, place here; --score reads it back")
+    add("--max_damaged", type=number_in("[0, 1]"), default=.01,
+        help="exit with status 2, after the table, if a larger share of a set is unreadable")
     add("--heights", nargs="+", type=number_in(f"[1, {H}]", int), default=[],
         help="read crops reduced to these heights too; 8 is hard")
     add("--rotations", nargs="+", type=number_in("(-90, 90)"), default=[],
-        help="read crops turned by these degrees too, leftwards")
+        help="read crops turned counter-clockwise by these degrees too")
     add("--attention", metavar="DIR",
         help="draw where the network looks; on synth:256 also its share on text")
     add("--errors", metavar="FILE", help=f"draw the {N_ERRORS} most confident errors here")
@@ -631,7 +865,7 @@ def add_flags(parser):
 
 
 # Flags that are about labelled sets, and flags about crops of any kind.
-NEED_DATA = ("predictions", "heights", "rotations", "attention", "errors", "fonts")
+NEED_DATA = ("heights", "rotations", "attention", "errors", "fonts")
 NEED_CROPS = ("ckpt", "batch_size", "workers", "device", "dtype", "rotate_tall")
 
 
@@ -644,10 +878,12 @@ def check_flags(parser, args):
     for name in NEED_CROPS:
         if name in typed and args.score:
             parser.error(f"--{name} has no effect with --score, which reads no crop; leave it out")
-    if args.images and "protocol" in typed:
-        parser.error("--protocol has no effect with --images, which scores nothing; leave it out")
-    if args.images and args.json:
-        parser.error("--json needs --data or --score; --images prints what it reads")
+    if args.score and args.predictions:
+        parser.error("--predictions needs --data or --images; --score reads such a file")
+    for name in ("protocol", "max_damaged"):
+        if name in typed and args.images:
+            parser.error(
+                f"--{name} has no effect with --images, which scores nothing; leave it out")
     if not args.score and not args.ckpt:
         parser.error("--ckpt is missing; type finetune.py's, such as out/finetune/best.pt")
     if args.errors and not args.errors.lower().endswith(data.SUFFIXES):
@@ -670,76 +906,134 @@ def open_sets(args, charset):
     for src in args.data:
         source = data.open_source(
             src, fonts=args.fonts, rotate_tall=args.rotate_tall, chars=charset)
-        name = source.name
-        if name in sources:
-            name = src.rstrip("/")
-        if name in sources:
-            name = os.path.abspath(src)
+        for name in (source.name, src.rstrip("/"), os.path.abspath(src)):
+            if name not in sources:             # the first that is free
+                break
         sources[name] = source
     return sources
 
 
 def prepare_files(args):
-    """Makes the files and folders that will be written. If one cannot be, this is known now and
-    not after an hour of reading."""
+    """Makes the folders that will be written. If a file or a folder cannot be, this is known now
+    and not after an hour of reading."""
     for path in (args.json, args.predictions, args.errors):
         if path:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            path = os.path.realpath(path)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            is_new = not os.path.exists(path)
             open(path, "a").close()             # what is in it stays until there is a result
+            if is_new:
+                with contextlib.suppress(FileNotFoundError):    # another rank was faster
+                    os.remove(path)
     if args.attention:
         os.makedirs(args.attention, exist_ok=True)
 
 
+def prediction_line(reading, where):
+    """A line of --predictions. "damaged" stands for the confidence of what could not be decoded."""
+    confidence = "damaged"
+    if reading.confidence is not None:
+        confidence = f"{reading.confidence:.6g}"
+    return "\t".join([reading.label or "", reading.text or "", confidence, where]) + "\n"
+
+
 def write_predictions(sources, readings, path):
-    """Lines of label, text, confidence and where the crop is. "damaged" stands for a confidence."""
-    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        for name, source in sources.items():
-            for place, (label, text, confidence) in enumerate(readings[name]):
-                confidence = f"{confidence:.6g}"
-                if text is None:
-                    text, confidence = "", "damaged"
-                columns = [label, text, confidence, source.where(place)]
-                file.write("\t".join(columns) + "\n")
+    lines = []
+    for name, source in sources.items():
+        for index, reading in enumerate(readings[name]):
+            lines.append(prediction_line(reading, source.where(index)))
+    write_file("".join(lines), path)
 
 
 def write_json(result, path):
-    """Half of a letter, as in a file's name that is not UTF-8, is written as JSON does: \\udcff."""
-    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-        json.dump(result, file, indent=1, ensure_ascii=False)
+    write_file(json.dumps(result, indent=1, ensure_ascii=False), path)
+
+
+def write_file(text, path):
+    """What was there stays until all of the text is written. UserError names the file.
+
+    A name that is not UTF-8 reaches Python as halves of letters. They are written as JSON does,
+    \\udcff, and no error."""
+    path = os.path.realpath(path)               # a link stays a link
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            write_text(text, path)              # into a pipe, or /dev/null
+            return
+        write_text(text, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise UserError(f"{path}: could not be written ({error.strerror})") from None
+
+
+def write_text(text, path):
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.write(text)
 
 
 def score_file(args):
     """--score: the table of a file of predictions."""
-    start = time.perf_counter()
+    began = time.perf_counter()
     protocol = args.protocol or "waics"
-    row = score(read_predictions(args.score), protocol)
-    row["seconds"] = time.perf_counter() - start
+    row = timed_score(parse_predictions(args.score), protocol, began)
     result = summarize({os.path.basename(args.score): row}, protocol)
     print_table(result)
     prepare_files(args)
     if args.json:
         write_json(result, args.json)
+    check_damaged(result, args.max_damaged)
 
 
-def read_images(net, args):
-    """--images: path, text and confidence of each, on a line. Ends with an error if one cannot be
-    read, once all the others are printed."""
-    entries = [(path, None) for path in args.images]
-    source = data.Files(entries, "", "--images", args.rotate_tall)
-    dtype = pick_dtype(args.dtype, net.pos.device)
+def score_sets(net, args, group):
+    """--data: the table of labelled sets, and what else was asked for."""
+    protocol = args.protocol or default_protocol(net.charset)
+    sources = open_sets(args, net.charset)
+    fit_lines = []
+    for name, source in sources.items():
+        fit_lines.append(check_labels(name, source, net, protocol, args.predictions))
+    prepare_files(args)
+    print_header(net, sources, args)
+    for line in fit_lines:
+        say(line)
 
-    def read(images):
-        return net.read(images, args.batch_size, dtype)
-
-    readings, broken = read_source(read, source, args.batch_size, args.workers)
+    rows, readings, damaged = read_sets(net, sources, protocol, args, group)
+    for lines in damaged.values():
+        for line in lines[:DAMAGED_NAMED]:
+            say(f"damaged: {line}")
+    result = summarize(rows, protocol)
+    if args.heights:
+        changes = {f"{height:g}": functools.partial(reduce_height, height=height)
+                   for height in args.heights}
+        result["heights"] = read_changed(net, sources, protocol, args, group, changes)
+    if args.rotations:
+        changes = {f"{degrees:g}": functools.partial(rotate, degrees=degrees)
+                   for degrees in args.rotations}
+        result["rotations"] = read_changed(net, sources, protocol, args, group, changes)
     if rank() > 0:
         return
-    for path, (_, text, confidence) in zip(args.images, readings):
-        if text is not None:
-            print(f"{path}\t{text}\t{confidence:.6g}")
-    if broken:
-        raise UserError(f"{len(broken)} of {len(args.images)} could not be read: "
-                        + "; ".join(broken))
+
+    print_table(result)                         # first, whatever becomes of the files
+    if args.predictions:
+        write_predictions(sources, readings, args.predictions)
+    if args.json:
+        write_json(result, args.json)
+    if args.errors:
+        draw_errors(sources, readings, protocol, args.errors)
+    if args.attention:
+        result["attention"] = report_attention_on_sets(net, sources, args.attention)
+        if args.json:
+            write_json(result, args.json)
+    check_damaged(result, args.max_damaged)
+
+
+def print_header(net, sources, args):
+    """What runs, so that its figures can be told from others."""
+    parameters = sum(p.numel() for p in net.parameters())
+    crops = sum(map(len, sources.values()))
+    say(" ".join(sys.argv))
+    say(f"torch {torch.__version__}  {net.device} x{world_size()}  {args.dtype}")
+    say(f"{parameters / 1e6:.2f} M parameters, {len(net.charset)} characters, {crops:,} crops")
+    if net.rotate_tall:
+        say(ROTATE_TALL)
 
 
 def main():
@@ -755,49 +1049,14 @@ def main():
 
     device = pick_device(args.device)
     net = load_recognizer(args.ckpt, device)
-    if world_size() > 1:
-        dist.init_process_group("gloo")         # only readings travel, from processor to processor
+    if net.rotate_tall:
+        args.rotate_tall = True
+    # Only readings travel between ranks, from processor to processor.
+    group = join_ranks(torch.device("cpu"))
     if args.images:
-        read_images(net, args)
-        return
-
-    protocol = args.protocol or default_protocol(net.charset)
-    sources = open_sets(args, net.charset)
-    for source in sources.values():
-        check_labels(source, args.predictions)
-    prepare_files(args)
-
-    parameters = sum(p.numel() for p in net.parameters())
-    crops = sum(map(len, sources.values()))
-    say(" ".join(sys.argv))
-    say(f"torch {torch.__version__}  {device} x{world_size()}  {args.dtype}")
-    say(f"{parameters / 1e6:.2f} M parameters, {len(net.charset)} characters, {crops:,} crops")
-
-    scores, readings = read_sets(net, sources, protocol, args)
-    result = summarize(scores, protocol)
-    if args.heights:
-        result["heights"] = read_views(
-            net, sources, protocol, args, reduce_height, args.heights)
-    if args.rotations:
-        result["rotations"] = read_views(
-            net, sources, protocol, args, rotate, args.rotations)
-    if rank() > 0:
-        return
-
-    print_table(result)                         # first, whatever becomes of the files
-    if args.predictions:
-        write_predictions(sources, readings, args.predictions)
-    if args.errors:
-        draw_errors(sources, readings, protocol, args.errors)
-    if args.attention:
-        result["attention"] = {}
-        for name, source in sources.items():
-            file = re.sub(r"[^\w.-]", "_", name) + ".png"
-            found = report_attention(net, source, os.path.join(args.attention, file))
-            if found:
-                result["attention"][name] = found
-    if args.json:
-        write_json(result, args.json)
+        read_images(net, args, group)
+    else:
+        score_sets(net, args, group)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@
     torchrun --nproc_per_node=8 finetune.py --init out/mnsp/last.pt \\
              --data L/train --val L/val                         eight GPUs: LMIM's recipe
 
-Read `main`: it holds the training loop, the same as pretrain.py's but for labels and
-validation. Writes to --out_dir: last.pt, best.pt (highest accuracy on --val, which should
-never be a test set), log.jsonl. evaluate.py needs nothing but such a checkpoint.
+Read `main`: it holds the training loop, the same as pretrain.py's but for labels,
+augmentation and validation. Writes to --out_dir: last.pt, best.pt (highest accuracy on
+--val, which should never be a test set), log.jsonl. evaluate.py needs nothing but such a
+checkpoint.
 """
 import contextlib
 import math
 import os
+import re
 import sys
 
 import torch
@@ -19,17 +21,17 @@ import torch.nn.functional as F
 
 import evaluate
 from common import (
-    Log, Parser, UserError, add_training_flags, autocast, check_ranks_agree,
-    check_resume, check_training_flags, count_steps, find_checkpoint, join_ranks,
-    learning_rate, load_state, number_in, parse_with_recipe, pick_device, pick_dtype,
-    rank, read_checkpoint, resume_training, run_main, save_checkpoint, say,
-    seed_dropout, step_generator, step_unless_not_finite, stop_if_not_finite,
-    stop_requested, to_device, to_unit, training_state, watch_signals, weight_groups,
-    world_size, wrap_model,
+    Log, Parser, StopSignal, UserError, add_training_flags, autocast, check_ranks_agree,
+    check_resume, check_training_flags, count_steps, find_checkpoint, is_rendered,
+    join_ranks, learning_rate, load_state, number_in, parse_with_recipe, pick_device, pick_dtype,
+    rank, read_checkpoint, resume_training, run_main, save_checkpoint, say, seed_dropout,
+    step_generator, step_unless_not_finite, stop_if_not_finite, to_device, to_unit,
+    training_state, typed_flags, weight_groups, world_size, wrap_model,
 )
 from data import (
-    AUGMENT_NUMBERS, Damaged, DamageCount, Parts, augment_from_numbers, batches,
-    fit_label, fit_labels, next_batch, open_sources, read_charset,
+    AUGMENT_NUMBERS, Damaged, DamageCount, Parts, Subset, augment_from_numbers, batches,
+    fit_label, fit_labels, next_batch, open_sources, read_charset, rows_in_step,
+    say_fonts,
 )
 from model import MODELS, Recognizer, ViT, load_encoder, normalize_pixels
 
@@ -58,52 +60,48 @@ def encode_labels(labels, model):
 
 
 def under_patches(char_maps, targets, model):
-    """char_maps (B, 32, 128), k > 0 where the k-th character is -> the class of the
-    character under each patch (B, N), the last if there are two; padding where there is
-    none, or where it is not known: on real crops."""
-    # (B, N)
-    k = F.max_pool2d(char_maps.float()[:, None], model.encoder.patch)   # (B, 1, h, w)
-    k = k.flatten(1).long()                                             # (B, N)
-    classes = targets.gather(1, (k - 1).clamp(min=0))
-    return torch.where(k > 0, classes, model.pad)
+    """The class of the character under each patch (B, N); padding where there is none, or where it
+    is not known, as on real crops. char_maps (B, 32, 128): 0, or n on the pixels of a word's n-th
+    character. Of two characters under a patch the later one counts."""
+    n_th = F.max_pool2d(char_maps.float()[:, None], model.encoder.patch)    # (B, 1, h, w)
+    n_th = n_th.flatten(1).long()                                           # (B, N)
+    classes = targets.gather(1, (n_th - 1).clamp(min=0))
+    return torch.where(n_th > 0, classes, model.pad)
 
 
-def augment_real(images, char_maps, numbers):
-    """Augments (B, 3, 32, 128) in [0, 1] by numbers (B, AUGMENT_NUMBERS). With char_maps
-    rendered words stay as they are: they come varied, and the places of their letters would
-    have to move along."""
-    if char_maps is None:
-        return augment_from_numbers(images, to_device(numbers, images.device))
-    # on the host, where nothing waits
-    real = (char_maps.flatten(1).amax(1) == 0).nonzero()[:, 0]
-    if len(real) == 0:
+def augment_crops(images, numbers, keep):
+    """images (B, 3, 32, 128) in [0, 1], each augmented by its numbers (B, AUGMENT_NUMBERS), but
+    for those to keep (B,) as they are. numbers and keep are on the host."""
+    chosen = (~keep).nonzero()[:, 0]
+    if len(chosen) == 0:
         return images
-    places = to_device(real, images.device)
-    numbers = to_device(numbers[real], images.device)
-    images[places] = augment_from_numbers(images[places], numbers)
+    numbers = to_device(numbers[chosen], images.device)
+    chosen = to_device(chosen, images.device)
+    images[chosen] = augment_from_numbers(images[chosen], numbers)
     return images
 
 
 def label_fraction(source, share, seed):
-    """A random `share` of the crops of each of source.parts, the same for the same seed,
-    and in every copy of a SRC@N."""
-    parts = []
+    """A random `share` of the crops of each of source.parts. It is the same for the same seed,
+    and all copies of a SRC@N keep the same crops."""
+    subsets = {}                                            # the copies of a SRC@N are one part
     for part in source.parts:
-        order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
-        kept = order[:max(1, round(share * len(part)))].sort().values
-        parts.append(Parts([part], part.name, kept))
-    return Parts(parts, source.name)
+        if part not in subsets:
+            order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
+            kept = order[:max(1, round(share * len(part)))].sort().values
+            subsets[part] = Subset(part, kept)
+    return Parts([subsets[part] for part in source.parts], source.name)
 
 
 # ---- the model
 
 def build_recognizer(args, charset):
-    """-> Recognizer from --init: an encoder (ours or MAE's), or a whole recognizer; left
-    out: random weights; and a line that says which tensors came from where."""
-    options = dict(dropout=args.dropout, drop_path=args.drop_path)
+    """-> Recognizer, and a line that says where its tensors came from. --init may be an encoder
+    (ours or MAE's) or a whole recognizer; without it all weights are random."""
+    dropout, drop_path = args.dropout, args.drop_path
     if args.freeze_encoder:
-        options = {}
-    encoder = ViT(**MODELS[args.model]["encoder"], **options)
+        dropout, drop_path = 0.0, 0.0
+    encoder = ViT(**MODELS[args.model]["encoder"], dropout=dropout, drop_path=drop_path)
     sizes = MODELS[args.model]["reader"]
     model = Recognizer(
         encoder, charset, args.max_length, dropout=args.dropout, spell=args.spell, **sizes)
@@ -122,32 +120,55 @@ def build_recognizer(args, charset):
 
 
 def load_recognizer_tensors(model, checkpoint, path):
-    """Takes every tensor that fits from a recognizer; with another charset not those of its
-    letters. -> what it did."""
-    letters = ()
-    if checkpoint["charset"] != model.charset:
-        letters = ("embed.", "classifier.", "char_head.")
+    """Takes every tensor that fits from a recognizer; with another charset, the rows of the
+    characters that both have. -> a line that says what was taken."""
     own, stored = model.state_dict(), checkpoint["model"]
-    anew = []
+    shared = shared_rows(model, checkpoint["charset"])
+    taken, anew = 0, []
     for name in own:
-        fits = name in stored and stored[name].shape == own[name].shape
-        if fits and not name.startswith(letters):
+        letters = name.startswith(("embed.", "classifier.", "char_head."))
+        if name not in stored or stored[name].shape[1:] != own[name].shape[1:]:
+            anew.append(name)
+        elif letters:
+            for new_row, old_row in shared:
+                if new_row < len(own[name]):                # embed alone has a row for start
+                    own[name][new_row] = stored[name][old_row]
+            taken += 1
+        elif stored[name].shape == own[name].shape:
             own[name] = stored[name]
+            taken += 1
         else:
             anew.append(name)
     load_state(model, own, path)
-    said = f"--init {path}: a recognizer; {len(own) - len(anew)} of {len(own)} tensors loaded"
+
+    said = f"--init {path}: a recognizer; {taken} of {len(own)} tensors loaded"
+    if checkpoint["charset"] != model.charset:
+        both = set(checkpoint["charset"]) & set(model.charset)
+        said += f", with the rows of {len(both)} of {len(model.charset)} characters"
     if anew:
         said += f", anew: {' '.join(anew)}"
     return said
 
 
+def shared_rows(model, old_charset):
+    """[(row, row in a recognizer of old_charset)] of the classes that both have: characters, and
+    end, padding, unknown, start, which come after the characters."""
+    pairs = []
+    for old_row, character in enumerate(old_charset):
+        if character in model.index:
+            pairs.append((model.index[character], old_row))
+    for k in range(model.start - model.end + 1):
+        pairs.append((model.end + k, len(old_charset) + k))
+    return pairs
+
+
 # ---- validation
 
-def open_val(srcs, protocol, **options):
-    """--val as one Source, once it is known, before any training, that its labels are there
-    and can be scored."""
-    val, letters = open_sources(srcs, **options), 0
+def open_val(args, charset, protocol, options):
+    """--val as one Source. UserError, before any training, if a label is missing, if none fits the
+    charset, or if none can be scored. Labels that do not fit stay in it and count as wrong."""
+    val = open_sources(args.val, **options)
+    letters = 0
     for i in range(len(val)):
         with contextlib.suppress(Damaged):                  # which is counted when it is read
             label = val.label(i)
@@ -157,18 +178,41 @@ def open_val(srcs, protocol, **options):
     if letters == 0:
         raise UserError(f"--val {val.name}: no label keeps a letter under the protocol {protocol}, "
                         "which goes with --charset")
+
+    fitting, report = fit_labels(val, charset, args.max_length)
+    say(f"--val {report}")
+    if len(fitting) == 0:
+        raise UserError(f"--val {val.name}: no label fits --charset {args.charset} and "
+                        f"--max_length {args.max_length}; none could be read right")
+    trained_on = {draw_of(src) for src in args.data}
+    for src in args.val:
+        if draw_of(src) in trained_on:
+            say(f"--val {src}: its words are trained on too; its accuracy says nothing of new ones")
     return val
 
 
-def validate(model, val, protocol, args, dtype, group):
-    """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first
-    few readings."""
+def draw_of(src):
+    """Which crops a SRC stands for: two with the same answer share some."""
+    src = re.sub("@[0-9]+$", "", src)
+    if not is_rendered(src):
+        return os.path.realpath(src)
+    seed = src.split(":")[2] if src.count(":") == 2 else "0"
+    return f"rendered words of seed {int(seed)}"
+
+
+def validate(model, val, protocol, args, dtype, stop, group):
+    """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first few
+    readings; or None, None if a signal came meanwhile."""
     def read(images):
+        if stop.first is not None:                          # be quick: the run is to stop
+            return [("", 0.0)] * len(images)
         return model.read(images, len(images), dtype)
 
     model.eval()
     rows, broken = evaluate.read_source(read, val, args.batch_size, args.workers, group)
     model.train()
+    if stop.came(group):
+        return None, None
     if broken:
         say(f"--val: {len(broken)} crops are damaged and were not read, the first being "
             f"{broken[0]}")
@@ -208,14 +252,20 @@ def parse_args():
         help="train all but the encoder, to measure what it holds")
     add("--spell", type=number_in("[0, inf)"), default=0.0,
         help="weight of naming the character under each patch of rendered words, whose boxes are "
-        "known: supervision beyond the labels, which gets small models off the ground")
+        "known: supervision beyond the labels, which gets small models off the ground; rendered "
+        "words are then not augmented")
     add("--out_dir", default=os.path.join("out", "finetune"), help="where to write")
     args = parse_with_recipe(parser, RECIPES, stored_model=model_of_init())
 
-    typed = check_training_flags(parser, args)
+    check_training_flags(parser, args)
+    typed = typed_flags()
     if "sample_every" in typed and not args.val:
         parser.error("--sample_every has no effect without --val; name labelled crops that are "
                      "not trained on")
+    for src in args.val or ():
+        if re.fullmatch("synth(@[0-9]+)?", src):
+            parser.error(f"--val {src}: a million words take too long to read; type synth:1000:1, "
+                         "a thousand words of another draw")
     for flag in ("layer_decay", "drop_path"):
         if flag in typed and args.freeze_encoder:
             parser.error(f"--{flag} has no effect with --freeze_encoder; leave one of them out")
@@ -254,6 +304,7 @@ def main():
     protocol = evaluate.default_protocol(charset)
     options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall, chars=charset)
     source = open_sources(args.data, **options)
+    say_fonts(source)
     if args.label_fraction < 1:
         source = label_fraction(source, args.label_fraction, args.seed)
     source, report = fit_labels(source, charset, args.max_length)
@@ -263,7 +314,7 @@ def main():
                         f"{args.charset}")
     val = None
     if args.val:
-        val = open_val(args.val, protocol, **options)
+        val = open_val(args, charset, protocol, options)
     crops_per_step = args.batch_size * args.accum_iter * world_size()
     total_steps, warmup_steps = count_steps(args, len(source), crops_per_step)
     if checkpoint is not None:
@@ -285,98 +336,105 @@ def main():
     scaler = torch.amp.GradScaler(device.type, init_scale=4096, enabled=dtype == torch.float16)
 
     # go on where the checkpoint is
-    damage, step, bad, best = DamageCount(args.max_damaged), 0, [0.0, 0.0], -1.0
+    step = 0
+    best = -1.0                                     # --val's highest accuracy: none yet
+    skipped = torch.zeros(2, device=device)         # non-finite steps: [0] in a row, [1] in all
+    damage = DamageCount(args.max_damaged)
     if checkpoint is not None:
-        step, bad = resume_training(checkpoint, raw_model, optimizer, scaler, damage)
+        step = resume_training(checkpoint, raw_model, optimizer, scaler, skipped, damage)
         best = checkpoint["best"]
-        checkpoint = None                                               # frees its memory
-    bad = torch.tensor(bad, device=device)                  # skipped steps: in a row, in all
+        checkpoint = None                           # frees its memory
     check_ranks_agree(group, step, len(source))
+
     model = wrap_model(raw_model, args.compile)
-    crops = batches(source, args.batch_size, args.seed, step * crops_per_step,
-                    rank(), world_size(), args.workers, char_maps=args.spell > 0)
+    stream = batches(source, args.batch_size, args.seed, step * crops_per_step,
+                     rank(), world_size(), args.workers, char_maps=args.spell > 0)
     n_parameters = sum(parameter.numel() for parameter in raw_model.parameters())
     say(f"{args.model}  {n_parameters / 1e6:.2f} M parameters  {len(source)} crops  "
         f"{crops_per_step} a step  {total_steps} steps  lr {peak_lr:.2e}  "
         f"warm-up {warmup_steps} steps  out {args.out_dir}")
 
     def save(name):
-        data = dict(crops=crops_per_step, n=len(source))
+        order = dict(crops_per_step=crops_per_step, n_crops=len(source))
         state = training_state(
-            args, step, raw_model, optimizer, scaler, bad, damage, data, group)
+            args, step, raw_model, optimizer, scaler, skipped, damage, order, group)
         state.update(charset=charset, best=best)
         return save_checkpoint(os.path.join(args.out_dir, name), state, group)
 
-    stop = watch_signals()
+    stop = StopSignal()
     log = Log(args, step, total_steps, crops_per_step, device, group)
-    while step < total_steps and not stop_requested(stop, group):
+    while step < total_steps and not stop.came(group):
         log.start_step()
         lr = learning_rate(step, total_steps, warmup_steps, peak_lr, args.min_lr)
         for weights in optimizer.param_groups:
             weights["lr"] = lr * weights["lr_scale"]
         seed_dropout(args.seed, step)
         generator = step_generator(args.seed, step, stream=0)
-        # of all ranks, see draw_numbers
-        numbers = torch.rand(crops_per_step, AUGMENT_NUMBERS, generator=generator)
+        numbers = torch.rand(crops_per_step, AUGMENT_NUMBERS, generator=generator)  # of all ranks
 
         for micro_step in range(args.accum_iter):
-            # images uint8 (B, 3, 32, 128)
-            batch = next_batch(crops, damage, args.batch_size, log)
-            first = (micro_step * world_size() + rank()) * args.batch_size
-            # where these crops stand in the step's batch
-            rows = first + torch.tensor(batch.places)
-            words = [fit_label(label, charset, args.max_length)[0] for label in batch.labels]
-            targets = to_device(encode_labels(words, raw_model), device)
-            images = to_unit(to_device(batch.images, device))
-            images = augment_real(images, batch.char_maps, numbers[rows])
+            batch = next_batch(stream, damage, log)
+            rows = rows_in_step(batch.places, micro_step, args.batch_size)
+            words = [fit_label(label, charset, args.max_length).text for label in batch.labels]
+            targets = to_device(encode_labels(words, raw_model), device)    # (B, T)
+            images = to_unit(to_device(batch.images, device))               # (B, 3, 32, 128)
+            keep = torch.zeros(len(images), dtype=torch.bool)   # these are not augmented
             chars_under = None
             if args.spell:
+                keep = batch.char_maps.flatten(1).any(1)        # rendered: a map fits no other look
                 char_maps = to_device(batch.char_maps, device)
-                chars_under = under_patches(char_maps, targets, raw_model)
+                chars_under = under_patches(char_maps, targets, raw_model)  # (B, N)
+            images = augment_crops(images, numbers[rows], keep)
 
             if world_size() > 1:                            # ranks share gradients once a step
                 model.require_backward_grad_sync = micro_step == args.accum_iter - 1
             with autocast(device, dtype):
                 loss, terms, logits = model(normalize_pixels(images), targets, chars_under)
             scaler.scale(loss / args.accum_iter).backward()
-            right = (logits.argmax(-1) == targets) | (targets == raw_model.pad)
+            right = (logits.argmax(-1) == targets) | (targets == raw_model.pad)     # (B, T)
             log.add(loss, dict(terms, accuracy=right.all(1).float().mean()))
 
         scaler.unscale_(optimizer)
         max_norm = args.clip_grad or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm)
-        bad = step_unless_not_finite(optimizer, scaler, grad_norm, bad)
+        step_unless_not_finite(optimizer, scaler, grad_norm, skipped)
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
         val_due = val is not None and (step % args.sample_every == 0 or step == total_steps)
         line_due = val_due or step % args.log_every == 0 or step in (1, total_steps)
-        log.end_step(line_due)
+        if line_due:
+            log.read_losses()
+        log.end_step()
+
         scores, improved = {}, False
+        result = None
         if val_due:
-            result, few = validate(raw_model, val, protocol, args, dtype, group)
+            result, few = validate(raw_model, val, protocol, args, dtype, stop, group)
+            if result is None:
+                say(f"step {step}: the validation was cut short by a signal and is left out")
+        if result is not None:
             readings = "  ".join(f"{row.label}>{row.text}" for row in few)
             say(f"step {step}  val {result['accuracy']:.1f} {protocol}  "
                 f"1-NED {result['ned']:.1f}  {readings}")
             scores = dict(val_accuracy=result["accuracy"], val_ned=result["ned"])
             improved = result["accuracy"] > best
         if line_due:
-            log.write(step, lr, bad, damage.bad, **scores)
-        if line_due or device.type == "cpu":        # a GPU's is looked at when it is waited for
-            stop_if_not_finite(bad, step, args)
+            log.write(step, lr, skipped, damage.damaged, **scores)
+            stop_if_not_finite(skipped, step, args)
         if improved:
-            before, best = best, result["accuracy"]
+            before, best = best, result["accuracy"]         # save() stores best
             if not save("best.pt"):
                 best = before
-        if step % args.save_every == 0 and step < total_steps and bad[0] == 0:
+        if step % args.save_every == 0 and step < total_steps and skipped[0] == 0:
             save("last.pt")
 
     if not save("last.pt"):
         raise UserError(f"{args.out_dir}: the last checkpoint was not written; mend the reason "
                         "above and add --resume")
-    if step < total_steps:
+    if step < total_steps or stop.came(group):
         say(f"stopped by a signal at step {step}; add --resume to go on")
-        raise KeyboardInterrupt             # status 130: nothing that builds on this may follow
+        raise KeyboardInterrupt             # status 130, so that `finetune.py && ...` stops too
     if best < 0:
         say(f"checkpoint {os.path.join(args.out_dir, 'last.pt')}")
     else:

@@ -1,14 +1,25 @@
-"""The networks: a plain ViT, the pre-training objective of four methods, and a recognizer
-that reads.
+"""The networks: a plain ViT, the pre-training objective of four methods, and a recognizer.
 
-Read it top to bottom: the encoder, the decoder, METHODS and `Pretrainer.forward` (the
-objective), loading of checkpoints, the recognizer. The loops are in pretrain.py and
-finetune.py.
+From top to bottom: the encoder, the decoder, METHODS and `Pretrainer.forward` (the objective),
+loading of checkpoints, the recognizer. The training loops are in pretrain.py and finetune.py.
 
-B batch   H W pixels   h w patch grid   N = h*w patches (N' of another view)   K kept, M
-masked: K + M = N D width   C channels of the target   T characters   V classes   d width of
-a head   S tokens attended to view    another look at the crop, nothing hidden guide   the
-view that mim's decoder sees          coarse   nsp's views, smaller, everything in its place
+mim is masked image modelling: some patches are hidden and predicted. nsp is next-scale
+prediction: a fine scale is predicted from coarser ones. mnsp does both, lmim gives mim a guide.
+
+    B       crops of a batch
+    H W     pixels
+    h w     patches in a column, in a row
+    N       patches of a view, h * w (N' of another view)
+    K M     patches kept and patches masked: K + M = N
+    D       width of tokens (D' of the encoder's, where a decoder has its own)
+    C       channels of a target
+    T S     tokens that ask, tokens that are asked; in the recognizer T counts characters
+    V       classes of characters
+    d       width of a head
+
+    view    another look at the crop, nothing hidden
+    guide   the view that mim's decoder sees
+    coarse  nsp's views, smaller, with everything in its place
 """
 import math
 
@@ -19,8 +30,9 @@ import torch.nn.functional as F
 
 from common import H, W, UserError, load_state, read_checkpoint, to_device, to_unit
 
-# encoder: the ViT, its patch in pixels (h, w); decoder: of pre-training; reader: of words,
-# in fine-tuning
+# encoder   the ViT; a patch has (p, q) pixels, height first
+# decoder   predicts patches in pre-training
+# reader    the decoder that reads words in fine-tuning
 MODELS = {
     "vit_nano": dict(
         encoder=dict(depth=6, width=128, heads=4, patch=(8, 8)),
@@ -70,12 +82,13 @@ def unpatchify(x, grid, patch):
 
 
 def patch_norm(x):
-    """Pixels (B, N, 3*p*q), less each channel's mean in the patch, over the patch's
-    standard deviation -> normalised, mean, std.
+    """Pixels x (B, N, 3*p*q) -> (x - mean) / std, mean, std: mean is each channel's in the patch,
+    std is the whole patch's.
 
-    MAE takes one mean of all channels. On words that makes the target the colour of a flat
-    ground, which a recoloured view cannot know, and drowns the strokes. Below a contrast of
-    4 grey levels (variance 1e-3 on [-1, 1]) a patch is noise and is not blown up."""
+    MAE takes one mean of all three channels. On words the target would then be mostly the
+    colour of a flat ground. A recoloured view cannot know that colour, and beside it the strokes
+    count for little. 1e-3 is the variance of a contrast of 4 grey levels: a patch with less is
+    noise and is not blown up."""
     channels = x.unflatten(-1, (3, -1))                                 # (B, N, 3, p*q)
     mean = channels.mean(-1, keepdim=True)
     centred = (channels - mean).flatten(-2)                             # (B, N, 3*p*q)
@@ -83,24 +96,30 @@ def patch_norm(x):
     return centred / std, mean.expand_as(channels).flatten(-2), std
 
 
-def sincos(width, grid, fine):
-    """Fixed position embedding (h*w, width) of patch centres, in units of patches of the
-    grid `fine`.
+def sincos(width, places):
+    """Position codes (n, width) of places (n,): [sin, cos], frequencies 10000^(-i/(width/2))."""
+    half = width // 2
+    omega = 10000 ** -(torch.arange(half, dtype=torch.float64) / half)
+    angles = places[:, None] * omega                                    # (n, width/2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
-    First half x, second half y, each [sin, cos] with frequencies 10000^(-i/(width/4)):
-    MAE's, wherever grid == fine. A coarse patch that covers the fine patches 2j and 2j+1
-    stands at 2j + 0.5, so that the same place has the same code at every scale."""
-    h, w = grid
-    y = (torch.arange(h, dtype=torch.float64) + 0.5) * fine[0] / h - 0.5
-    x = (torch.arange(w, dtype=torch.float64) + 0.5) * fine[1] / w - 0.5
+
+def sincos_2d(width, grid, fine_grid):
+    """Position codes (h*w, width) of a grid's patch centres: first half x, second half y. MAE's.
+
+    Places are counted in patches of fine_grid. A coarse patch that covers the fine patches 2j
+    and 2j+1 stands at 2j + 0.5, so that the same place has the same code at every scale."""
+    y = centres(grid[0], fine_grid[0])                                  # (h,)
+    x = centres(grid[1], fine_grid[1])                                  # (w,)
     y, x = torch.meshgrid(y, x, indexing="ij")                          # (h, w) each
+    codes = [sincos(width // 2, x.flatten()), sincos(width // 2, y.flatten())]
+    return torch.cat(codes, dim=1)
 
-    quarter = width // 4
-    omega = 10000 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    x_angles = x.reshape(-1, 1) * omega                                 # (h*w, width/4)
-    y_angles = y.reshape(-1, 1) * omega
-    parts = [x_angles.sin(), x_angles.cos(), y_angles.sin(), y_angles.cos()]
-    return torch.cat(parts, dim=1).float()
+
+def centres(n, n_fine):
+    """Centres of n patches that together are as long as n_fine patches at 0, 1, 2, ..."""
+    patch = n_fine / n                                      # length of one, in fine patches
+    return (torch.arange(n, dtype=torch.float64) + 0.5) * patch - 0.5
 
 
 def init_weights(module):
@@ -112,7 +131,8 @@ def init_weights(module):
         if name.endswith(("cls_token", "mask_token", "scale_embed")):
             nn.init.normal_(parameter, std=0.02)
         elif parameter.dim() > 1:
-            nn.init.xavier_uniform_(parameter.data.flatten(1))
+            matrix = parameter.data.flatten(1)              # a view: it fills the parameter
+            nn.init.xavier_uniform_(matrix)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
 
@@ -123,8 +143,9 @@ def attend(q, k, v, dropout=0.0, causal=False):
     """softmax(q k' / sqrt(d)) v for q (B, heads, T, d), k and v (B, heads, S, d) -> (B,
     heads, T, d).
 
-    CUDA takes the fused kernel. Elsewhere the lines are written out: on a CPU that is
-    faster in the backward pass, and for the single queries of reading."""
+    dropout must be 0 outside training. CUDA takes the fused kernel. Elsewhere the lines are
+    written out: on a CPU that is faster in the backward pass, and for the single queries of
+    reading."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)            # (B, heads, T, S)
@@ -171,8 +192,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block. In training `drop_path` is the share of crops for which a
-    branch is skipped (stochastic depth, arXiv 1603.09382)."""
+    """Pre-norm Transformer block. drop_path: the share of crops for which a branch is left out in
+    training (stochastic depth, arXiv 1603.09382)."""
 
     def __init__(self, width, heads, dropout=0.0, drop_path=0.0):
         super().__init__()
@@ -182,15 +203,16 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, dropout)
         self.mlp = Mlp(width, 4 * width, dropout)
 
-    def skip(self, branch):
+    def leave_out_some(self, branch):
         if self.drop_path == 0 or not self.training:
             return branch
-        kept = F.dropout(branch.new_ones(branch.shape[0], 1, 1), self.drop_path)
-        return branch * kept                                        # 0, or 1 / (1 - drop_path)
+        ones = branch.new_ones(branch.shape[0], 1, 1)
+        kept = F.dropout(ones, self.drop_path)              # 0, or 1 / (1 - drop_path)
+        return branch * kept
 
     def forward(self, x):
-        x = x + self.skip(self.attn(self.norm1(x)))
-        x = x + self.skip(self.mlp(self.norm2(x)))
+        x = x + self.leave_out_some(self.attn(self.norm1(x)))
+        x = x + self.leave_out_some(self.mlp(self.norm2(x)))
         return x
 
 
@@ -227,21 +249,22 @@ class ViT(nn.Module):
 
         self.patch_embed = PatchEmbed(self.patch, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        places = sincos(width, self.grid, self.grid)                    # (N, D)
-        places = F.pad(places, (0, 0, 1, 0))                    # [cls] stands nowhere: zeros
-        self.pos_embed = nn.Parameter(places[None], requires_grad=False)    # stored, as in MAE
+        codes = sincos_2d(width, self.grid, self.grid)                  # (N, D)
+        codes = F.pad(codes, (0, 0, 1, 0))                              # [cls] has no place: zeros
+        self.pos_embed = nn.Parameter(codes[None], requires_grad=False)     # stored, as in MAE
+
         self.scale_embed = None
         if self.scales:
             self.scale_embed = nn.Parameter(torch.zeros(len(self.scales), width))
+        for i, scale in enumerate(self.scales):
+            codes = sincos_2d(width, self.grid_of(scale), self.grid)
+            self.register_buffer(f"pos_{i}", codes[None], persistent=False)
 
         self.blocks = nn.ModuleList()
         for i in range(depth):
-            rate = drop_path * i / max(depth - 1, 1)            # deeper blocks are skipped more
+            rate = drop_path * i / max(depth - 1, 1)        # deeper blocks are left out more often
             self.blocks.append(Block(width, heads, dropout, rate))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        for i, scale in enumerate(self.scales):
-            places = sincos(width, self.grid_of(scale), self.grid)
-            self.register_buffer(f"pos_{i}", places[None], persistent=False)
         init_weights(self)
 
     def grid_of(self, size):
@@ -273,7 +296,7 @@ class ViT(nn.Module):
 
 # ---- the decoder of pre-training
 
-class CachedAttention(nn.Module):
+class DecoderAttention(nn.Module):
     """The decoders' attention, to themselves or to another network's tokens. Keys and
     values are made apart, so that they can be kept and used again."""
 
@@ -302,14 +325,14 @@ class CachedAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """Self-attention -> cross-attention -> FFN, post-norm: LMIM's.
 
-    x (B, T, D), memory (B, S, D) or None: then there is no cross-attention -> (B,
-    n_queries, D). Only the last n_queries tokens go on; all T are keys."""
+    x (B, T, D), memory (B, S, D) -> (B, n_queries, D). All T tokens are keys of self-attention,
+    but only the last n_queries of them go on. memory=None leaves cross-attention out."""
 
     def __init__(self, width, heads, ffn, dropout=0.0, cross=True):
         super().__init__()
         self.dropout = dropout
-        self.self_attn = CachedAttention(width, heads, dropout)
-        self.cross_attn = CachedAttention(width, heads, dropout) if cross else None
+        self.self_attn = DecoderAttention(width, heads, dropout)
+        self.cross_attn = DecoderAttention(width, heads, dropout) if cross else None
         self.mlp = Mlp(width, ffn, dropout)
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.norm2 = nn.LayerNorm(width, eps=1e-6) if cross else None
@@ -327,12 +350,11 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Predicts the target of hidden patches from visible tokens, places, and the tokens of
-    other views.
+    """Predicts the target of hidden patches from visible tokens, places, and tokens of other views.
 
-    `grids` are the grids it can predict, the fine one last. Places are in units of the fine
-    grid, as in the encoder. Without `visible` it is never shown visible tokens, without
-    `cross` no other views."""
+    grids: those that it can predict, the fine one last. Places are counted in patches of the fine
+    grid, as in the encoder. visible=False: it is never given visible tokens; cross=False: never
+    tokens of other views."""
 
     def __init__(self, encoder_width, out, grids, layers, width, heads, ffn, dropout=0.1,
                  visible=True, cross=True):
@@ -345,49 +367,56 @@ class Decoder(nn.Module):
             self.layers.append(DecoderLayer(width, heads, ffn, dropout, cross))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, out)
-        self.fine = len(grids) - 1
+        self.n_grids = len(grids)
         for i, grid in enumerate(grids):
-            places = sincos(width, grid, grids[-1])
-            self.register_buffer(f"pos_{i}", places[None], persistent=False)
+            codes = sincos_2d(width, grid, grids[-1])
+            self.register_buffer(f"pos_{i}", codes[None], persistent=False)
         init_weights(self)
 
-    def predict_hidden(self, memory, seen, ids_keep, ids_mask):
-        """mim: memory, a list of (B, 1+N', D'), or []; seen (B, 1+K, D') -> (B, M, C), in
-        ids_mask's order. Tokens are not put back in order: each has its place added, and
-        hidden ones come last."""
-        places = getattr(self, f"pos_{self.fine}").expand(seen.shape[0], -1, -1)    # (B, N, D)
-        seen_places = F.pad(take(places, ids_keep), (0, 0, 1, 0))  # [cls] stands nowhere: zeros
-        seen = self.embed(seen) + seen_places                           # (B, 1+K, D)
-        hidden = self.mask_token + take(places, ids_mask)               # (B, M, D)
+    def places(self, i):
+        """Position codes (1, N, D) of the patches of grids[i]."""
+        return getattr(self, f"pos_{i}")
+
+    def predict_hidden(self, others, seen, ids_keep, ids_mask):
+        """mim, at the fine scale. others: tokens of other views, a list of (B, 1+N', D'), perhaps
+        empty; seen (B, 1+K, D') -> (B, M, C), in ids_mask's order.
+
+        Tokens need not be put back in order: each has the code of its place."""
+        codes = self.places(self.n_grids - 1).expand(seen.shape[0], -1, -1)     # (B, N, D)
+        seen_codes = F.pad(take(codes, ids_keep), (0, 0, 1, 0))         # [cls] has no place: zeros
+        seen = self.embed(seen) + seen_codes                            # (B, 1+K, D)
+        hidden = self.mask_token + take(codes, ids_mask)                # (B, M, D)
         x = torch.cat([seen, hidden], dim=1)                            # (B, 1+N, D)
-        return self.predict(x, memory, n_hidden=ids_mask.shape[1])
+        return self.predict(x, others, n_hidden=hidden.shape[1])
 
-    def predict_all(self, memory, scale):
-        """nsp: every patch of grids[scale] is hidden, and all that is known comes from
-        memory, a list of (B, 1+N', D') -> (B, N, C)."""
-        places = getattr(self, f"pos_{scale}")                          # (1, N, D)
-        x = (self.mask_token + places).expand(memory[0].shape[0], -1, -1)
-        return self.predict(x, memory, n_hidden=x.shape[1])
+    def predict_all(self, others, i):
+        """nsp: every patch of grids[i] is hidden, and all that is known comes from others, a list
+        of (B, 1+N', D') -> (B, N, C)."""
+        hidden = self.mask_token + self.places(i)                       # (1, N, D)
+        x = hidden.expand(others[0].shape[0], -1, -1)                   # (B, N, D)
+        return self.predict(x, others, n_hidden=x.shape[1])
 
-    def predict(self, x, memory, n_hidden):
-        """x (B, T, D), of which the last n_hidden are hidden -> (B, n_hidden, C). The last
-        layer and the head run on the hidden tokens alone."""
-        if memory:
-            memory = self.embed_memory(torch.cat(memory, dim=1))        # (B, sum of 1+N', D)
-        else:
-            memory = None
+    def predict(self, x, others, n_hidden):
+        """x (B, T, D), of which the last n_hidden are hidden -> (B, n_hidden, C). The last layer
+        and the head run on the hidden tokens alone."""
+        memory = None
+        if others:
+            memory = self.embed_memory(torch.cat(others, dim=1))        # (B, S, D)
         for layer in self.layers[:-1]:
             x = layer(x, memory, n_queries=x.shape[1])
-        x = self.layers[-1](x, memory, n_queries=n_hidden)              # (B, M, D)
-        return self.pred(self.norm(x))                                  # (B, M, C)
+        x = self.layers[-1](x, memory, n_queries=n_hidden)              # (B, n_hidden, D)
+        return self.pred(self.norm(x))                                  # (B, n_hidden, C)
 
 
 # ---- methods: a fifth is a fifth row
 
-# guide: what mim's decoder sees besides visible patches (full, coarse: a view of that size,
-# moved, bent and recoloured; still: nsp's own views, coarse, recoloured and in place); mim,
-# nsp, align: the terms' weights; form: how [cls] tokens are aligned, a name of ALIGN
-GUIDES = ("none", "full", "coarse", "still")
+# guide   what mim's decoder sees besides visible patches: nothing, or a view of full or coarse
+#         size, moved, bent and recoloured
+# mim, nsp, align     the weights of the terms. lmim's align of 1 is for a teacher's features; on
+#         pixels it leaves little that helps to read, and 0.02 leaves more
+# form    how [cls] tokens are aligned
+GUIDES = ("none", "full", "coarse")
+FORMS = ("mse", "infonce")
 METHODS = {
     "mim":  dict(guide="none",   mim=1.0, nsp=0.0, align=0.0),
     "nsp":  dict(guide="none",   mim=0.0, nsp=1.0, align=0.0),
@@ -401,63 +430,57 @@ def mse(pred, target):
     return F.mse_loss(pred.float(), target.float())
 
 
-def align_mse(a, b, rank_crops=None):
-    """LMIM's: mean square difference of [cls] tokens (B, D), gradients through both sides.
-    They collapse (watch `spread`). Where the target is pixels and not features, `lmim` at
-    this weight learns little that helps to read; --set align=0.02 learns more."""
-    return mse(a, b)
-
-
-def align_infonce(a, b, rank_crops=None, temperature=0.2):
-    """A crop's two [cls] tokens, a and b (B, D), find each other among those of the
-    micro-batch's crops on all ranks, both ways (InfoNCE, arXiv 1807.03748)."""
+def infonce(a, b, rank_crops=None, temperature=0.2):
+    """A crop's two [cls] tokens, a and b (B, D), find each other among those of the micro-batch's
+    crops on all ranks, both ways (InfoNCE, arXiv 1807.03748)."""
     with torch.autocast(a.device.type, enabled=False):
         a = F.normalize(a.float(), dim=-1)
         b = F.normalize(b.float(), dim=-1)
-        all_a, all_b, padding, first = gather_pairs(a, b, rank_crops)   # (S, D) each, of all ranks
-
+        # of all ranks: (S, D) each; which of the S are padding; where this rank's begin
+        all_a, all_b, padding, first = gather_ranks(a, b, rank_crops)
         a_to_b = a @ all_b.T / temperature                              # (B, S)
         b_to_a = b @ all_a.T / temperature
         a_to_b = a_to_b.masked_fill(padding, -math.inf)
         b_to_a = b_to_a.masked_fill(padding, -math.inf)
-        partner = first + torch.arange(a.shape[0], device=a.device)     # its row among the S
+        partner = first + torch.arange(a.shape[0], device=a.device)     # its place among the S
         return (F.cross_entropy(a_to_b, partner) + F.cross_entropy(b_to_a, partner)) / 2
 
 
-def gather_pairs(a, b, rank_crops):
-    """a, b (B, D) of this rank -> those of all ranks (S, D), which rows are padding (S,), and
-    where this rank's begin. A rank with a damaged crop has fewer than rank_crops rows and is
-    padded with zeros."""
-    # without gradients nothing is gathered: rank 0 alone draws pictures
+def gather_ranks(a, b, rank_crops):
+    """a, b (B, D) of this rank -> those of all ranks (S, D) each; which of the S are padding (S,);
+    where this rank's begin.
+
+    Every rank must give the same number of rows. A rank with a damaged crop has fewer than
+    rank_crops and is padded. Without gradients ranks stay apart, since rank 0 alone draws
+    pictures."""
     if not dist.is_initialized() or not torch.is_grad_enabled():
-        padding = torch.zeros(a.shape[0], dtype=torch.bool, device=a.device)
-        return a, b, padding, 0
+        nothing = torch.zeros(a.shape[0], dtype=torch.bool, device=a.device)
+        return a, b, nothing, 0
     rows = rank_crops or a.shape[0]
-    both = torch.cat([a, b], dim=1)                                     # (B, 2*D)
-    both = F.pad(both, (0, 0, 0, rows - a.shape[0]))
-    both = GatherRanks.apply(both)                                      # (ranks * rows, 2*D)
-    all_a, all_b = both.chunk(2, dim=1)
-    return all_a, all_b, (both == 0).all(1), dist.get_rank() * rows
+    is_crop = torch.ones_like(a[:, :1])
+    packed = torch.cat([a, b, is_crop], dim=1)                          # (B, 2*D + 1)
+    packed = F.pad(packed, (0, 0, 0, rows - a.shape[0]))                # (rows, 2*D + 1)
+    packed = GatherRows.apply(packed)                                   # (ranks * rows, 2*D + 1)
+    D = a.shape[1]
+    all_a, all_b, is_crop = packed.split([D, D, 1], dim=1)
+    return all_a, all_b, is_crop[:, 0] == 0, dist.get_rank() * rows
 
 
-class GatherRanks(torch.autograd.Function):
-    """x (B, D) -> the rows of all ranks (ranks * B, D). A row's gradient is the sum of what
-    all ranks send back."""
+class GatherRows(torch.autograd.Function):
+    """x (B, D) -> the rows of all ranks (ranks * B, D). A row's gradient is the sum of what all
+    ranks send back."""
 
     @staticmethod
     def forward(ctx, x):
-        gathered = x.new_empty(dist.get_world_size() * x.shape[0], x.shape[1])
-        dist.all_gather_into_tensor(gathered, x.contiguous())
-        return gathered
+        of_rank = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_rank, x.contiguous())
+        return torch.cat(of_rank)
 
     @staticmethod
     def backward(ctx, grad):
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-ALIGN = {"mse": align_mse, "infonce": align_infonce}
 
 
 def spread(cls):
@@ -467,106 +490,118 @@ def spread(cls):
     return (1 - mean.square().sum()).clamp(min=0).sqrt()
 
 
+def coarse_sizes(method, scales):
+    """Which of --scales a row of METHODS uses: nsp all of them, a coarse guide the finest."""
+    if method["nsp"]:
+        return [tuple(size) for size in scales]
+    if method["guide"] == "coarse":
+        return [tuple(scales[-1])]
+    return []
+
+
 class Pretrainer(nn.Module):
     """One model and one loss path for every row of METHODS.
 
-    method: a name of METHODS, or such a row; scales: nsp's, coarse to fine; teacher: a
-    frozen ViT whose features are the target, or None: pixels; rank_crops: of one rank in a
-    micro-batch, for align_infonce."""
+    method: a row of METHODS, or its name; scales: sizes (h, w) in pixels, coarse to fine; teacher:
+    a frozen ViT whose features are the target, or None: pixels; rank_crops: how many crops a rank
+    has in a micro-batch, for infonce."""
 
     def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None,
                  rank_crops=None):
         super().__init__()
         self.method = METHODS[method] if isinstance(method, str) else method
         self.rank_crops = rank_crops
-        self.scales = []
-        if self.method["nsp"]:
-            self.scales = [tuple(scale) for scale in scales]
-        elif self.method["guide"] == "coarse":
-            self.scales = [tuple(scales[-1])]
-
+        self.scales = coarse_sizes(self.method, scales)
         self.encoder = ViT(**MODELS[model]["encoder"], scales=self.scales)
-        self.__dict__["teacher"] = teacher  # no part of the model: neither trained nor saved
-        out = 3 * math.prod(self.encoder.patch)
-        if teacher is not None:
-            teacher.requires_grad_(False).eval()
+
+        # not by `self.teacher = ...`, which would make it a part of the model: trained and saved
+        self.__dict__["teacher"] = teacher
+        if teacher is None:
+            out = 3 * math.prod(self.encoder.patch)
+        else:
+            teacher.requires_grad_(False)
+            teacher.eval()
             out = teacher.width
 
-        predicted = [*self.scales[1:], self.encoder.size]       # all scales but the coarsest
-        self.grids = [self.encoder.grid_of(size) for size in predicted]
-        visible = self.method["mim"] > 0
-        cross = self.method["nsp"] > 0 or self.method["guide"] != "none"
-        sizes = MODELS[model]["decoder"]
+        # each scale is predicted from the coarser ones: all but the coarsest are targets. mim has
+        # no coarse scale, and the crop itself is its target
+        self.target_sizes = [*self.scales[1:], self.encoder.size]
+        self.target_grids = [self.encoder.grid_of(size) for size in self.target_sizes]
         self.decoder = Decoder(
-            self.encoder.width, out, self.grids, visible=visible, cross=cross, **sizes)
+            self.encoder.width, out, self.target_grids,
+            visible=self.method["mim"] > 0,
+            cross=self.method["nsp"] > 0 or self.method["guide"] != "none",
+            **MODELS[model]["decoder"])
 
     @torch.no_grad()
-    def target(self, image):
-        """What is to be predicted, for each predicted scale (B, N, C), the fine one last:
-        each patch's normalised pixels, or the teacher's tokens, LayerNormed without
-        parameters."""
+    def targets(self, image):
+        """What is to be predicted of each target size, the fine one last: (B, N, C) each. The
+        normalised pixels of each patch, or the teacher's tokens, LayerNormed without parameters."""
+        targets = []
         if self.teacher is None:
-            views = [F.adaptive_avg_pool2d(image, size) for size in self.scales[1:]]
-            patches = [patchify(view, self.encoder.patch) for view in [*views, image]]
-            return [patch_norm(pixels)[0] for pixels in patches]
+            for size in self.target_sizes:
+                view = F.adaptive_avg_pool2d(image, size)
+                pixels, _, _ = patch_norm(patchify(view, self.encoder.patch))
+                targets.append(pixels)
+            return targets
 
         tokens = self.teacher(image)[:, 1:].float()                     # (B, N', C)
-        tokens = tokens.transpose(1, 2).unflatten(2, self.teacher.grid)     # (B, C, h', w')
-        targets = []
-        for grid in self.grids:
-            pooled = F.adaptive_avg_pool2d(tokens, grid).flatten(2).transpose(1, 2)  # (B, N, C)
+        tokens = tokens.transpose(1, 2)                                 # (B, C, N')
+        tokens = tokens.unflatten(2, self.teacher.grid)                 # (B, C, h', w')
+        for grid in self.target_grids:
+            pooled = F.adaptive_avg_pool2d(tokens, grid)                # (B, C, h, w)
+            pooled = pooled.flatten(2).transpose(1, 2)                  # (B, N, C)
             targets.append(F.layer_norm(pooled, pooled.shape[-1:]))
         return targets
 
-    def encode(self, image, views, ids_keep):
-        """-> what mim's decoder sees besides visible patches, a list of (B, 1+N', D); what
-        nsp's sees, such a list; the visible patches' tokens (B, 1+K, D), or None; the [cls]
-        tokens (B, D) of every view, of the masked crop last."""
-        guide_views, coarse_views = views
-        guide = [self.encoder(view) for view in guide_views]
-        coarse = [self.encoder(view) for view in coarse_views]
-        seen = None
+    def encode(self, image, guide_view, coarse_views, ids_keep):
+        """-> three lists: tokens (B, 1+N', D) of mim's guide and of nsp's views, and (B, 1+K, D)
+        of the masked crop. A list is empty where the method has no such thing."""
+        guide, coarse, seen = [], [], []
+        if guide_view is not None:
+            guide = [self.encoder(guide_view)]
+        for view in coarse_views:
+            coarse.append(self.encoder(view))
         if self.method["mim"]:
-            seen = self.encoder(image, ids_keep)
+            seen = [self.encoder(image, ids_keep)]
+        return guide, coarse, seen
 
-        encoded = [*guide, *coarse]
-        if seen is not None:
-            encoded.append(seen)
-        cls = [tokens[:, 0] for tokens in encoded]
-        if self.method["guide"] == "still":
-            guide = coarse
-        return guide, coarse, seen, cls
+    def disagreement(self, cls):
+        """How far neighbours in a list of [cls] tokens (B, D) are from agreeing, mean over the
+        pairs: (guide, nsp's view) and (nsp's view, masked crop) in mnsp of one coarse scale,
+        (guide, masked crop) in lmim."""
+        losses = []
+        for a, b in zip(cls, cls[1:]):
+            if self.method["form"] == "mse":
+                losses.append(mse(a, b))
+            else:
+                losses.append(infonce(a, b, self.rank_crops))
+        return sum(losses) / len(losses)
 
-    def agree(self, cls):
-        """How far the [cls] tokens of neighbouring views are from agreeing, mean over the
-        pairs: (guide, nsp's view) and (nsp's view, masked crop) in mnsp; (guide, masked
-        crop) in lmim."""
-        align = ALIGN[self.method["form"]]
-        pairs = [align(a, b, self.rank_crops) for a, b in zip(cls, cls[1:])]
-        return sum(pairs) / len(pairs)
-
-    def forward(self, image, views, ids_keep, ids_mask):
-        """image (B, 3, H, W); views: two lists, of make_views in pretrain.py; ids_keep (B,
-        K), ids_mask (B, M) -> loss; its terms, weighted, and the spread of [cls]; what mim
-        and nsp predict of the fine scale, (B, M, C) and (B, N, C)."""
+    def forward(self, image, guide_view, coarse_views, ids_keep, ids_mask):
+        """image (B, 3, H, W); guide_view (B, 3, ...) or None, coarse_views a list of such, as
+        make_views in pretrain.py makes them; ids_keep (B, K), ids_mask (B, M)
+        -> loss; a dict of its weighted terms, and of spread, which is only logged; a dict of
+        what is predicted of the fine scale: "mim" (B, M, C), "nsp" (B, N, C)."""
         weight, terms, pred = self.method, {}, {}
-        target = self.target(image)                     # (B, N, C) each, the fine scale last
-        guide, coarse, seen, cls = self.encode(image, views, ids_keep)
+        targets = self.targets(image)                   # (B, N, C) each, the fine scale last
+        guide, coarse, seen = self.encode(image, guide_view, coarse_views, ids_keep)
+        cls = [tokens[:, 0] for tokens in [*guide, *coarse, *seen]]     # (B, D) each
 
         if weight["mim"]:           # hidden patches, from visible ones and the guide
-            # (B, M, C)
-            pred["mim"] = self.decoder.predict_hidden(guide, seen, ids_keep, ids_mask)
-            terms["mim"] = weight["mim"] * mse(pred["mim"], take(target[-1], ids_mask))
+            pred["mim"] = self.decoder.predict_hidden(guide, seen[0], ids_keep, ids_mask)
+            terms["mim"] = weight["mim"] * mse(pred["mim"], take(targets[-1], ids_mask))
 
         if weight["nsp"]:           # every patch of a scale, from coarser scales alone
             losses = []
-            for scale in range(len(self.grids)):
-                pred["nsp"] = self.decoder.predict_all(coarse[:scale + 1], scale)   # (B, N, C)
-                losses.append(mse(pred["nsp"], target[scale]))
+            for i, target in enumerate(targets):            # one scale finer than coarse[i]
+                coarser = coarse[:i + 1]
+                pred["nsp"] = self.decoder.predict_all(coarser, i)      # (B, N, C)
+                losses.append(mse(pred["nsp"], target))
             terms["nsp"] = weight["nsp"] * sum(losses) / len(losses)
 
         if weight["align"]:         # [cls] of neighbouring views agree: MLA
-            terms["align"] = weight["align"] * self.agree(cls)
+            terms["align"] = weight["align"] * self.disagreement(cls)
 
         loss = sum(terms.values())
         terms["spread"] = spread(cls[-1])
@@ -575,7 +610,9 @@ class Pretrainer(nn.Module):
 
 # ---- loading an encoder
 
-ENCODER_PREFIXES = ("", "module.", "model_maeenc.", "module.model_maeenc.", "encoder.", "backbone.")
+# what may stand before an encoder's names. "" is last, since every name starts with it
+ENCODER_PREFIXES = (
+    "module.model_maeenc.", "model_maeenc.", "module.", "encoder.", "backbone.", "")
 NOT_ENCODER = (
     "decoder", "mask_token", "scale_embed", "model_maeenc_momentum", "head", "fc_norm",
     "linear_norm")
@@ -619,10 +656,11 @@ def encoder_tensors(checkpoint, path):
     if not found:
         raise UserError(f"{path}: no {first} in it; expected the encoder of a ViT with MAE's or "
                         "timm's names")
+    prefix = found[0]
     encoder = {}
     for name, x in tensors.items():
-        if name.startswith(found[0]):
-            name = name.removeprefix(found[0])
+        if name.startswith(prefix):
+            name = name.removeprefix(prefix)
             if not name.startswith(NOT_ENCODER):
                 encoder[name] = x
     return encoder
@@ -644,40 +682,38 @@ class ReaderLayer(nn.Module):
     """Self-attention -> cross-attention -> FFN, pre-norm and without biases: LMIM's in
     fine-tuning.
 
-    x (B, T, D), the characters that continue `cache`; memory: keys and values of the crop's
-    tokens, from cross_attn.keys_values; cache: keys and values of the characters so far (2,
-    B, heads, t, d), or None -> (B, T, D), and the keys and values of t + T characters."""
+    x (B, T, D) are characters, and crop_kv the keys and values of the crop's tokens. cache holds
+    the keys and values of earlier characters (2, B, heads, t, d); it is None where x begins the
+    word. causal: no character of x may see the next. -> (B, T, D), and the cache with x."""
 
     def __init__(self, width, heads, ffn, dropout=0.0):
         super().__init__()
         self.dropout = dropout
-        self.self_attn = CachedAttention(width, heads, dropout, bias=False)
-        self.cross_attn = CachedAttention(width, heads, dropout, bias=False)
+        self.self_attn = DecoderAttention(width, heads, dropout, bias=False)
+        self.cross_attn = DecoderAttention(width, heads, dropout, bias=False)
         self.mlp = Mlp(width, ffn, dropout, bias=False)
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.norm3 = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, x, memory, cache=None):
+    def forward(self, x, crop_kv, cache, causal):
         normed = self.norm1(x)
-        kv = self.self_attn.keys_values(normed)
+        kv = self.self_attn.keys_values(normed)                         # (2, B, heads, T, d)
         if cache is not None:
             kv = torch.cat([cache, kv], dim=3)                          # (2, B, heads, t+T, d)
-        x = x + self.self_attn(normed, kv, causal=cache is None)
-        x = x + self.cross_attn(self.norm2(x), memory)
+        x = x + self.self_attn(normed, kv, causal)
+        x = x + self.cross_attn(self.norm2(x), crop_kv)
         branch = self.mlp(self.norm3(x))
         x = x + F.dropout(branch, self.dropout, self.training)
         return x, kv
 
 
 class Recognizer(nn.Module):
-    """Encoder, Linear + LayerNorm, and a Transformer decoder that reads (LMIM's fine-tuning
-    model).
+    """Encoder, Linear + LayerNorm, and a Transformer decoder that reads (LMIM's fine-tuning model).
 
-    Classes: the charset, then end, padding, unknown. One more embedding starts a word.
-    `char_head` (only with a weight `spell`) names the character under each patch: an
-    auxiliary loss on rendered words, whose character boxes are known; it is not used in
-    reading."""
+    Classes: the charset, then end, padding, unknown. One more embedding starts a word. With a
+    weight `spell` there is a `char_head`, which names the character under each patch: an auxiliary
+    loss on rendered words, whose character boxes are known. It is not used in reading."""
 
     def __init__(self, encoder, charset, max_length=25, layers=6, width=512, heads=8, ffn=256,
                  dropout=0.0, spell=0.0):
@@ -685,105 +721,134 @@ class Recognizer(nn.Module):
         self.encoder, self.charset, self.max_length = encoder, charset, max_length
         self.dropout, self.spell = dropout, spell
         self.index = {character: i for i, character in enumerate(charset)}
-        V = len(charset) + 3
-        # V - 1, unknown, is LMIM's, no target here
-        self.end, self.pad, self.start = V - 3, V - 2, V
+        self.end = len(charset)
+        self.pad = self.end + 1
+        self.unknown = self.end + 2                 # LMIM has it; nothing here is ever unknown
+        self.start = self.end + 3                                       # is given, never predicted
+        n_classes = self.start
 
         self.proj = nn.Sequential(nn.Linear(encoder.width, width), nn.LayerNorm(width))
-        self.embed = nn.Embedding(V + 1, width)
-        row = (1, max_length + 1)                                   # characters stand in a row
-        places = sincos(2 * width, row, row)[:, :width]                 # the half that is x
-        self.register_buffer("pos", places[None], persistent=False)
+        self.embed = nn.Embedding(n_classes + 1, width)
+        places = torch.arange(max_length + 1, dtype=torch.float64)
+        self.register_buffer("pos", sincos(width, places)[None], persistent=False)
         self.layers = nn.ModuleList()
         for _ in range(layers):
             self.layers.append(ReaderLayer(width, heads, ffn, dropout))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.classifier = nn.Linear(width, V)
-        self.char_head = nn.Linear(encoder.width, V) if spell else None
+        self.classifier = nn.Linear(width, n_classes)
+        self.char_head = nn.Linear(encoder.width, n_classes) if spell else None
         for part in (self.proj, self.layers, self.classifier):
             init_weights(part)
         nn.init.normal_(self.embed.weight, std=width ** -0.5)
 
+    @property
+    def device(self):
+        return self.pos.device
+
     def encode(self, images):
-        """(B, 3, H, W) -> patch tokens (B, N, D), and the keys and values of each layer's
+        """(B, 3, H, W) -> patch tokens (B, N, D), and for each layer the keys and values of its
         cross-attention."""
         tokens = self.encoder(images)[:, 1:]
-        memory = self.proj(tokens)
-        return tokens, [layer.cross_attn.keys_values(memory) for layer in self.layers]
+        projected = self.proj(tokens)
+        return tokens, [layer.cross_attn.keys_values(projected) for layer in self.layers]
 
-    def step(self, ids, memory, caches=None):
-        """ids (B, T) continue what `caches` hold -> logits (B, T, V), and the caches with
-        these T."""
-        past = 0 if caches is None else caches[0].shape[3]
-        x = self.embed(ids) + self.pos[:, past:past + ids.shape[1]]     # (B, T, D)
+    def logits_after(self, characters, crop_kvs, caches=None):
+        """What follows each of the characters (B, T)? -> logits (B, T, V), and each layer's cache
+        with these characters. Without caches they begin a word, and none sees the next; with
+        caches there is one, T = 1, which follows what the caches hold."""
+        past = 0
+        if caches is not None:
+            past = caches[0].shape[3]
+        x = self.embed(characters) + self.pos[:, past:past + characters.shape[1]]   # (B, T, D)
         x = F.dropout(x, self.dropout, self.training)
         kept = []
         for i, layer in enumerate(self.layers):
-            cache = None if caches is None else caches[i]
-            x, kv = layer(x, memory[i], cache)
-            kept.append(kv)
+            if caches is None:
+                x, cache = layer(x, crop_kvs[i], cache=None, causal=True)
+            else:
+                x, cache = layer(x, crop_kvs[i], caches[i], causal=False)
+            kept.append(cache)
         return self.classifier(self.norm(x)), kept
 
     def forward(self, images, targets, chars_under=None):
         """Teacher forcing. targets (B, T): a word's classes, end, then padding; chars_under
         (B, N): the class of the character under each patch, padding where it is not known
         -> loss, its terms, logits (B, T, V)."""
-        tokens, memory = self.encode(images)
+        tokens, crop_kvs = self.encode(images)
         start = torch.full_like(targets[:, :1], self.start)
-        logits, _ = self.step(torch.cat([start, targets[:, :-1]], dim=1), memory)   # (B, T, V)
+        given = torch.cat([start, targets[:, :-1]], dim=1)              # (B, T), one place later
+        logits, _ = self.logits_after(given, crop_kvs)                  # (B, T, V)
 
-        nats = self.cross_entropy(logits, targets)                  # (B, T), 0 where padding
-        # nats a word, as in LMIM: no word weighs on another
-        terms = {"read": nats.sum() / images.shape[0]}
+        nats = self.cross_entropy(logits, targets)                      # (B, T)
+        terms = {"read": nats.sum(1).mean()}                            # nats a word, as in LMIM
         if chars_under is not None:
             nats = self.cross_entropy(self.char_head(tokens), chars_under)          # (B, N)
-            known = (chars_under != self.pad).sum(1).clamp(min=1)
-            terms["spell"] = self.spell * (nats.sum(1) / known).mean()
+            n_known = (chars_under != self.pad).sum(1).clamp(min=1)     # (B,)
+            terms["spell"] = self.spell * (nats.sum(1) / n_known).mean()
         return sum(terms.values()), terms, logits
 
     def cross_entropy(self, logits, targets):
-        """logits (B, T, V), targets (B, T) -> nats (B, T), in float32; 0 where the target
-        is padding."""
-        logits = logits.float().transpose(1, 2)                 # (B, V, T), as torch wants them
+        """logits (B, T, V), targets (B, T) -> nats (B, T), in float32; 0 where padding."""
+        logits = logits.float().transpose(1, 2)                         # (B, V, T): torch's order
         return F.cross_entropy(logits, targets, ignore_index=self.pad, reduction="none")
 
     @torch.no_grad()
     def decode(self, images):
-        """Greedy reading. images (B, 3, H, W) in [-1, 1] -> ids (B, T), probs (B, T) of the
-        classes chosen. A word that has ended goes on with `end` at probability 1; T is the
-        longest of the batch."""
-        _, memory = self.encode(images)
+        """Greedy reading. images (B, 3, H, W) in [-1, 1] -> classes (B, T), and the probability of
+        each (B, T). A word that has ended goes on with `end` at probability 1. T is the longest of
+        the batch, its end included."""
+        _, crop_kvs = self.encode(images)
         B, device = images.shape[0], images.device
-        last = torch.full((B,), self.start, device=device)
-        going = torch.ones(B, dtype=torch.bool, device=device)
-        caches = [kv[:, :, :, :0] for kv in memory]                 # empty: (2, B, heads, 0, d)
-        all_ids, all_probs = [], []
+        character = torch.full((B, 1), self.start, device=device)
+        caches = [kv[:, :, :, :0] for kv in crop_kvs]                   # of no characters yet
+        going = torch.ones(B, dtype=torch.bool, device=device)          # words that have no end yet
+        characters, confidences = [], []
         for t in range(self.max_length + 1):
-            logits, caches = self.step(last[:, None], memory, caches)
-            logits = logits[:, -1].float()                              # (B, V)
-            logits[:, self.pad:] = -math.inf                # padding and unknown are never read
+            logits, caches = self.logits_after(character, crop_kvs, caches)
+            logits = logits[:, 0].float()                               # (B, V)
+            logits[:, self.pad:] = -math.inf                            # padding is never read
             probabilities = logits.softmax(-1)
-            if t == self.max_length:
-                probabilities[:, :self.end] = -1                    # the longest word ends here
-            probs, last = probabilities.max(-1)                         # (B,)
-            all_ids.append(last.where(going, self.end))
-            all_probs.append(probs.where(going, 1.0))
-            going = going & (last != self.end)
+            confidence, chosen = probabilities.max(-1)                  # (B,)
+            if t == self.max_length:                                    # the longest word ends here
+                confidence = probabilities[:, self.end]
+                chosen = torch.full_like(chosen, self.end)
+
+            characters.append(chosen.where(going, self.end))
+            confidences.append(confidence.where(going, 1.0))
+            going = going & (chosen != self.end)
+            character = chosen[:, None]
             if not going.any():
                 break
-        return torch.stack(all_ids, dim=1), torch.stack(all_probs, dim=1)
+        return torch.stack(characters, dim=1), torch.stack(confidences, dim=1)
 
     @torch.inference_mode()
     def read(self, images, batch_size=128, dtype=torch.float32):
-        """uint8, or float in [0, 1], (B, 3, 32, 128) -> [(text, confidence)], the product
-        of the probabilities of its characters, end included. In float32 a reading does not
-        depend on its batch; half precision gives no such promise."""
-        device, words = self.pos.device, []
+        """uint8, or float in [0, 1], (B, 3, 32, 128) -> [(text, confidence)]: the product of the
+        probabilities of its characters, end included. In float32 a reading does not depend on its
+        batch; half precision gives no such promise."""
+        check_crops(images)
+        device, words = self.device, []
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             for batch in images.split(batch_size):
-                ids, probs = self.decode(normalize_pixels(to_device(batch, device)))
-                confidences = probs.cpu().double().prod(dim=1).tolist()
-                for row, confidence in zip(ids.tolist(), confidences):
+                characters, confidences = self.decode(normalize_pixels(to_device(batch, device)))
+                confidences = confidences.cpu().double().prod(dim=1).tolist()
+                for row, confidence in zip(characters.tolist(), confidences):
                     text = "".join(self.charset[i] for i in row if i != self.end)
                     words.append((text, confidence))
         return words
+
+
+def check_crops(images):
+    """UserError, one line, unless images are crops as `Recognizer.read` takes them."""
+    expected = f"expected a torch tensor of shape (B, 3, {H}, {W}), uint8 or float in [0, 1]"
+    if not torch.is_tensor(images):
+        raise UserError(f"read: a {type(images).__name__}; {expected}")
+    if images.dim() != 4 or tuple(images.shape[1:]) != (3, H, W):
+        raise UserError(f"read: a tensor of shape {tuple(images.shape)}; {expected}")
+    if images.dtype == torch.uint8 or len(images) == 0:
+        return
+    if not images.is_floating_point():
+        raise UserError(f"read: a tensor of {images.dtype}; {expected}")
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):                        # NaN is neither
+        raise UserError(f"read: numbers from {low:g} to {high:g}; {expected}")

@@ -1,11 +1,11 @@
-"""Drawing words: a label, its letters in some font, bent, coloured, worn as by a camera.
+"""Drawing words: a label, its letters in some font, bent and coloured, then noisy and
+blurred as a camera leaves it.
 
     word_label(seed, index, charset)          -> the label alone
     render_word(seed, index, fonts, charset)  -> picture, label, map of characters
 
 Both depend on nothing but their arguments, whatever the process or the order.
-(Another machine has other fonts, so it draws other pictures; and another Python
-may have other English words, see `vocabulary`.)
+Labels are the same on every machine. Pictures are not: other machines have other fonts.
 """
 import functools
 import io
@@ -20,7 +20,7 @@ from collections import Counter, namedtuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from common import H, W, UserError
+from common import H, W, UserError, say
 
 PRINTABLE = "".join(chr(code) for code in range(33, 127))    # a keyboard's 94 characters
 LOWER_CASE = "abcdefghijklmnopqrstuvwxyz"
@@ -49,7 +49,7 @@ LENGTHS = {                     # characters of a word: per cent
 }
 CASES = {"STREET": 0.40, "Street": 0.28, "street": 0.32}
 P_PUNCTUATION = 0.12            # of words and of random letters
-COMMON_FIRST = 2                # 1: all words come equally often; 2: common ones more often
+COMMON_EXPONENT = 3             # 1: all words come equally often; 3: half are of the first 4,000
 
 NUMBERS = """
     # ## ### #### ##### 19## 20## $# $## $#.## $##.## ##% #% #.## ##.# #,###
@@ -59,11 +59,6 @@ NUMBERS = """
 PUNCTUATION = """
     *! *. *, *? *: *; *'s '* "*" "* *" (*) [*] *& @* #* -* *- *... www.* *.com *!!
 """.split()                     # "*" becomes the word
-SIGN_WORDS = """
-    open sale exit stop street road park hotel bank cafe shop free city market
-    school police taxi office
-""".split()
-SIGN_WORD_COUNT = 200           # each counts as if it had been read 200 times more
 
 # The letters. Their size is the font's: about from the top of an "l" to the foot of a "p".
 LETTER_SIZE = 40                # pixels
@@ -72,8 +67,8 @@ SHORT_LABEL = 4                 # characters, at most
 STROKES = {0: 3, 1: 2, 2: 1}    # pixels that are added all around a letter: share
 SPACING = (0.02, 0.06)          # between letters, in letter sizes (normal)
 MIN_SPACING = -0.04
-P_DANCE = 0.06                  # letters hop up and down
-DANCE = 0.12                    # by at most this, in letter sizes
+P_HOP = 0.06                    # letters hop up and down
+HOP = 0.12                      # by at most this, in letter sizes
 
 # The lines above and below, which a crop shows in part.
 P_NEIGHBOURS = 0.12
@@ -82,9 +77,9 @@ NEIGHBOUR_SHIFT = 1 / 3         # to the side, in widths of the word
 
 # The bend. A length without a unit is in heights of the word.
 STRETCH = (0.0, 0.15)           # the width is multiplied by e to the power of this (normal)
-LEAN = (0.0, 0.05)              # how far the top of a letter lies to the right (normal)
+SHEAR = (0.0, 0.05)             # to the right, for each height of the word upwards (normal)
 P_ITALIC = 1 / 6
-ITALIC_LEAN = 0.25              # is added
+ITALIC_SHEAR = 0.25             # is added
 TAPER = (0.0, 0.1)              # 0.1: the right end is 1.1 times as high (normal)
 MAX_TAPER = 0.35
 P_SAG = 0.18                    # the middle hangs down or arches up
@@ -94,7 +89,7 @@ MAX_SAG_LENGTH = 5              # longer words sag no more than a word of this l
 TURN = (0.0, 0.03)              # radians (normal)
 P_STEEP_TURN = 0.2
 STEEP_TURN = (-0.26, 0.26)      # radians
-STEEP_LENGTH = 3                # longer words turn less: twice as long, half as much
+STEEP_LENGTH = 3                # a word twice as long as this turns half as much, and so on
 MARGIN = (0.06, 0.08)           # between the word and a rim of the crop (normal)
 MIN_MARGIN = -0.05              # below 0: letters are cut
 
@@ -102,15 +97,16 @@ MIN_MARGIN = -0.05              # below 0: letters are cut
 CONTRAST = (0.3, 0.9)           # difference in lightness between ground and letters
 P_FAINT = 0.15
 FAINT_CONTRAST = (0.15, 0.3)
+P_DARK_GROUND = 0.5
 VIVIDNESS = [0.03, 0.06, 0.12, 0.25, 0.5]    # deviation of red and blue: mostly near grey
 GREEN_VIVIDNESS = 0.3           # of green, as a share: green and pink are rare among signs
 GROUNDS = {"plain": 0.30, "shaded": 0.42, "two colours": 0.28}
 SHADE = (0.75, 1.2)             # factor on the colour of a shaded ground
-SECOND_GROUND = (-0.6, 0.4)     # its lightness: 0 is the ground's, 1 the letters'
+SECOND_GROUND_LIGHTNESS = (-0.6, 0.4)   # 0 is the ground's, 1 the letters'
 P_SECOND_INK = 0.3              # letters of two colours
-SECOND_INK = (-0.4, 0.3)        # its lightness: 0 is the letters', 1 the ground's
+SECOND_INK_LIGHTNESS = (-0.4, 0.3)      # 0 is the letters', 1 the ground's
 RELIEFS = {"none": 0.75, "shadow": 0.15, "outline": 0.08, "hollow": 0.02}
-RELIEF_COLOUR = (-1.0, 0.3)     # its lightness: 0 is the ground's, 1 the letters'
+RELIEF_LIGHTNESS = (-1.0, 0.3)  # 0 is the ground's, 1 the letters'
 RELIEF_OPACITY = (0.5, 1.0)
 SHADOW_DOWN = [-1, 1, 2]        # pixels of the crop
 SHADOW_RIGHT = [-2, 1, 2]       # pixels of the crop
@@ -119,7 +115,7 @@ DIM = (0.4, 1.0)                # factor on the picture where the light is weake
 BRIGHT = (0.9, 1.4)             # and where it is strongest
 
 # The wear: what a camera leaves of it.
-NOISE = (0, 7)                  # its deviation, of 255 grey levels (normal; below 0: none)
+NOISE_DEVIATION = (0, 7)        # grey levels of 255 (normal; below 0: no noise)
 P_FEW_PIXELS = 0.35
 FEW_PIXELS = (10, 24)           # height of the crop, whose width follows
 MIN_FEW_WIDTH = 12
@@ -138,17 +134,17 @@ TEXTURE_HARDNESS = [1, 1, 3, 20]    # 1: soft; 20: nearly black and white
 # ---- a word
 
 def word_label(seed, index, charset):
-    """The label of word `index` in the draw `seed`, without its picture: 1 to MAX_LENGTH
+    """The label of word `index` of those of `seed`, without its picture: 1 to MAX_LENGTH
     characters of charset, a string without blanks. Words are English if charset has all
     of a to z and nothing beyond ASCII."""
     return draw_label(word_rng(seed, index), charset)
 
 
 def render_word(seed, index, fonts, charset):
-    """Word `index` in the draw `seed` -> image uint8 (3, 32, 128), label, char_map uint8
+    """Word `index` of those of `seed` -> image uint8 (3, 32, 128), label, char_map uint8
     (32, 128): a value k > 0 marks the pixels of the label's k-th character.
 
-    fonts: paths, such as font_files gives. UserError if none has the label's characters.
+    fonts: a list, such as font_files gives. UserError if none has the label's characters.
     """
     rng = word_rng(seed, index)
     label = draw_label(rng, charset)
@@ -156,16 +152,16 @@ def render_word(seed, index, fonts, charset):
     coverage, char_map = set_letters(rng, label, fonts)
     if rng.random() < P_NEIGHBOURS:
         add_neighbours(coverage)
-    coverage, char_map, aspect = bend_word(rng, coverage, char_map)
+    coverage, char_map, crop_aspect = bend_word(rng, coverage, char_map)
 
     image = colour_word(rng, coverage)
-    image = wear_out(rng, image, aspect)
+    image = wear_out(rng, image, crop_aspect)
     return image, label, char_map
 
 
 def word_rng(seed, index):
-    """The random numbers of one word. Python hashes the text, so no two words have anything in
-    common. With the sum of both, draw 1 would be draw 0 moved by one word."""
+    """The random numbers of one word. The seed and the index stand side by side in a text, which
+    Python hashes. Were they added, word 4 of draw 1 would be word 5 of draw 0."""
     return random.Random(f"{seed} {index}")
 
 
@@ -179,22 +175,22 @@ def choose(rng, shares):
 def draw_label(rng, charset):
     """What to write: one of LABELS; a word has a case, and now and then punctuation."""
     kind = choose(rng, LABELS)
-    length = choose(rng, LENGTHS)
+    length = choose(rng, LENGTHS)       # of all kinds but numbers, which have patterns
     if kind == "english word":
-        word = english_word(rng, length, charset)
+        text = english_word(rng, length, charset)
     elif kind == "random letters":
-        word = random_letters(rng, length, charset)
+        text = random_letters(rng, length, charset)
     elif kind == "number":
-        word = draw_number(rng)
+        text = draw_number(rng)
     else:
-        word = "".join(rng.choices(charset, k=length))
+        text = "".join(rng.choices(charset, k=length))
 
     if kind in ("english word", "random letters"):
-        word = set_case(rng, word)
+        text = set_case(rng, text)
         if rng.random() < P_PUNCTUATION:
-            word = rng.choice(PUNCTUATION).replace("*", word)
+            text = rng.choice(PUNCTUATION).replace("*", text)
 
-    label = keep_known(word, charset)[:MAX_LENGTH]
+    label = keep_known(text, charset)[:MAX_LENGTH]
     if label == "":
         return rng.choice(charset)
     return label
@@ -202,12 +198,14 @@ def draw_label(rng, charset):
 
 def english_word(rng, length, charset):
     """A word of that length; random letters if charset cannot write it or none is known."""
-    words = vocabulary()[length]
-    if not words or not can_write_english(charset):
+    words = []
+    if can_write_english(charset):
+        words = vocabulary()[length]
+    if not words:
         return random_letters(rng, length, charset)
-    # Common words stand first. Squaring a number between 0 and 1 brings it nearer to 0.
-    place = rng.random() ** COMMON_FIRST
-    return words[int(place * len(words))]
+    # Common words stand first. A power of a number between 0 and 1 is nearer to 0.
+    share = rng.random() ** COMMON_EXPONENT
+    return words[int(share * len(words))]
 
 
 def random_letters(rng, length, charset):
@@ -216,12 +214,12 @@ def random_letters(rng, length, charset):
 
 def draw_number(rng):
     """A price, a year, a time, a telephone number."""
-    text = ""
+    number = ""
     for char in rng.choice(NUMBERS):
         if char == "#":
             char = str(rng.randrange(10))
-        text += char
-    return text
+        number += char
+    return number
 
 
 def set_case(rng, word):
@@ -234,15 +232,16 @@ def set_case(rng, word):
     return word
 
 
-def keep_known(word, charset):
-    """The word without what charset lacks. A letter that charset has only in the other case
+def keep_known(text, charset):
+    """The text without what charset lacks. A letter that charset has only in the other case
     changes its case."""
     known = ""
-    for char in word:
+    for char in text:
         if char not in charset:
             char = char.swapcase()
-        # Unicode's normal form NFC joins some characters to the one before, such as an accent
-        # to its letter. These are left out: the label would become shorter than its map.
+        # data.py brings all labels to Unicode's normal form NFC, which joins some characters
+        # to the one before, such as an accent to its letter. Here these are left out, or the
+        # label would have fewer characters than its map.
         if char in charset and unicodedata.is_normalized("NFC", known + char):
             known += char
     return known
@@ -260,35 +259,23 @@ def letters_of(charset):
     of its characters."""
     if can_write_english(charset):
         return LOWER_CASE           # set_case does the rest
+    # Indian vowel signs are no letters to Python, so all that is not ASCII counts as one.
     letters = [char for char in charset if char.isalpha() or not char.isascii()]
     return "".join(letters) or charset
 
 
+WORDS = pathlib.Path(__file__).parent / "assets" / "words.txt"
+
+
 @functools.cache
 def vocabulary():
-    """{length: lower-case words, the common ones first}, about 8,000 words: of signs, of the
-    docstrings and comments of this Python's library (another version may have others), and
-    of the names of pictographs, such as "hamburger"."""
-    texts = []
-    for code in range(0x1F300, 0x1FB00):
-        texts.append(unicodedata.name(chr(code), "").lower())
-    library = pathlib.Path(os.__file__).parent
-    docstring_or_comment = r'"""(.*?)"""|# ([^\n]*)'
-    for path in sorted(library.glob("*.py")):
-        source = path.read_text("utf-8", "ignore")
-        for docstring, comment in re.findall(docstring_or_comment, source, re.DOTALL):
-            texts.append(docstring or comment)
-
-    # Words stand between blanks, brackets and punctuation, and only their first letter may
-    # be a capital. This leaves out most names of variables.
-    pattern = r"(?<=[ \n(])[A-Za-z]?[a-z]+(?=[ ,.;:)\n])"
-    found = re.findall(pattern, f" {' '.join(texts)} ")
-    counts = Counter(word.lower() for word in found)
-    for word in SIGN_WORDS:
-        counts[word] += SIGN_WORD_COUNT
-
-    words = [word for word in counts if re.search("[aeiouy]", word)]    # not "str"
-    words.sort(key=lambda word: (-counts[word], word))
+    """{length: lower-case words, the common ones first}: 48,000 English words and names, from
+    the lines of assets/words.txt. UserError if that is missing."""
+    try:
+        words = WORDS.read_text("utf-8").split()
+    except FileNotFoundError:
+        raise UserError(f"{WORDS}: missing; it holds the words to draw and comes with "
+                        "the repository: copy it from there") from None
     by_length = {}
     for length in LENGTHS:
         by_length[length] = [word for word in words if len(word) == length]
@@ -296,6 +283,9 @@ def vocabulary():
 
 
 # ---- fonts
+#
+# A font is known by the path of its file; None stands for Pillow's own. `fonts` is always
+# a list of such paths.
 
 FONT_FOLDERS = [
     "/usr/share/fonts",
@@ -314,40 +304,88 @@ NO_LETTERS = (                  # in the names of fonts that hold something else
 )
 PROBE_SIZE = 40                 # pixels at which a font is asked what it has
 NO_CHARACTER = "\U0010fffe"     # Unicode will never give it a meaning, so no font has it
+LETTERS_AND_DIGITS = LOWER_CASE + LOWER_CASE.upper() + "0123456789"
 
 
-def font_files(folder=None):
-    """Paths of fonts: None, which is Pillow's own font, then the TrueType and OpenType files
-    of the system, then all of those under `folder`. UserError if that holds none."""
-    files = [None]
-    for place in FONT_FOLDERS:
-        for path in files_under(place):
+def font_files(folder=None, needed=LETTERS_AND_DIGITS):
+    """A list of fonts: None, then the TrueType and OpenType files of the system, then those
+    under `folder` that have all the characters in `needed`. UserError if that has none."""
+    fonts = [None]
+    for system_folder in FONT_FOLDERS:
+        for path in font_files_under(system_folder):
             name = os.path.basename(path)
             if not re.search(NO_LETTERS, name, re.IGNORECASE):
-                files.append(path)
+                fonts.append(path)
     if folder:
-        found = files_under(folder)
-        if not found:
-            raise UserError(f"--fonts {folder}: no .ttf, .otf or .ttc file in it; "
-                            "give a folder that holds some")
-        files += found
-    return files
+        fonts += usable_fonts(folder, needed)
+    return fonts
 
 
-def files_under(folder):
+def font_files_under(folder):
     """The font files of a folder and of the folders in it, sorted."""
     folder = os.path.expanduser(os.path.expandvars(folder))
     found = pathlib.Path(folder).rglob("*.[oOtT][tT][cCfF]")
     return [str(path) for path in sorted(found)]
 
 
-def fonts_with(charset, files):
-    """The files that have every character of charset. If there is none: UserError, with what
-    the best file lacks."""
+@functools.lru_cache
+def usable_fonts(folder, needed):
+    """The fonts under a folder that have all the characters in `needed`. How many are left out,
+    and why, is said, but once: the answer is kept."""
+    paths = font_files_under(folder)
+    if not paths:
+        raise UserError(f"--fonts {folder}: no .ttf, .otf or .ttc file in it; "
+                        "give a folder that holds some")
+    usable = []
+    left_out = Counter()
+    for path in paths:
+        fault = font_fault(path, needed)
+        if fault is None:
+            usable.append(path)
+        else:
+            left_out[fault] += 1
+
+    reasons = ", ".join(f"{fault}: {count}" for fault, count in left_out.items())
+    if not usable:
+        raise UserError(f"--fonts {folder}: none of its {len(paths)} fonts can be used "
+                        f"({reasons}); give a folder of others")
+    if left_out:
+        n_left_out = len(paths) - len(usable)
+        say(f"--fonts {folder}: {n_left_out} of {len(paths)} fonts are left out ({reasons})")
+    return usable
+
+
+def font_fault(path, needed):
+    """Why a font cannot be used to draw the characters in `needed`, or None if it can."""
+    if open_font(path, PROBE_SIZE) is None:
+        return "cannot be opened"
+    lacking = {char for char in needed if not has_char(path, char)}
+    if not lacking:
+        return None
+    if is_symbol_face(path):
+        return "symbols, not letters"
+    if has_char(path, "A") and set(LOWER_CASE) <= lacking:
+        return "no lower case"
+    return "characters missing"
+
+
+def is_symbol_face(path):
+    """Whether a font says that it holds symbols: it has a "symbol" table of characters, which
+    Windows made for fonts such as Wingdings."""
+    try:
+        ImageFont.truetype(path, PROBE_SIZE, encoding="symb")
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def fonts_with(charset, fonts):
+    """The fonts that have every character of charset. If there is none: UserError, with what
+    the best font lacks."""
     lacking = {}
-    for path in files:
+    for path in fonts:
         lacking[path] = [char for char in charset if not has_char(path, char)]
-    complete = [path for path in files if not lacking[path]]
+    complete = [path for path in fonts if not lacking[path]]
     if not complete:
         least = min(lacking.values(), key=len)
         raise UserError("charset: no font has all of it, the best lacks "
@@ -355,20 +393,43 @@ def fonts_with(charset, files):
     return complete
 
 
-def find_font(text, size, files):
-    """The ImageFont, `size` pixels high, of the first file that has all of the text. If none
-    does: Pillow's own, which draws boxes."""
-    chars = text.replace(" ", "")
-    for path in files:
+@functools.lru_cache(maxsize=64)
+def families_of(fonts):
+    """A tuple of fonts -> a list of families, each a list of its fonts. "Lato Thin" and "Lato
+    Black" are two fonts of one family."""
+    families = {}
+    for path in fonts:
+        font = open_font(path, PROBE_SIZE)
+        if font is None:
+            name = ""                   # all that cannot be opened are one family
+        else:
+            name, style = font.getname()
+        families.setdefault(name, []).append(path)
+    return list(families.values())
+
+
+def describe_fonts(fonts):
+    """Such as "526 faces of 198 families"."""
+    n_families = len(families_of(tuple(fonts)))
+    faces = "1 face" if len(fonts) == 1 else f"{len(fonts)} faces"
+    families = "1 family" if n_families == 1 else f"{n_families} families"
+    return f"{faces} of {families}"
+
+
+def find_font(text, size, fonts):
+    """An ImageFont, `size` pixels high: the first of the fonts that has all of the text. If
+    none does: Pillow's own, which draws boxes."""
+    visible = text.replace(" ", "")
+    for path in fonts:
         font = open_font(path, size)
-        if font and all(has_char(path, char) for char in chars):
+        if font and all(has_char(path, char) for char in visible):
             return font
     return open_font(None, size)
 
 
 @functools.lru_cache(maxsize=4096)
 def open_font(path, size):
-    """An ImageFont, `size` pixels high, or None for a file that cannot be used."""
+    """An ImageFont, `size` pixels high, or None for a file that cannot be opened."""
     if path is None:
         return ImageFont.load_default(size)
     try:
@@ -398,6 +459,8 @@ def missing_box(path):
 
 
 # ---- the letters
+
+FONT_TRIES = 8                  # by chance, before all fonts are tried
 
 # A drawn character. ink: its coverage, a picture of mode "L". left, top: the corner of
 # ink, seen from the pen, which stands on the baseline. advance: how far the pen moves on.
@@ -433,26 +496,33 @@ def set_letters(rng, label, fonts):
     right = max(x + glyph.ink.width for (x, y), glyph in zip(corners, glyphs))
     bottom = max(y + glyph.ink.height for (x, y), glyph in zip(corners, glyphs))
 
-    # A lone "." must not fill its crop. The two pixels more let the rims fade out.
+    # A lone "." must not fill its crop: a word counts as half a letter size at least.
+    # An empty pixel at each rim lets the letters fade out when the drawing is resized.
     w = max(right - left, size // 2) + 2
     h = max(bottom - top, size // 2) + 2
-    move_right = (w - left - right) // 2
-    move_down = (2 * h - top - bottom) // 2
+    # From the pen's coordinates to the drawing's, where the letters are in the middle.
+    move_right = (w - (right - left)) // 2 - left
+    move_down = (2 * h - (bottom - top)) // 2 - top
 
     coverage = Image.new("L", (w, 2 * h))
     char_map = Image.new("L", (w, 2 * h))
     for k, ((x, y), glyph) in enumerate(zip(corners, glyphs), start=1):
         corner = (x + move_right, y + move_down)
         coverage.paste(255, corner, mask=glyph.ink)
+        # Ink can be blended, the numbers of characters cannot: a pixel gets number k if at
+        # least half of it is covered. MIN_INK takes away more when the drawing has been bent.
         half_covered = glyph.ink.convert("1", dither=Image.Dither.NONE)
         char_map.paste(k, corner, mask=half_covered)
     return coverage, char_map
 
 
 def choose_glyphs(rng, label, fonts, size, stroke):
-    """The label's Glyphs in one font: eight fonts are tried by chance, then each in turn,
-    until one has all of the label's characters."""
-    for path in rng.choices(fonts, k=8) + fonts:
+    """The label's Glyphs in one font: some fonts are tried by chance, then each in turn, until
+    one has all of the label's characters."""
+    # First a family, then a font of it: else a family of 70 weights would drown the others.
+    families = families_of(tuple(fonts))
+    chosen = [rng.choice(rng.choice(families)) for _ in range(FONT_TRIES)]
+    for path in [*chosen, *fonts]:
         glyphs = [draw_glyph(path, size, stroke, char) for char in label]
         if all(glyphs):
             return glyphs
@@ -463,8 +533,8 @@ def place_glyphs(rng, glyphs, size):
     """The upper left corner (x, y) of each Glyph's ink; y is 0 at the baseline."""
     spacing = size * max(MIN_SPACING, rng.gauss(*SPACING))
     hop = 0
-    if rng.random() < P_DANCE:
-        hop = size * DANCE
+    if rng.random() < P_HOP:
+        hop = size * HOP
 
     corners = []
     pen = 0
@@ -477,7 +547,8 @@ def place_glyphs(rng, glyphs, size):
 
 
 def add_neighbours(coverage):
-    """Writes the word once more above itself and below, moved to the side."""
+    """Writes the word once more above itself and below, moved to the side. These letters have no
+    place in the char_map: they belong to no character of the label."""
     w, h = coverage.width, coverage.height // 2
     top = h // 2
     line = coverage.crop((0, top, w, top + h))
@@ -490,19 +561,20 @@ def add_neighbours(coverage):
 # ---- the bend
 
 # A point of the straight word is (u, v): u goes from -1, the left end, to 1, the right
-# end, and v from -1/2, the top, to 1/2, the foot. The same point of the bent word is
-# (x, y), in heights of the word. (0, 0) is the middle, and y goes down.
+# end, and v from -1, the top, to 1, the foot. The same point of the bent word is (x, y),
+# in heights of the straight word. (0, 0) is the middle, and y goes down.
 #
 # aspect: width / height of the straight word
-# lean:   how far the top of a letter lies to the right of its foot
+# shear:  how far a point moves to the right for each height that it lies above the middle
 # taper:  letters are 1 + taper u high
-# sag:    how far the middle hangs below the ends
+# sag:    how far the middle of the word hangs below its ends
 # angle:  by which all of it is turned, in radians
-Bend = namedtuple("Bend", "aspect lean taper sag angle")
+Bend = namedtuple("Bend", "aspect shear taper sag angle")
 
-BEND_STRIPS = 8                 # straight pieces that stand for a curve
-MAX_DRAWN = (160, 80)           # width, height: what is larger is made smaller, then bent
-INKED = 96                      # of 255: a pixel with less coverage belongs to no character
+OUTLINE_POINTS = 9              # of the word's upper rim, and as many of its lower: see crop_around
+BEND_STRIPS = 8                 # straight pieces of a crop that stand for a curve
+MAX_DRAWING = (160, 80)         # width, height: what is larger is made smaller, then bent
+MIN_INK = 96                    # of 255: a pixel with less coverage belongs to no character
 
 
 def bend_word(rng, coverage, char_map):
@@ -510,32 +582,30 @@ def bend_word(rng, coverage, char_map):
     (32, 128), and the width / height that the crop had before it was squeezed."""
     w, h = coverage.width, coverage.height // 2
     bend = draw_bend(rng, w / h)
-    n = 1                       # without a curve one piece is enough
-    if bend.sag != 0:
-        n = BEND_STRIPS
-    crop = crop_around(rng, bend, n)
+    crop = crop_around(rng, bend)
 
-    # A warp reads single pixels. In a large drawing it would miss some, so these are averaged.
-    size = (min(w, MAX_DRAWN[0]), min(2 * h, MAX_DRAWN[1]))
-    coverage = coverage.resize(size, Image.Resampling.BILINEAR)
-    char_map = char_map.resize(size, Image.Resampling.NEAREST)
+    # A bent pixel is read off few pixels. In a large drawing others between them would be
+    # missed, so these are averaged first.
+    drawing_size = (min(w, MAX_DRAWING[0]), min(2 * h, MAX_DRAWING[1]))
+    coverage = coverage.resize(drawing_size, Image.Resampling.BILINEAR)
+    char_map = char_map.resize(drawing_size, Image.Resampling.NEAREST)
 
-    mesh = warp_mesh(bend, crop, n, size)
-    coverage = warp(coverage, mesh, Image.Resampling.BILINEAR)
-    char_map = warp(char_map, mesh, Image.Resampling.NEAREST)
-    char_map = np.where(coverage > INKED, char_map, 0).astype(np.uint8)
+    mesh = bend_mesh(bend, crop, drawing_size)
+    coverage = bend_drawing(coverage, mesh, Image.Resampling.BILINEAR)
+    char_map = bend_drawing(char_map, mesh, Image.Resampling.NEAREST)
+    char_map = np.where(coverage > MIN_INK, char_map, 0).astype(np.uint8)
 
     left, top, right, bottom = crop
-    aspect = (right - left) / (bottom - top)
-    return coverage.astype(np.float32) / 255, char_map, aspect
+    crop_aspect = (right - left) / (bottom - top)
+    return coverage.astype(np.float32) / 255, char_map, crop_aspect
 
 
-def draw_bend(rng, aspect):
-    """A Bend for a word whose width / height is `aspect`."""
-    aspect = aspect * math.exp(rng.gauss(*STRETCH))
-    lean = rng.gauss(*LEAN)
+def draw_bend(rng, drawn_aspect):
+    """A Bend for a word whose width / height is drawn_aspect before it is stretched."""
+    aspect = drawn_aspect * math.exp(rng.gauss(*STRETCH))
+    shear = rng.gauss(*SHEAR)
     if rng.random() < P_ITALIC:
-        lean += ITALIC_LEAN
+        shear += ITALIC_SHEAR
     taper = rng.gauss(*TAPER)
     taper = max(-MAX_TAPER, min(MAX_TAPER, taper))
 
@@ -546,33 +616,37 @@ def draw_bend(rng, aspect):
     angle = rng.gauss(*TURN)
     if rng.random() < P_STEEP_TURN:
         angle = rng.uniform(*STEEP_TURN) * min(1, STEEP_LENGTH / aspect)
-    return Bend(aspect, lean, taper, sag, angle)
+    return Bend(aspect, shear, taper, sag, angle)
 
 
 def bend_point(bend, u, v):
     """The point (u, v) of the word, bent -> (x, y)."""
     # The middle line, v = 0, becomes a parabola: x = aspect/2 u, y = sag (1 - u^2).
-    # Its slope is dy/dx = (dy/du) / (dx/du) = -2 sag u / (aspect/2).
-    slope = -4 * bend.sag * u / bend.aspect
-    # Letters stand upright on it: a step down, along (-slope, 1), also goes to the left.
-    x = bend.aspect / 2 * u - slope * v
-    y = bend.sag * (1 - u**2) + (1 + bend.taper * u) * v
-    # They lean to the right: the higher a point, the farther.
-    x = x - bend.lean * y
+    # The foot lies half a height below it. Letters stand upright on the parabola, so the
+    # way from a middle to its foot is (-slope, 1) / 2, at a right angle to (1, slope).
+    x = bend.aspect / 2 * u - slope_at(bend, u) * v / 2
+    y = bend.sag * (1 - u**2) + (1 + bend.taper * u) * v / 2
+    # Sheared to the right: the higher a point, the farther.
+    x = x - bend.shear * y
     return turn(x, y, bend.angle)
 
 
 def unbend_point(bend, x, y):
     """The point (x, y) unbent -> (u, v): bend_point's steps undone, the last one first."""
     x, y = turn(x, y, -bend.angle)
-    x = x + bend.lean * y
-    # The equations for x and y hold both u and v. First u as if the slope were 0, then v,
-    # then u again: not exact where a short word sags much, but near enough for the eye.
-    u = 2 / bend.aspect * x
-    v = (y - bend.sag * (1 - u**2)) / (1 + bend.taper * u)
-    slope = -4 * bend.sag * u / bend.aspect
-    u = 2 / bend.aspect * (x + slope * v)
+    x = x + bend.shear * y
+    # The equations for x and y hold both u and v. First u is guessed as if the slope were 0,
+    # then comes v, then u with the slope. Where a short word sags much this is not exact,
+    # but near enough for the eye.
+    u_guess = 2 / bend.aspect * x
+    v = 2 * (y - bend.sag * (1 - u_guess**2)) / (1 + bend.taper * u_guess)
+    u = 2 / bend.aspect * (x + slope_at(bend, u_guess) * v / 2)
     return u, v
+
+
+def slope_at(bend, u):
+    """How steep the middle line goes down: dy/dx = (dy/du) / (dx/du) of its parabola."""
+    return -2 * bend.sag * u / (bend.aspect / 2)
 
 
 def turn(x, y, angle):
@@ -581,16 +655,16 @@ def turn(x, y, angle):
     return cos * x - sin * y, sin * x + cos * y
 
 
-def crop_around(rng, bend, n):
+def crop_around(rng, bend):
     """The rims of a crop that holds the bent word and margins -> left, top, right, bottom, in
-    heights of the word. The word is n straight pieces: their corners are looked at."""
-    points = []
-    for k in range(n + 1):
-        u = -1 + 2 * k / n
-        points.append(bend_point(bend, u, -1 / 2))
-        points.append(bend_point(bend, u, 1 / 2))
-    xs = [x for x, y in points]
-    ys = [y for x, y in points]
+    heights of the word."""
+    outline = []
+    for k in range(OUTLINE_POINTS):
+        u = -1 + 2 * k / (OUTLINE_POINTS - 1)
+        outline.append(bend_point(bend, u, -1))
+        outline.append(bend_point(bend, u, 1))
+    xs = [x for x, y in outline]
+    ys = [y for x, y in outline]
 
     margins = [max(MIN_MARGIN, rng.gauss(*MARGIN)) for _ in range(4)]
     left = min(xs) - margins[0]
@@ -600,35 +674,41 @@ def crop_around(rng, bend, n):
     return left, top, right, bottom
 
 
-def warp_mesh(bend, crop, n, size):
-    """How Pillow is told to warp a drawing of that size: by a list of boxes and quads.
+def bend_mesh(bend, crop, drawing_size):
+    """How Pillow is told to bend a drawing of that size: a list of pairs (box, quad).
 
-    A box is a rectangle of the new picture, here one of n strips side by side. Its quad is the
-    quadrilateral of the drawing that fills it, x and y of four corners: upper left, lower
-    left, lower right, upper right. Between the corners Pillow interpolates. (A photograph of
+    The new picture is cut into strips side by side. A box is the rectangle of a strip. Its quad
+    is the quadrilateral of the drawing that comes there, x and y of four corners: upper left,
+    lower left, lower right, upper right. Pillow interpolates between corners. (A photograph of
     a tilted sheet needs a homography; for the bends here this is near enough.)
     """
     left, top, right, bottom = crop
-    w, h = size
+    drawing_w, drawing_h = drawing_size
+    word_h = drawing_h / 2          # the rest is room for other lines
+    strips = 1                      # without a curve
+    if bend.sag != 0:
+        strips = BEND_STRIPS
 
     def drawn_at(x, y):
         u, v = unbend_point(bend, x, y)
-        return (1 / 2 + u / 2) * w, (1 / 2 + v / 2) * h
+        return drawing_w / 2 * (1 + u), drawing_h / 2 + word_h / 2 * v
 
     mesh = []
-    for k in range(n):
-        box = (W * k // n, 0, W * (k + 1) // n, H)
-        x0 = left + (right - left) * k / n
-        x1 = left + (right - left) * (k + 1) / n
-        quad = (*drawn_at(x0, top), *drawn_at(x0, bottom),
-                *drawn_at(x1, bottom), *drawn_at(x1, top))
+    for k in range(strips):
+        x0 = left + (right - left) * k / strips
+        x1 = left + (right - left) * (k + 1) / strips
+        upper_left, upper_right = drawn_at(x0, top), drawn_at(x1, top)
+        lower_left, lower_right = drawn_at(x0, bottom), drawn_at(x1, bottom)
+        box = (W * k // strips, 0, W * (k + 1) // strips, H)
+        quad = (*upper_left, *lower_left, *lower_right, *upper_right)
         mesh.append((box, quad))
     return mesh
 
 
-def warp(picture, mesh, resample):
-    """A drawing -> (32, 128). Beyond its rims all is 0."""
-    return np.asarray(picture.transform((W, H), Image.Transform.MESH, mesh, resample))
+def bend_drawing(drawing, mesh, resample):
+    """A drawing -> array (32, 128). Beyond the drawing's rims all is 0."""
+    bent = drawing.transform((W, H), Image.Transform.MESH, mesh, resample)
+    return np.asarray(bent)
 
 
 # ---- the colours
@@ -643,13 +723,15 @@ def colour_word(rng, coverage):
     relief = choose(rng, RELIEFS)
     if relief != "none":
         wider = widen(rng, coverage, relief)
-        lightness = mix(ground_light, ink_light, rng.uniform(*RELIEF_COLOUR))
+        lightness = mix(ground_light, ink_light, rng.uniform(*RELIEF_LIGHTNESS))
         colour = draw_colour(rng, lightness)
         ground = mix(ground, colour, wider * rng.uniform(*RELIEF_OPACITY))
-        if relief == "hollow":
-            coverage = wider - coverage         # the outline alone has the letters' colour
 
-    image = mix(ground, ink, coverage)
+    if relief == "hollow":
+        inked = wider - coverage        # the outline alone has the letters' colour
+    else:
+        inked = coverage
+    image = mix(ground, ink, inked)
     if rng.random() < P_UNEVEN_LIGHT:
         dim = rng.uniform(*DIM)
         bright = rng.uniform(*BRIGHT)
@@ -658,14 +740,13 @@ def colour_word(rng, coverage):
 
 
 def choose_lightness(rng):
-    """The lightness of the ground and that of the letters: dark on light as often as light
-    on dark."""
+    """The lightness of the ground and that of the letters."""
     contrast = rng.uniform(*CONTRAST)
     if rng.random() < P_FAINT:
         contrast = rng.uniform(*FAINT_CONTRAST)
     dark = rng.uniform(0, 1 - contrast)
     light = dark + contrast
-    if rng.random() < 0.5:
+    if rng.random() < P_DARK_GROUND:
         return dark, light
     return light, dark
 
@@ -679,7 +760,7 @@ def colour_ground(rng, ground_light, ink_light):
     if kind == "shaded":
         other = colour * rng.uniform(*SHADE)
     else:
-        lightness = mix(ground_light, ink_light, rng.uniform(*SECOND_GROUND))
+        lightness = mix(ground_light, ink_light, rng.uniform(*SECOND_GROUND_LIGHTNESS))
         other = draw_colour(rng, lightness)
     return mix(colour, other, draw_texture(rng))
 
@@ -688,7 +769,7 @@ def colour_ink(rng, ground_light, ink_light):
     """The letters' colour (3, 1, 1), or two that run into each other, (3, 32, 128)."""
     colour = draw_colour(rng, ink_light)
     if rng.random() < P_SECOND_INK:
-        lightness = mix(ink_light, ground_light, rng.uniform(*SECOND_INK))
+        lightness = mix(ink_light, ground_light, rng.uniform(*SECOND_INK_LIGHTNESS))
         other = draw_colour(rng, lightness)
         colour = mix(colour, other, draw_texture(rng))
     return colour
@@ -709,16 +790,24 @@ def draw_colour(rng, lightness):
 
 
 def widen(rng, coverage, relief):
-    """Coverage of the letters and their shadow or outline: copies that are moved by some pixels
-    are laid on the letters, and each pixel keeps its largest value."""
-    moves = [(0, 1), (0, -1), (1, 0), (-1, 0)]
+    """Coverage of the letters and their shadow or outline: moved copies are laid on the letters,
+    and each pixel keeps its largest value."""
     if relief == "shadow":
         moves = [(rng.choice(SHADOW_DOWN), rng.choice(SHADOW_RIGHT))]
+    else:
+        moves = [(0, 1), (0, -1), (1, 0), (-1, 0)]
     wider = coverage
-    for move in moves:
-        moved = np.roll(coverage, move, axis=(0, 1))
-        wider = np.maximum(wider, moved)
+    for down, right in moves:
+        wider = np.maximum(wider, move_by(coverage, down, right))
     return wider
+
+
+def move_by(coverage, down, right):
+    """The coverage moved by so many pixels; what comes in at the rims is 0."""
+    rim = max(abs(down), abs(right))
+    padded = np.pad(coverage, rim)
+    top, left = rim - down, rim - right
+    return padded[top:top + H, left:left + W]
 
 
 def mix(a, b, share):
@@ -731,26 +820,36 @@ def draw_texture(rng):
     return cut_window(rng, textures()[rng.randrange(N_TEXTURES)])
 
 
+TEXTURE_H, TEXTURE_W = 64, 192      # pixels, larger than a crop: a window is cut out
+CELLS_SIZE = 256                    # pixels of the square that they are cut from
+
+
 @functools.cache
 def textures():
-    """float32 (192, 64, 192) in [0, 1]. A grid of few or many random cells, smooth or with
-    edges, upright or turned, soft or hard, looks like light, clouds, cloth, planks."""
-    rng = np.random.default_rng(0)
-    maps = []
-    for i in range(N_TEXTURES):
-        rows = rng.choice(TEXTURE_ROWS)
-        columns = rng.choice(TEXTURE_COLUMNS)
-        cells = Image.fromarray(rng.random((rows, columns), np.float32))
-        resample = Image.Resampling.BICUBIC
-        if i % 4 == 0:
-            resample = Image.Resampling.NEAREST         # cells with edges
-        picture = cells.resize((256, 256), resample)
-        if i % 2 == 1:
-            picture = picture.rotate(rng.uniform(0, 360), resample)
-        middle = picture.crop((32, 96, 224, 160))       # without the turned one's corners
+    """float32 (N_TEXTURES, TEXTURE_H, TEXTURE_W) in [0, 1]. A grid of few or many random cells,
+    smooth or with edges, upright or turned, soft or hard, looks like light, clouds, cloth,
+    planks."""
+    numpy_rng = np.random.default_rng(0)
+    # The middle of the square: there a turned one has no empty corners.
+    left = (CELLS_SIZE - TEXTURE_W) // 2
+    top = (CELLS_SIZE - TEXTURE_H) // 2
+    middle = (left, top, left + TEXTURE_W, top + TEXTURE_H)
 
-        values = np.asarray(middle) - 0.5
-        values = np.tanh(rng.choice(TEXTURE_HARDNESS) * values)
+    maps = []
+    for k in range(N_TEXTURES):
+        rows = numpy_rng.choice(TEXTURE_ROWS)
+        columns = numpy_rng.choice(TEXTURE_COLUMNS)
+        cells = Image.fromarray(numpy_rng.random((rows, columns), np.float32))
+        if k % 4 == 0:
+            resample = Image.Resampling.NEAREST         # cells with edges
+        else:
+            resample = Image.Resampling.BICUBIC
+        square = cells.resize((CELLS_SIZE, CELLS_SIZE), resample)
+        if k % 2 == 1:
+            square = square.rotate(numpy_rng.uniform(0, 360), resample)
+
+        values = np.asarray(square.crop(middle)) - 0.5
+        values = np.tanh(numpy_rng.choice(TEXTURE_HARDNESS) * values)
         values = values - values.min()
         maps.append(values / values.max())
     return np.stack(maps).astype(np.float32)
@@ -766,34 +865,37 @@ def cut_window(rng, maps):
 
 # ---- the wear
 
-def wear_out(rng, image, aspect):
+def wear_out(rng, image, crop_aspect):
     """What a camera leaves of a picture float32 (3, 32, 128) -> uint8 (3, 32, 128).
-    aspect: the crop's width / height before it was squeezed."""
-    deviation = max(0, rng.gauss(*NOISE))
-    image = image + deviation * cut_window(rng, noise())
+    crop_aspect: the crop's width / height before it was squeezed."""
+    # The order matters: few pixels average the noise away, JPEG's blocks are as large as
+    # eight of the few pixels, and a blur softens the blocks.
+    deviation = max(0, rng.gauss(*NOISE_DEVIATION))
+    image = image + deviation * cut_window(rng, noise_field())
     image = image.clip(0, 255).astype(np.uint8)
 
     picture = Image.fromarray(image.transpose(1, 2, 0).copy())
     if rng.random() < P_FEW_PIXELS:
-        picture = shrink(picture, rng.randint(*FEW_PIXELS), aspect)
+        picture = shrink(picture, rng.randint(*FEW_PIXELS), crop_aspect)
     if rng.random() < P_JPEG:
         picture = compress(picture, rng.randint(*JPEG_QUALITY))
     if rng.random() < P_BLUR:
-        radius = rng.uniform(*BLUR) * picture.height / H
-        picture = picture.filter(ImageFilter.GaussianBlur(radius))
+        scale = picture.height / H          # BLUR counts pixels of the full crop
+        blur = ImageFilter.GaussianBlur(rng.uniform(*BLUR) * scale)
+        picture = picture.filter(blur)
     picture = picture.resize((W, H), Image.Resampling.BICUBIC)
     return np.asarray(picture).transpose(2, 0, 1).copy()
 
 
 @functools.cache
-def noise():
+def noise_field():
     """float32 (3, 64, 256): noise of mean 0 and deviation 1, from which windows are cut."""
     return np.random.default_rng(0).standard_normal((3, 2 * H, 2 * W), np.float32)
 
 
-def shrink(picture, height, aspect):
+def shrink(picture, height, crop_aspect):
     """The picture `height` pixels high and in its true shape, but no wider than it was."""
-    width = round(height * aspect)
+    width = round(height * crop_aspect)
     width = max(MIN_FEW_WIDTH, min(W, width))
     return picture.resize((width, height), Image.Resampling.BILINEAR)
 

@@ -1,18 +1,26 @@
-"""Measures speed on a CPU or a GPU. Machines are shared and noisy, so what is compared takes turns, call by call.
+"""Measures speed on a CPU or a GPU. Machines are shared and noisy, so what is compared takes
+turns, call by call.
 
-    python tests/bench.py train --compile                                    each method, vit_small, 64 crops a step
-    python tests/bench.py train --methods lmim --teacher --against peer.py   beside another implementation
-    python tests/bench.py run --model vit_nano --data LMDB                   pretrain.py itself: its waits for data
-    python tests/bench.py run --methods mnsp --processes 2 1                 two processes of a core, one of two
-    python tests/bench.py read --batch_size 128 --ckpt out/finetune/best.pt  cached decoding, whole prefixes
-    python tests/bench.py data --data LMDB --memory                          decoding, rendering, views
+each method, vit_small, 64 crops a step; beside another implementation:
+    python tests/bench.py train --compile
+    python tests/bench.py train --methods lmim --teacher --against peer.py
+pretrain.py itself, and how long it waits for data; two processes of a core each, one of two cores:
+    python tests/bench.py run --model vit_nano --data LMDB
+    python tests/bench.py run --methods mnsp --processes 2 1
+reading with a cache, and by whole prefixes:
+    python tests/bench.py read --batch_size 128 --ckpt out/finetune/best.pt
+decoding files, rendering words, views:
+    python tests/bench.py data --data LMDB --memory
 
-Prints medians and quartiles of the calls and ratios of medians; the last line is one JSON object with every figure. A
-file for --against lies outside of the repository and defines functions of (images, dtype), crops (B, 3, 32, 128) in
-uint8 on their device, that return a step to call: one named as a method takes turns with it, `read` with `read`.
-"""
+Prints medians and quartiles of the calls and ratios of medians. The last line is one JSON object
+with every figure.
+
+A file for --against lies outside of the repository and defines functions of (images, dtype), crops
+(B, 3, 32, 128) in uint8 on their device, that return a step to call. One named as a method takes
+turns with it, `read` with `read`."""
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -32,295 +40,506 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import common
 import data
 import evaluate
 import pretrain
-from data import H, W
-from model import METHODS, MODELS, Pretrainer, Recognizer, ViT
+from common import H, W
+from model import METHODS, MODELS, Pretrainer, Recognizer, ViT, normalize_pixels
+
+WARM_UP = 2             # calls of each step before those that are timed
+MASK_RATIO = 0.8
+NEVER = -1e4            # a logit; float16 has it too
 
 
 # ---- taking turns
 
 def take_turns(steps, args):
-    """{name: step} -> {name: seconds of its --rounds calls}, after two to warm up."""
-    gpu, seconds = args.device.startswith("cuda"), {name: [] for name in steps}
-    for turn in range(-2, args.rounds):
-        if gpu and turn == 0:
+    """{name: step} -> {name: seconds of its --rounds calls}, after WARM_UP calls of each."""
+    on_gpu = args.device.startswith("cuda")
+    seconds = {name: [] for name in steps}
+    for turn in range(WARM_UP + args.rounds):
+        if on_gpu and turn == WARM_UP:
             torch.cuda.set_sync_debug_mode(args.sync)
         for name, step in steps.items():
-            begin = time.perf_counter()
+            began = time.perf_counter()
             step()
-            torch.cuda.synchronize() if gpu else None
-            seconds[name] += [time.perf_counter() - begin] * (turn >= 0)
+            if on_gpu:
+                torch.cuda.synchronize()
+            if turn >= WARM_UP:
+                seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
-def speed(name, seconds, crops, **more):
+def report_speed(name, seconds, crops, **more):
     """Prints and returns the figures of steps of so many crops that took so many seconds each."""
     low, ms, high = (1000 * np.quantile(seconds, (0.25, 0.5, 0.75))).tolist()
-    print(f"{name:24} {1000 * crops / ms:9.1f} crops/s {ms:9.1f} ms ({low:.1f} to {high:.1f})  "
-          + "  ".join(f"{key} {value:.3g}" for key, value in more.items()), flush=True)
-    return dict(crops_per_s=1000 * crops / ms, ms=ms, quartiles=[low, high], **more)
+    crops_per_s = 1000 * crops / ms
+    extra = "  ".join(f"{key} {value:.3g}" for key, value in more.items())
+    print(f"{name:24} {crops_per_s:9.1f} crops/s {ms:9.1f} ms ({low:.1f} to {high:.1f})  {extra}",
+          flush=True)
+    return dict(crops_per_s=crops_per_s, ms=ms, quartiles=[low, high], **more)
 
 
-def summary(rows, pairs, **more):
-    """-> all figures; with, for each pair (a, b), how many times b's crops/s are a's."""
-    rate = {name: row["crops_per_s"] for name, row in rows.items()}
-    ratios = {f"{a} / {b}": rate[a] / rate[b] for a, b in pairs if a in rate and b in rate}
-    print("".join(f"{name:52} {ratio:.2f}\n" for name, ratio in ratios.items()), end="")
+def compare(rows, pairs, **more):
+    """Prints, for each pair (a, b) of rows, how many times b's crops/s are a's -> all figures."""
+    ratios = {}
+    for a, b in pairs:
+        if a in rows and b in rows:
+            name = f"{a} / {b}"
+            ratios[name] = rows[a]["crops_per_s"] / rows[b]["crops_per_s"]
+            print(f"{name:52} {ratios[name]:.2f}")
     return dict(more, rows=rows, ratios=ratios)
 
 
-def peers(images, names, args):
-    """{FILE.name: a function that makes a step}: what the files of --against define of `names`."""
+def load_peers(images, names, args):
+    """What the files of --against define of `names` -> {"FILE.name": a function that makes a
+    step}."""
     found = {}
     for path in map(pathlib.Path, args.against):
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-        for name in filter(partial(hasattr, module), names):
-            found[f"{path.stem}.{name}"] = partial(getattr(module, name), images, getattr(torch, args.dtype))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for name in names:
+            if hasattr(module, name):
+                make = getattr(module, name)
+                found[f"{path.stem}.{name}"] = partial(make, images, getattr(torch, args.dtype))
     return found
 
 
 # ---- pre-training
 
-def training_step(method, images, args, compiled=False):
-    """-> a call that is one step of pretrain.py on these crops: views, masks, forward, backward, clipping, AdamW."""
-    device, generator = images.device, torch.Generator().manual_seed(0)
-    teacher = ViT(**MODELS[args.model]["encoder"]).to(device) if args.teacher else None
-    model = Pretrainer(method, args.model, teacher=teacher).to(device)
-    net, mask = torch.compile(model) if compiled else model, SimpleNamespace(mask="random", mask_ratio=0.8)
-    optimizer = torch.optim.AdamW(pretrain.weight_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
+def make_training_step(method, images, args, compiled=False):
+    """-> a call that is one step of pretrain.py on these crops: random numbers, views, masks,
+    forward, backward, clipping, AdamW."""
+    device, dtype = images.device, getattr(torch, args.dtype)
+    teacher = None
+    if args.teacher:
+        teacher = ViT(**MODELS[args.model]["encoder"]).to(device)
+    raw_model = Pretrainer(method, args.model, teacher=teacher).to(device)
+    model = torch.compile(raw_model) if compiled else raw_model
+    grid, patch = raw_model.encoder.grid, raw_model.encoder.patch
+    groups = common.weight_groups(raw_model, 0.05)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    flags = SimpleNamespace(seed=0, mask="random")
+    steps_done = 0
 
     def step():
-        views = pretrain.make_views(images, model.method, model.scales, generator)
-        ids = pretrain.make_mask(len(images), mask, model.encoder, generator)
-        ids_keep, ids_mask = (data.put(each, device) for each in ids)
-        with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
-            loss, _, _ = net(data.normalize(images), views, ids_keep, ids_mask)
+        nonlocal steps_done
+        numbers = pretrain.draw_numbers(steps_done, len(images), raw_model.method, flags, grid)
+        guide, coarse = pretrain.make_views(images, raw_model.method, raw_model.scales, numbers, 1.0)
+        ids_keep, ids_mask = pretrain.make_mask(numbers["mask"], flags.mask, MASK_RATIO, grid, patch)
+        ids_keep = common.to_device(ids_keep, device)
+        ids_mask = common.to_device(ids_mask, device)
+        with common.autocast(device, dtype):
+            loss, _, _ = model(normalize_pixels(images), guide, coarse, ids_keep, ids_mask)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        steps_done += 1
     return step
 
 
+def peak_of_three_steps(step, device):
+    """GB: a GPU's allocated memory, a CPU's resident memory, libraries and all."""
+    for _ in range(3):
+        step()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2 ** 30
+
+
+def peak_of_process(name):
+    """The peak memory of a step in a process that does nothing else: this command with --only."""
+    command = [sys.executable, *sys.argv, "--only", name]
+    last_line = subprocess.check_output(command).splitlines()[-1]
+    return json.loads(last_line)
+
+
+def count_flops(method, args):
+    """Of a step, for one crop: its matrix products, with attention's written out."""
+    two_crops = torch.zeros(2, 3, H, W, dtype=torch.uint8)
+    step = make_training_step(method, two_crops, args)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / 2
+
+
 def train(args):
-    """Steps of --methods and of their peers, and a plain product of matrices. Peak memory is a GPU's allocated, a CPU's
-    resident, libraries and all."""
+    """Steps of --methods and of their peers, and a plain product of matrices."""
     images = torch.randint(0, 256, (args.batch_size, 3, H, W), dtype=torch.uint8, device=args.device)
-    theirs = peers(images, args.methods, args)
-    makers = {name: partial(training_step, name, images, args, args.compile) for name in args.methods} | theirs
+    theirs = load_peers(images, args.methods, args)
+    makers = {}
+    for method in args.methods:
+        makers[method] = partial(make_training_step, method, images, args, args.compile)
+    makers.update(theirs)
     if args.only:
-        step = makers[args.only]()
-        for _ in range(3):
-            step()
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return (torch.cuda.max_memory_allocated() if images.is_cuda else resident) / 2 ** 30
+        return peak_of_three_steps(makers[args.only](), images.device)
 
-    # of a process that does nothing else; children come first, as their peak starts at the size of their parent
-    alone = lambda name: subprocess.check_output([sys.executable, *sys.argv, "--only", name])
-    peaks, work = {name: json.loads(alone(name).splitlines()[-1]) for name in makers}, {}
-    for name in args.methods:                                     # matrix products of a step, attention's written out
-        step = training_step(name, torch.zeros(2, 3, H, W, dtype=torch.uint8), args)
-        with FlopCounterMode(display=False) as counter:
-            step()
-        work[name] = counter.get_total_flops() / 2                # of one crop
+    # the children's peaks come first, since a child's peak starts at the size of its parent
+    peaks = {name: peak_of_process(name) for name in makers}
+    flops = {method: count_flops(method, args) for method in args.methods}
     a, b = torch.randn(2, args.n, args.n, device=args.device).to(getattr(torch, args.dtype))
-    times = take_turns({"product": lambda: a @ b} | {name: make() for name, make in makers.items()}, args)
-    plain, rows = 2e-12 * args.n ** 3 / np.median(times.pop("product")), {}
-    print(f"matrix product {args.n} x {args.n}, {args.dtype}: {plain:.3g} TFLOP/s")
-    for name, seconds in times.items():
-        rate = 1e-12 * work.get(name, 0) * args.batch_size / np.median(seconds)
-        counted = dict(gflop=work[name] / 1e9, tflops=rate, of_product=rate / plain) if name in work else {}
-        rows[name] = speed(name, seconds, args.batch_size, peak_gb=peaks[name], **counted)
-    pairs = [("mnsp", "lmim"), *((name.split(".")[1], name) for name in theirs)]
-    return summary(rows, pairs, product_tflops=plain)
+    steps = {"product": partial(torch.matmul, a, b)}
+    for name, make in makers.items():
+        steps[name] = make()
+    times = take_turns(steps, args)
 
+    product = 2e-12 * args.n ** 3 / np.median(times.pop("product"))
+    print(f"matrix product {args.n} x {args.n}, {args.dtype}: {product:.3g} TFLOP/s")
+    rows = {}
+    for name, seconds in times.items():
+        more = dict(peak_gb=peaks[name])
+        if name in flops:
+            tflops = 1e-12 * flops[name] * args.batch_size / np.median(seconds)
+            more.update(gflop=flops[name] / 1e9, tflops=tflops, of_product=tflops / product)
+        rows[name] = report_speed(name, seconds, args.batch_size, **more)
+    pairs = [("mnsp", "lmim")]
+    pairs += [(name.split(".")[1], name) for name in theirs]
+    return compare(rows, pairs, product_tflops=product)
+
+
+# ---- pretrain.py itself
 
 def run(args):
-    """pretrain.py with its own loader: first one of --processes, then the next, three times. All make steps of as many
-    crops; if there are several, a lone process has all of the cores that the most processes have one each of."""
-    logs = {f"{method} x{p}": [] for method in args.methods for p in args.processes}
-    for name in [*logs] * (3 if len(args.processes) > 1 else 1):
-        method, p = name.split(" x")[0], int(name.split(" x")[1])
-        flags = dict(method=method, model=args.model, dtype=args.dtype, device=args.device, log_every=1,
-                     batch_size=args.batch_size // p, workers=-(-args.workers // p), max_steps=2 * args.rounds)
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={p}"] if p > 1 else []
-        threads = {"OMP_NUM_THREADS": str(max(args.processes) // p)} if len(args.processes) > 1 else {}
-        with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, *launch, ROOT / "pretrain.py", "--data", *args.data, "--out_dir", out]
-            command += [f"--{key}={value}" for key, value in flags.items()] + ["--compile"] * args.compile
-            subprocess.run(command, env=os.environ | threads, stdout=subprocess.DEVNULL, check=True)
-            log = pathlib.Path(out, "log.jsonl").read_text().splitlines()
-        logs[name] += map(json.loads, log[args.rounds:])                               # half of the steps warm up
+    """pretrain.py with its own loader: first one of --processes, then the next, three times. All
+    make steps of as many crops. If there are several, a lone process has all of the cores that the
+    most processes have one each of."""
+    logs = {}
+    for turn in range(3 if len(args.processes) > 1 else 1):
+        for method in args.methods:
+            for processes in args.processes:
+                log = run_pretraining(method, processes, args)
+                logs.setdefault(f"{method} x{processes}", []).extend(log)
     rows = {}
     for name, log in logs.items():
         seconds = np.array([row["ms_per_step"] / 1000 for row in log])
-        waits = float(seconds @ [row["wait"] for row in log] / seconds.sum())
-        rows[name] = speed(name, seconds, args.batch_size, wait=waits, peak_gb=log[-1]["peak_gb"])
+        waits = np.array([row["wait"] for row in log])
+        wait = float(seconds @ waits / seconds.sum())
+        rows[name] = report_speed(name, seconds, args.batch_size, wait=wait, peak_gb=log[-1]["peak_gb"])
     first, *others = args.processes
-    return summary(rows, [(f"{method} x{first}", f"{method} x{p}") for method in args.methods for p in others])
+    pairs = [(f"{method} x{first}", f"{method} x{p}") for method in args.methods for p in others]
+    return compare(rows, pairs)
+
+
+def run_pretraining(method, processes, args):
+    """Runs 2 * --rounds steps -> the rows of log.jsonl of the second half; the first warms up."""
+    launch = []
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = dict(os.environ)
+    if len(args.processes) > 1:
+        environment["OMP_NUM_THREADS"] = str(max(args.processes) // processes)
+    with tempfile.TemporaryDirectory() as out:
+        flags = dict(method=method, model=args.model, dtype=args.dtype, device=args.device, log_every=1,
+                     batch_size=args.batch_size // processes, workers=math.ceil(args.workers / processes),
+                     max_steps=2 * args.rounds, out_dir=out)
+        command = [sys.executable, *launch, ROOT / "pretrain.py", "--data", *args.data]
+        command += [f"--{name}={value}" for name, value in flags.items()]
+        if args.compile:
+            command.append("--compile")
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        lines = pathlib.Path(out, "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[args.rounds:]]
 
 
 # ---- reading
 
 def prefixes(net, images):
-    """Greedy reading as LMIM does it: for each letter all of the decoder, over all places, the crop's keys made anew,
-    and no stop before the end. -> ids (B, T)."""
+    """Greedy reading as LMIM does it: for each letter all of the decoder, over all places, the
+    crop's keys made anew, and no stop before the end. -> ids (B, T)."""
     ids = torch.full((len(images), net.max_length + 2), net.end, device=images.device)
     ids[:, 0] = net.start
     memory = net.proj(net.encoder(images)[:, 1:])
     for t in range(net.max_length + 1):
-        logits, _ = net.step(ids[:, :-1], [layer.cross_attn.keys_values(memory) for layer in net.layers])
+        crop_kvs = [layer.cross_attn.keys_values(memory) for layer in net.layers]
+        logits, _ = net.logits_after(ids[:, :-1], crop_kvs)
         ids[:, t + 1] = logits[:, t, :net.pad].argmax(-1)
     ids[:, -1] = net.end                                                # no word is longer
     return ids[:, 1:]
 
 
 class Planted(Recognizer):
-    """Random weights whose words end where those of the data do: `lengths` (B,), found again by each crop's memory."""
+    """Random weights whose words end where those of the data do: `lengths` (B,)."""
     lengths = None
 
-    def step(self, ids, memory, caches=None):
-        logits, kept = super().step(ids, memory, caches)
-        mark = memory[0][0, :, :, 0].flatten(1).float()                 # (B, D)
-        if caches is None or caches[0].shape[3] == 0:
-            self.marks = mark if len(mark) == len(self.lengths) else self.marks
-        length = self.lengths[torch.cdist(mark, self.marks, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)]
-        at = torch.arange(kept[0].shape[3] - ids.shape[1], kept[0].shape[3], device=ids.device)
-        logits[:, :, self.end] = torch.where(at >= length[:, None], 1e4, -1e4).to(logits)
+    def logits_after(self, characters, crop_kvs, caches=None):
+        logits, kept = super().logits_after(characters, crop_kvs, caches)
+        after = kept[0].shape[3]
+        places = torch.arange(after - characters.shape[1], after, device=characters.device)
+        ended = places >= self.lengths[:, None]                         # (B, T)
+        logits[:, :, self.end] = torch.where(ended, -NEVER, NEVER).to(logits)
         return logits, kept
 
 
-def read(args):
-    source = data.open_sources(args.data)
-    images, labels, *_ = data.read_batch(range(args.batch_size), source)
-    images = images.to(args.device)
-    net = Recognizer(ViT(**MODELS[args.model]["encoder"]), data.CHARSETS["94"], **MODELS[args.model]["reader"]).eval()
-    net.classifier.bias.data[net.end] = -1e4                      # random weights: no word ends before it must
-    planted = Planted(net.encoder, net.charset, **MODELS[args.model]["reader"]).eval().to(args.device)
-    planted.lengths = torch.tensor(list(map(len, labels)), device=args.device)
-    nets = {"random": net.to(args.device), "real lengths": planted}
-    nets |= {"ckpt": evaluate.load_recognizer(args.ckpt, args.device)} if args.ckpt else {}
-    dtype = getattr(torch, args.dtype)
+def make_recognizers(labels, args):
+    """-> {name: a Recognizer}: random weights that read to the longest word, such that end where
+    the labels do, and --ckpt."""
+    sizes = MODELS[args.model]
+    encoder, charset = ViT(**sizes["encoder"]), data.CHARSETS["94"]
+    endless = Recognizer(encoder, charset, **sizes["reader"])
+    endless.classifier.bias.data[endless.end] = NEVER
+    planted = Planted(encoder, charset, **sizes["reader"])
+    planted.lengths = torch.tensor([len(label) for label in labels], device=args.device)
+    nets = {"random": endless, "real lengths": planted}
+    nets = {name: net.eval().to(args.device) for name, net in nets.items()}
+    if args.ckpt:
+        nets["ckpt"] = evaluate.load_recognizer(args.ckpt, args.device)
+    return nets
 
-    def reading(how):
-        def step():
-            with torch.inference_mode(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-                return how(data.normalize(images))
-        return step
-    found, steps = {}, {name: make() for name, make in peers(images, ["read"], args).items()}
+
+def make_reading_step(read_ids, images, dtype):
+    """-> a call that reads the crops."""
+    def step():
+        with torch.inference_mode(), common.autocast(images.device, dtype):
+            return read_ids(normalize_pixels(images))
+    return step
+
+
+def read(args):
+    """Reading letter by letter with a cache, and without."""
+    batch = data.read_batch(range(args.batch_size), data.open_sources(args.data))
+    images = batch.images.to(args.device)
+    dtype = getattr(torch, args.dtype)
+    steps = {name: make() for name, make in load_peers(images, ["read"], args).items()}
     pairs = [(f"{kind} cached", name) for kind in ("random", "real lengths") for name in steps]
-    for name, net in nets.items():
-        cached, whole = reading(net.decode), reading(partial(prefixes, net))
-        ids, other = cached()[0], whole()
-        other = other.where((other == net.end).cumsum(1) == 0, net.end)[:, :ids.shape[1]]      # after an end all is end
-        found[name] = dict(letters=ids.shape[1], same=(other == ids).float().mean().item())
-        print(f"{name}: {ids.shape[1]} steps to the last word's end; {found[name]['same']:.2%} of letters agree")
-        steps |= {f"{name} cached": cached, f"{name} whole prefixes": whole}
+    found = {}
+    for name, net in make_recognizers(batch.labels, args).items():
+        cached = make_reading_step(net.decode, images, dtype)
+        whole = make_reading_step(partial(prefixes, net), images, dtype)
+        found[name] = compare_readings(name, cached()[0], whole(), net.end)
+        steps[f"{name} cached"] = cached
+        steps[f"{name} whole prefixes"] = whole
         pairs.append((f"{name} cached", f"{name} whole prefixes"))
-    rows = {name: speed(name, seconds, args.batch_size) for name, seconds in take_turns(steps, args).items()}
-    return summary(rows, pairs, **found)
+
+    rows = {}
+    for name, seconds in take_turns(steps, args).items():
+        rows[name] = report_speed(name, seconds, args.batch_size)
+    return compare(rows, pairs, **found)
+
+
+def compare_readings(name, ids, whole, end):
+    """ids (B, T) of cached decoding, whole (B, T') of whole prefixes -> how many steps were made,
+    the share of letters that agree."""
+    before_end = (whole == end).cumsum(1) == 0
+    whole = whole.where(before_end, end)[:, :ids.shape[1]]              # after an end all is end
+    same = (whole == ids).float().mean().item()
+    print(f"{name}: {ids.shape[1]} steps to the last word's end; {same:.2%} of letters agree")
+    return dict(letters=ids.shape[1], same=same)
+
+
+# ---- views by Pillow, one crop at a time, as a loader's worker would make them
+
+SMOOTH = Image.Resampling.BILINEAR
+
+
+def change_contrast(picture, rng):
+    return ImageEnhance.Contrast(picture).enhance(rng.uniform(0.5, 1))
+
+
+def sharpen(picture, rng):
+    return ImageEnhance.Sharpness(picture).enhance(rng.uniform(1, 2))
+
+
+def blur(picture, rng):
+    return picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 1.5)))
+
+
+def solarize(picture, rng):
+    return ImageOps.solarize(picture, rng.uniform(64, 192))
+
+
+def cut_rims(picture, rng, widest_x, widest_y):
+    left, right = rng.uniform(0, widest_x, 2)
+    top, bottom = rng.uniform(0, widest_y, 2)
+    return picture.resize((W, H), SMOOTH, (left, top, W - right, H - bottom))
+
+
+def cut_vertically(picture, rng):
+    return cut_rims(picture, rng, 0, 0.1 * H)
+
+
+def cut_horizontally(picture, rng):
+    return cut_rims(picture, rng, 0.02 * W, 0)
+
+
+def fade(picture, rng):
+    return Image.blend(picture, to_grey(picture), rng.uniform())
+
+
+def rotate(picture, rng):
+    return picture.rotate(rng.uniform(-15, 15), SMOOTH, expand=True).resize((W, H), SMOOTH)
+
+
+def tilt(picture, rng):
+    u = rng.uniform
+    homography = (1, u(0, 0.1), 0, u(0, 0.02), 1, 0, u(0, 4e-4), u(0, 2e-3))
+    return picture.transform((W, H), Image.Transform.PERSPECTIVE, homography, SMOOTH)
+
+
+def bend(picture, rng):
+    """Moves the corners of a 4 x 4 mesh."""
+    corners = np.stack(np.meshgrid(np.linspace(0, W, 5), np.linspace(0, H, 5)), -1)     # (5, 5, 2)
+    moved = corners + rng.normal(0, rng.uniform(0.03, 0.05) * H, corners.shape)
+    mesh = []
+    for i in range(4):
+        for j in range(4):
+            box = corners[[i, i + 1], [j, j + 1]].ravel().astype(int)
+            quad = moved[[i, i + 1, i + 1, i], [j, j, j + 1, j + 1]].ravel()
+            mesh.append((tuple(box), quad))
+    return picture.transform((W, H), Image.Transform.MESH, mesh, SMOOTH)
+
+
+def jitter_colours(picture, rng):
+    """Brightness, contrast, saturation, hue."""
+    changes = ((ImageEnhance.Brightness, 0.4), (ImageEnhance.Contrast, 0.4), (ImageEnhance.Color, 0.2))
+    for change, most in changes:
+        picture = change(picture).enhance(rng.uniform(1 - most, 1 + most))
+    turn = np.array([rng.uniform(-25, 25), 0, 0], int)                  # of 256
+    turned = (np.array(picture.convert("HSV"), int) + turn) % 256
+    return Image.fromarray(turned.astype(np.uint8), "HSV").convert("RGB")
+
+
+def to_grey(picture):
+    return picture.convert("L").convert("RGB")
+
+
+OPERATIONS = (change_contrast, sharpen, blur, solarize, cut_vertically, cut_horizontally, fade, bend,
+              rotate, tilt)
+
+
+def view_by_pillow(picture, rng):
+    """guidance_view's list for one picture -> float32 (3, 32, 128)."""
+    for k in rng.permutation(len(OPERATIONS))[:rng.integers(3, 11)]:
+        picture = OPERATIONS[k](picture, rng)
+    if rng.uniform() < 0.8:
+        picture = jitter_colours(picture, rng)
+    if rng.uniform() < 0.2:
+        picture = to_grey(picture)
+    return np.asarray(picture, np.float32).transpose(2, 0, 1) / 255
 
 
 # ---- data
 
-def by_pillow(x, rng):
-    """guidance_view's list for one crop, a Pillow image, as a loader's worker would do it -> float32 (3, 32, 128)."""
-    u, size, smooth = rng.uniform, (W, H), Image.Resampling.BILINEAR
-    grey = lambda x: x.convert("L").convert("RGB")
-    crop = lambda x, w, h: x.resize(size, smooth, (u(0, w), u(0, h), W - u(0, w), H - u(0, h)))
-    tilt = lambda: (1, u(0, 0.1), 0, u(0, 0.02), 1, 0, u(0, 4e-4), u(0, 2e-3))
+def draw_crops(source, n, order):
+    return [source.get(order.randrange(len(source))).image for _ in range(n)]
 
-    def bend(x):
-        at = np.stack(np.meshgrid(np.linspace(0, W, 5), np.linspace(0, H, 5)), -1)            # (5, 5, 2) corners
-        to = at + rng.normal(0, u(0.03, 0.05) * H, at.shape)
-        mesh = [(tuple(at[[i, i + 1], [j, j + 1]].ravel().astype(int)),
-                 to[[i, i + 1, i + 1, i], [j, j, j + 1, j + 1]].ravel()) for i in range(4) for j in range(4)]
-        return x.transform(size, Image.Transform.MESH, mesh, smooth)
-    operations = (
-        lambda x: ImageEnhance.Contrast(x).enhance(u(0.5, 1)), lambda x: ImageEnhance.Sharpness(x).enhance(u(1, 2)),
-        lambda x: x.filter(ImageFilter.GaussianBlur(u(0.5, 1.5))), lambda x: ImageOps.solarize(x, u(64, 192)),
-        lambda x: crop(x, 0, 0.1 * H), lambda x: crop(x, 0.02 * W, 0), lambda x: Image.blend(x, grey(x), u()), bend,
-        lambda x: x.rotate(u(-15, 15), smooth, expand=True).resize(size, smooth),
-        lambda x: x.transform(size, Image.Transform.PERSPECTIVE, tilt(), smooth))
-    for k in rng.permutation(10)[:rng.integers(3, 11)]:
-        x = operations[k](x)
-    if u() < 0.8:
-        for kind, reach in ((ImageEnhance.Brightness, 0.4), (ImageEnhance.Contrast, 0.4), (ImageEnhance.Color, 0.2)):
-            x = kind(x).enhance(u(1 - reach, 1 + reach))
-        turned = (np.array(x.convert("HSV"), int) + np.array([u(-25, 25), 0, 0], int)) % 256
-        x = Image.fromarray(turned.astype(np.uint8), "HSV").convert("RGB")
-    return np.asarray(grey(x) if u() < 0.2 else x, np.float32).transpose(2, 0, 1) / 255
+
+def on_cores(cores, call):
+    torch.set_num_threads(cores)
+    call()
 
 
 def loading(args):
-    source, words, n, cores = data.open_sources(args.data), data.Synth(), args.batch_size, torch.get_num_threads()
+    """Reading, rendering, and making views of crops, on one core."""
+    source, words = data.open_sources(args.data), data.Synth()
     order, rng, generator = random.Random(0), np.random.default_rng(0), torch.Generator().manual_seed(0)
-    some = lambda source: [source.get(order.randrange(len(source))).image for _ in range(n)]
-    images = torch.stack(some(source))
+    images = torch.stack(draw_crops(source, args.batch_size, order))
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    calls = {"decode": partial(some, source), "render": partial(some, words),
-             "guidance": partial(data.guidance_view, images, generator),
-             "guidance, in place": partial(data.guidance_view, images, generator, moved=False),
-             "augment": partial(data.augment, images, generator),
-             "Pillow": lambda: [by_pillow(picture, rng) for picture in pictures]}
-    on = lambda cores, call: lambda: (torch.set_num_threads(cores), call())
-    steps = {name: on(1, call) for name, call in calls.items()} | {"guidance, all cores": on(cores, calls["guidance"])}
-    rows = {name: speed(name, seconds, n) for name, seconds in take_turns(steps, args).items()}
-    more = {"memory": memory(args)} if args.memory else {}
-    return summary(rows, [("guidance", "Pillow"), ("guidance, all cores", "Pillow")], **more)
+
+    def views_by_pillow():
+        return [view_by_pillow(picture, rng) for picture in pictures]
+
+    guidance = partial(data.guidance_view, images, generator)
+    calls = {
+        "decode": partial(draw_crops, source, args.batch_size, order),
+        "render": partial(draw_crops, words, args.batch_size, order),
+        "guidance": guidance,
+        "guidance, in place": partial(data.guidance_view, images, generator, moved=False),
+        "augment": partial(data.augment, images, generator),
+        "Pillow": views_by_pillow,
+    }
+    steps = {name: partial(on_cores, 1, call) for name, call in calls.items()}
+    steps["guidance, all cores"] = partial(on_cores, torch.get_num_threads(), guidance)
+    rows = {}
+    for name, seconds in take_turns(steps, args).items():
+        rows[name] = report_speed(name, seconds, args.batch_size)
+    more = {}
+    if args.memory:
+        more["memory"] = memory_of_loader(args)
+    return compare(rows, [("guidance", "Pillow"), ("guidance, all cores", "Pillow")], **more)
 
 
-def memory(args):
-    """MB of this process and its workers in an epoch: all that is resident (Rss), that with shared pages split among
-    those who share them (Pss), and the latter without files, whose pages the system takes back when it needs them."""
-    begin = time.perf_counter()
+def memory_of_loader(args):
+    """MB of this process and its workers at three moments of an epoch."""
+    began = time.perf_counter()
     source = data.open_sources(args.data)
-    found, steps = {"open_s": time.perf_counter() - begin}, max(3, len(source) // args.batch_size)
-    for step, _ in zip(range(1, steps + 1), data.batches(source, args.batch_size, 0, workers=args.workers)):
+    found = {"open_s": time.perf_counter() - began}
+    steps = max(3, len(source) // args.batch_size)
+    batches = data.batches(source, args.batch_size, 0, workers=args.workers)
+    for step in range(1, steps + 1):
+        next(batches)
         if step in (1, steps // 2, steps):
-            found[step] = {}
-            for process in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
-                rollup = dict(line.split()[:2] for line in open(f"/proc/{process}/smaps_rollup").readlines()[1:])
-                for key in ("Rss", "Pss", "Pss_Anon"):
-                    name = f"{key} {'parent' if process == os.getpid() else 'workers'}"
-                    found[step][name] = found[step].get(name, 0) + int(rollup[key + ":"]) // 1024
+            found[step] = memory_of_processes()
             print(f"batch {step} of {steps}, MB: {found[step]}", flush=True)
     return found
 
 
-# ---- main
+def memory_of_processes():
+    """All that is resident (Rss); that with shared pages split among those who share them (Pss);
+    and the latter without files, whose pages the system takes back when it needs them."""
+    totals = {}
+    workers = [child.pid for child in multiprocessing.active_children()]
+    for process in [os.getpid(), *workers]:
+        who = "parent" if process == os.getpid() else "workers"
+        lines = pathlib.Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        sizes = dict(line.split()[:2] for line in lines[1:])
+        for key in ("Rss", "Pss", "Pss_Anon"):
+            name = f"{key} {who}"
+            totals[name] = totals.get(name, 0) + int(sizes[f"{key}:"]) // 1024
+    return totals
 
-def main():
-    parser = data.Parser(description=__doc__.split("\n\n")[0])
-    commands, add = dict(train=train, run=run, read=read, data=loading), parser.add_argument
-    add("command", nargs="?", choices=commands, help="see the top of this file; left out: all, one after the other")
+
+# ---- the command line
+
+COMMANDS = dict(train=train, run=run, read=read, data=loading)
+
+
+def parse_args():
+    parser = common.Parser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("command", nargs="?", choices=COMMANDS,
+        help="see the top of this file; left out: all, one after the other")
     add("--model", choices=MODELS, default="vit_small", help="size of the networks; vit_nano is quick")
-    add("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="train, run: rows of METHODS in model.py")
+    add("--methods", nargs="+", choices=METHODS, default=[*METHODS],
+        help="train, run: rows of METHODS in model.py")
     add("--data", nargs="+", default=["synth"], metavar="SRC", help="run, read, data: crops, see data.py")
     add("--batch_size", type=int, default=64, help="crops a step, of all processes together")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of matrix products")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     add("--compile", action="store_true", help="train, run: torch.compile our networks")
     add("--rounds", type=int, default=10, help="calls of each step that are timed")
-    add("--n", type=int, default=4096, help="train: side of the matrices of the plain product; 8192 fills a GPU")
-    add("--teacher", action="store_true", help="train: the target is a frozen ViT's features, as LMIM's is, not pixels")
+    add("--n", type=int, default=4096,
+        help="train: side of the matrices of the plain product; 8192 fills a GPU")
+    add("--teacher", action="store_true",
+        help="train: the target is a frozen ViT's features, as LMIM's is, not pixels")
     add("--against", nargs="+", default=[], metavar="FILE", help="train, read: peers to take turns with")
     add("--only", metavar="NAME", help="train: no times, the peak memory in GB of this step alone")
-    add("--sync", choices=["default", "warn", "error"], default="default", help="what a step that waits for a GPU is")
-    add("--processes", type=int, nargs="+", default=[1], help="run: how many share a step; several numbers take turns")
+    add("--sync", choices=["default", "warn", "error"], default="default",
+        help="what a step that waits for a GPU is")
+    add("--processes", type=int, nargs="+", default=[1],
+        help="run: how many share a step; several numbers take turns")
     add("--workers", type=int, default=min(4, os.cpu_count()), help="run, data: processes that read crops")
     add("--ckpt", metavar="FILE", help="read: a checkpoint of finetune.py, beside random weights")
     add("--memory", action="store_true", help="data: also an epoch of the loader; Linux only")
-    add("--plain_malloc", action="store_true", help="on a CPU, leave malloc as it is without our scripts: as peers run")
-    args = parser.parse_args()
+    add("--plain_malloc", action="store_true",
+        help="on a CPU, leave malloc as it is without our scripts: as peers run")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     if not args.plain_malloc:
-        data.device(args.device)
-    one = "train" if args.only else args.command            # train calls this script anew, with --only
-    print(json.dumps(commands[one](args) if one else {name: part(args) for name, part in commands.items()}))
+        common.pick_device(args.device)
+    if args.only:                                           # train calls this script anew, with --only
+        figures = train(args)
+    elif args.command:
+        figures = COMMANDS[args.command](args)
+    else:
+        figures = {name: command(args) for name, command in COMMANDS.items()}
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    data.run(main)
+    common.run_main(main)

@@ -1,4 +1,5 @@
-"""The scripts lie one folder up and are imported from there. One thread a process: another number changes the last bits of a sum."""
+"""The scripts lie one folder up and are imported from there. One thread a process: another number
+of threads changes the last bits of a sum."""
 import os
 import sys
 

@@ -49,8 +49,18 @@ def test_every_protocol_says_what_it_does():
     assert set(evaluate.PROTOCOLS) == {"exact", "ci", "waics", "parseq36", "zh"}
     with pytest.raises(common.UserError, match="WAICS: expected one of exact"):
         evaluate.score([("Ab!", "ab")], "WAICS")
-    assert "traditional" in evaluate.PROTOCOLS["zh"]
-    assert "25" in evaluate.PROTOCOLS["parseq36"]
+    assert "traditional" in evaluate.PROTOCOLS["zh"].about
+    assert "25" in evaluate.PROTOCOLS["parseq36"].about
+
+
+def test_a_new_protocol_is_one_row(call, tmp_path, monkeypatch):
+    """A row of PROTOCOLS that --protocol takes and the first set's score does not know."""
+    first = evaluate.Protocol(lambda text: text[:1], "first letters")
+    monkeypatch.setitem(evaluate.PROTOCOLS, "first", first)
+    (tmp_path / "p.tsv").write_text("abc\tax\nabc\txb\n")
+    status, out, _ = call("--score", tmp_path / "p.tsv", "--protocol", "first")
+    assert status == 0 and "protocol first: first letters" in out
+    assert re.search(r"^average +50\.00", out, re.M)
 
 
 def test_edit_distance_is_the_plain_dynamic_programme():
@@ -137,7 +147,7 @@ def test_what_the_table_says(capsys):
     lower["sets"]["Incomplete"]["accuracy"] = None
     evaluate.print_table(dict(result, heights={"8": lower}))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("protocol exact: ") and evaluate.PROTOCOLS["exact"] in lines[1]
+    assert lines[1].startswith("protocol exact: ") and evaluate.PROTOCOLS["exact"].about in lines[1]
     assert [" ".join(line.split()) for line in lines[2:]] == [
         "set n evaluated accuracy 1-NED seconds",
         "SVT 647 647 80.00 90.00 1.00 1,234 dropped: damaged",
@@ -240,7 +250,7 @@ def test_score_reproduces_known_counts(call, tmp_path, monkeypatch):
     one = got["sets"]["preds.tsv"]
     assert set(one) == {"n", "evaluated", "dropped", "accuracy", "ned", "seconds"}
     assert (one["n"], one["evaluated"], one["dropped"]) == (7, 7, {})
-    assert one["accuracy"] == pytest.approx(400 / 7) and "57.14" in out
+    assert one["accuracy"] == pytest.approx(400 / 7) and "57.14" in out and one["seconds"] > 0
     assert one["ned"] == pytest.approx(100 * (4 + 3 / 4 + 1 / 26) / 7)
 
     call("--score", file, "--json", tmp_path / "r.json", "--protocol", "parseq36")
@@ -285,7 +295,8 @@ def test_table_json_predictions_and_pictures(bench, call, tmp_path):
     status, out, err = call(
         "--ckpt", bench / "tiny.pt", "--data", bench / "set" / "labels.tsv", "--json", new / "r.json",
         "--errors", new / "e.png", "--predictions", new / "p.tsv", "--attention", new / "looks",
-        "--heights", 32, 16, 8, "--rotations", 0, 30, "--workers", 0, "--device", "cpu", "--batch_size", 4)
+        "--heights", 32, 16, 8, "--rotations", 0, 30, "--workers", 0, "--device", "cpu", "--batch_size", 4,
+        "--max_damaged", 0.5)
     assert status == 0, err
     got = timeless(new / "r.json")
     assert set(got) == {"protocol", "sets", "average", "weighted", "heights", "rotations", "attention"}
@@ -361,13 +372,157 @@ def test_a_wrong_name_costs_nothing(bench, call, tmp_path):
     refused(call(*ckpt, "--data", tmp_path / "no", "--json", tmp_path / "new.json"), "no such file")
     got = call(*ckpt, "--data", bench / "set" / "labels.tsv", bench / "set", "--json", tmp_path / "new.json")
     refused(got, "no label", "--images")
-    assert got[1] == ""                                                     # before anything is read
+    assert "parameters" not in got[1] and "damaged" not in got[1]           # before anything is read
     assert not (tmp_path / "new.json").exists()
     got = call(*ckpt, "--data", bench / "set" / "labels.tsv", "--json", tmp_path / "r.json",
                "--errors", bench / "set" / "labels.tsv" / "e.png")
     refused(got, "labels.tsv: File exists")
     assert (tmp_path / "r.json").read_text() == "{}"
     refused(call(*ckpt, "--data", "synth:4", "--errors", tmp_path / "errors"), "errors.png")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such pipes, and links for few")
+def test_results_are_replaced_whole(call, tmp_path, monkeypatch):
+    """A disk that fills up while results are written: half a file where a whole one was, and an error that
+    does not name it. A link that is replaced by a file; /dev/null that becomes one."""
+    (tmp_path / "p.tsv").write_text("a\ta\n")
+    (tmp_path / "real.json").write_text("before")
+    (tmp_path / "r.json").symlink_to(tmp_path / "real.json")
+    command = ["--score", tmp_path / "p.tsv", "--json", tmp_path / "r.json"]
+
+    def full(text):
+        raise OSError(28, "No space left on device")
+
+    def open_on_a_full_disk(path, mode="r", **options):
+        file = open(path, mode, **options)
+        if mode == "w":
+            file.write = full
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "open", open_on_a_full_disk, raising=False)
+        got = call(*command)
+    refused(got, "real.json", "No space left on device")
+    assert "average" in got[1] and (tmp_path / "r.json").read_text() == "before"
+
+    assert call(*command)[0] == 0
+    assert (tmp_path / "r.json").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text())["average"] == 100
+    assert sorted(os.listdir(tmp_path)) == ["p.tsv", "r.json", "real.json"]
+
+    os.mkfifo(tmp_path / "pipe")
+    end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    evaluate.write_file("text", str(tmp_path / "pipe"))
+    assert os.read(end, 9) == b"text"
+    os.close(end)
+
+
+def test_results_come_before_pictures(bench, call, tmp_path, monkeypatch):
+    """Readings of an hour that are lost because a picture could not be drawn; an empty file that is left
+    where there was no result."""
+    def fails(*_):
+        raise common.UserError("no room for a picture")
+
+    monkeypatch.setattr(evaluate, "draw_errors", fails)
+    files = ["--json", tmp_path / "r.json", "--predictions", tmp_path / "p.tsv"]
+    files += ["--errors", tmp_path / "e.png"]
+    command = ["--ckpt", bench / "tiny.pt", "--data", "synth:4", "--workers", 0, *files]
+    with monkeypatch.context() as patch:
+        patch.setattr(model.Recognizer, "read", fails)
+        refused(call(*command), "no room")
+    assert os.listdir(tmp_path) == []
+    refused(call(*command), "no room")
+    assert timeless(tmp_path / "r.json")["sets"]["synth"]["n"] == 4 and len(columns(tmp_path / "p.tsv")) == 4
+
+
+def test_too_much_damage_is_a_failure(bench, call, tmp_path):
+    """An average over the two crops of a hundred that could be read, and exit status 0. The table and the
+    files are there all the same; the limit is a share, more than which is too much; --score judges alike."""
+    command = ["--ckpt", bench / "tiny.pt", "--data", "synth:4", bench / "set" / "labels.tsv", "--workers", 0]
+    files = ["--json", tmp_path / "r.json", "--predictions", tmp_path / "p.tsv"]
+    got = call(*command, *files)
+    refused(got, "labels.tsv: 1 of 9 crops", "--max_damaged 0.01")
+    assert "synth" not in got[2] and re.search("^weighted ", got[1], re.M)
+    assert timeless(tmp_path / "r.json")["sets"]["labels.tsv"]["dropped"] == {"damaged": 1}
+    assert len(columns(tmp_path / "p.tsv")) == 4 + 9
+
+    assert call(*command, "--max_damaged", 0.112)[0] == 0                   # 1 of 9 is less than that
+    assert call(*command, "--max_damaged", 0.111)[0] == 2
+    refused(call("--score", tmp_path / "p.tsv"), "p.tsv: 1 of 13 crops")
+    (tmp_path / "p.tsv").write_text("a\tb\t1\tx\n" * 99 + "\t\tdamaged\tx\n")
+    assert call("--score", tmp_path / "p.tsv")[0] == 0                      # no more than one of a hundred
+
+
+def checkpoint_with(bench, path, charset=None, **flags):
+    """A copy of tiny.pt with other flags stored, and with another charset of 94."""
+    state = torch.load(bench / "tiny.pt", weights_only=True)
+    state["args"].update(flags)
+    state["charset"] = charset or state["charset"]
+    torch.save(state, path)
+    return path
+
+
+def test_labels_that_can_never_be_right_are_counted(bench, call, tmp_path):
+    """An accuracy that no recognizer of this charset could have exceeded: the table alone does not tell."""
+    out = call("--ckpt", bench / "tiny.pt", "--data", bench / "set" / "labels.tsv", "--workers", 0)[1]
+    line = "labels.tsv: 6 of 9 labels fit, 2 too long, 1 outside the charset ('é' 1)"
+    assert out.count("labels fit") == 1 and line in out.splitlines()
+
+    short = checkpoint_with(bench, tmp_path / "short.pt", max_length=3)
+    out = call("--ckpt", short, "--data", bench / "set" / "labels.tsv", "--workers", 0)[1]
+    assert "labels.tsv: 1 of 9 labels fit, 7 too long, 1 outside the charset ('é' 1)" in out.splitlines()
+
+
+def test_a_set_of_which_none_can_be_right(bench, call, tmp_path):
+    """A table of zeros where the recognizer cannot write a single label, rather than one line. But what the
+    protocol passes over, as case or a symbol, makes no label hopeless."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    def said(ckpt, *labels, protocol):
+        lines = "".join(f"{bench}/set/0.png\t{label}\n" for label in labels)
+        (tmp_path / "labels.tsv").write_text(lines, encoding="utf-8")
+        return call("--ckpt", ckpt, "--data", tmp_path / "labels.tsv", "--workers", 0, "--protocol", protocol)
+
+    own = checkpoint_with(bench, tmp_path / "own.pt",
+                          charset=letters + "".join(map(chr, range(0x400, 0x400 + 68))))
+    got = said(own, "STOP", "GO", protocol="exact")
+    refused(got, "labels.tsv: 0 of 2 labels fit, 2 outside the charset", "read none of them right")
+    assert got[1] == ""                                                     # before anything is read
+    assert said(own, "STOP", "GO", protocol="ci")[0] == 0
+    assert said(own, "stop!", protocol="waics")[0] == 0
+    refused(said(own, "stop!", protocol="ci"), "0 of 1 labels fit")
+    refused(said(own, "123", "合格", protocol="waics"), "0 of 2 labels fit")
+    refused(said(own, "a" * 26, protocol="ci"), "1 too long")
+    assert said(own, "stop", "合格", protocol="exact")[0] == 0
+
+
+def test_tall_crops_are_turned_as_in_training(bench, call, tmp_path, monkeypatch):
+    """A recognizer of vertical words that is shown them upright: 4 % instead of 100. The flag that it was
+    trained with is in its checkpoint, is taken up for --data, --images and folders, and is said."""
+    rng = np.random.default_rng(1)
+    (tmp_path / "tall").mkdir()
+    tall = Image.fromarray(rng.integers(0, 256, (16, 4, 3), dtype=np.uint8)).resize((40, 160))
+    tall.save(tmp_path / "tall" / "tall.png")
+    (tmp_path / "labels.tsv").write_text("tall/tall.png\ta\n")
+    file = (tmp_path / "tall" / "tall.png").read_bytes()
+    upright, turned = data.decode(file), data.decode(file, rotate_tall=True)
+    assert not torch.equal(upright, turned)
+
+    given = []
+    decode = model.Recognizer.decode
+    monkeypatch.setattr(model.Recognizer, "decode",
+                        lambda net, images: (given.append(images.clone()), decode(net, images))[1])
+    vertical = checkpoint_with(bench, tmp_path / "vertical.pt", rotate_tall=True)
+    flat = checkpoint_with(bench, tmp_path / "flat.pt", rotate_tall=False)
+    for ckpt, typed, crop in ((vertical, [], turned), (flat, [], upright), (bench / "tiny.pt", [], upright),
+                              (flat, ["--rotate_tall"], turned)):
+        for what in (["--data", tmp_path / "labels.tsv"], ["--images", tmp_path / "tall" / "tall.png"],
+                     ["--images", tmp_path / "tall"]):
+            status, out, err = call("--ckpt", ckpt, *what, *typed, "--workers", 0, "--device", "cpu")
+            assert status == 0
+            assert torch.equal(given.pop(), model.normalize_pixels(crop[None])), (ckpt, what)
+            assert ("tall crops are turned" in out + err) == (ckpt == vertical)
+            if what[0] == "--images":
+                assert out.count("\n") == 1                                 # readings alone
 
 
 def torchrun(folder, *argv):
@@ -384,14 +539,14 @@ def test_one_process_or_two(bench, call, tmp_path, monkeypatch):
     Rank 0 alone prints and writes, and the readings are the same, in the same order."""
     monkeypatch.chdir(bench)
     command = "--ckpt tiny.pt --data set/labels.tsv --workers 0 --batch_size 2 --device cpu".split()
-    command += ["--heights", "8"]
+    command += ["--heights", "8", "--max_damaged", "1"]
     status, one, _ = call(*command, "--json", tmp_path / "one.json", "--predictions", tmp_path / "one.tsv")
     two = torchrun(bench, *command, "--json", tmp_path / "two.json", "--predictions", tmp_path / "two.tsv")
     assert status == 0
     tables = []
     for out in (one, two):
         assert out.count("damaged: ") == 1    # each crop was read by one rank only
-        rows = [line.split() for line in out.splitlines() if re.match("labels|average|weighted", line)]
+        rows = [line.split() for line in out.splitlines() if re.match("(labels.tsv|average|weighted) ", line)]
         tables.append([row[:5] for row in rows])                            # but for the seconds
     assert len(tables[0]) == 5 and tables[0] == tables[1]
     assert timeless(tmp_path / "one.json") == timeless(tmp_path / "two.json")
@@ -403,9 +558,11 @@ def test_one_process_or_two(bench, call, tmp_path, monkeypatch):
 
 def test_images_over_two_ranks(bench):
     """A rank that waits for ever for another that has nothing to print; a path printed twice or by nobody."""
-    names = [f"set/{k}.png" for k in (3, 0, 5)]
-    out = torchrun(bench, "--ckpt", "tiny.pt", "--images", *names, "--workers", 0, "--device", "cpu")
+    names = [f"set/{k}.png" for k in (3, 0, 5)]    # the second rank has a batch less than the first
+    out = torchrun(bench, "--ckpt", "tiny.pt", "--workers", 0, "--device", "cpu", "--batch_size", 1,
+                   "--json", "two.json", "--images", *names)
     assert [line.split("\t")[0] for line in out.splitlines()] == names
+    assert [row["path"] for row in json.loads((bench / "two.json").read_text())["images"]] == names
 
 
 class Pixels(torch.nn.Module):
@@ -420,7 +577,7 @@ def read_without_cache(net, images):
     _, memory = net.encode(model.normalize_pixels(images))
     ids = torch.full((len(images), 1), net.start)
     for _ in range(net.max_length + 1):
-        logits = net.step(ids, memory)[0][..., :net.pad]
+        logits = net.logits_after(ids, memory)[0][..., :net.pad]
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
     ids[:, -1] = net.end                                                    # no word is longer
     chances = logits.softmax(-1).gather(2, ids[:, 1:, None])[..., 0].double()
@@ -468,6 +625,113 @@ def test_images(bench, call):
     assert out.count("\n") == 1 and [path, text] == rows[0][:2]
     assert float(confidence) == pytest.approx(float(rows[0][2]), rel=1e-4)
     refused((status, "", err), "2 of 3", "7.png", "no.png")
+
+
+def test_images_in_folders(bench, call, tmp_path):
+    """A folder taken for a damaged file; files below it passed over; a name that nobody can open; lines in
+    another order than the files'."""
+    (tmp_path / "words" / "more").mkdir(parents=True)
+    for name, k in (("b.png", 3), ("a.png", 0), ("more/c.png", 5)):
+        (tmp_path / "words" / name).write_bytes((bench / "set" / f"{k}.png").read_bytes())
+    (tmp_path / "words" / "notes.txt").write_text("no picture")
+    single = bench / "set" / "1.png"
+    command = ["--ckpt", bench / "tiny.pt", "--workers", 0, "--batch_size", 2, "--images"]
+    status, out, _ = call(*command, tmp_path / "words", single)
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert status == 0
+    wanted = [tmp_path / "words" / name for name in ("a.png", "b.png", "more/c.png")]
+    assert [row[0] for row in rows] == list(map(str, [*wanted, single]))
+    for (path, text, confidence), k in zip(rows, (0, 3, 5, 1)):
+        alone = call(*command, bench / "set" / f"{k}.png")[1].split("\t")
+        assert text == alone[1] and float(confidence) == pytest.approx(float(alone[2]), rel=1e-4)
+    (tmp_path / "empty").mkdir()
+    refused(call(*command, single, tmp_path / "empty"), "empty", "expected")
+
+
+def test_images_of_an_lmdb(bench, call, tmp_path):
+    """Crops in an LMDB, which only --images can read without labels; a missing label that makes a crop
+    damaged."""
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path / "packed")) as environment, environment.begin(write=True) as transaction:
+        for number, k in ((1, 0), (2, 3)):
+            transaction.put(b"image-%09d" % number, (bench / "set" / f"{k}.png").read_bytes())
+        transaction.put(b"label-000000001", b"a")
+        transaction.put(b"num-samples", b"2")
+    status, out, _ = call("--ckpt", bench / "tiny.pt", "--workers", 0, "--images", tmp_path / "packed")
+    assert status == 0
+    assert [line.split("\t")[0] for line in out.splitlines()] == [
+        "packed image-000000001", "packed image-000000002"]
+
+
+def test_images_are_printed_as_they_are_read(bench, call, monkeypatch):
+    """A million images, and nothing on the screen until the last is read."""
+    happened = []
+    read, show = evaluate.read_characters, evaluate.print_at_once
+    monkeypatch.setattr(evaluate, "read_characters",
+                        lambda *given: (happened.append("read"), read(*given))[1])
+    monkeypatch.setattr(evaluate, "print_at_once",
+                        lambda text: (happened.append(text.count("\n")), show(text))[1])
+    names = [bench / "set" / f"{k}.png" for k in range(5)]
+    call("--ckpt", bench / "tiny.pt", "--workers", 0, "--batch_size", 2, "--images", *names)
+    assert happened == ["read", 2, "read", 2, "read", 1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its pipes tell otherwise")
+def test_a_closed_pipe_is_quiet(bench):
+    """`| head -1` answered by a traceback, or by an error; a million images that are read for nobody: here
+    the last, which is torn, would be an error; results that are lost with the table."""
+    listens, speaks = os.pipe()
+    os.close(listens)
+    ckpt = ["--ckpt", bench / "tiny.pt", "--workers", 0, "--batch_size", 1]
+    names = [bench / "set" / f"{k}.png" for k in (0, 1, 7)]
+    for what in (["--images", *names], ["--data", "synth:2", "--json", bench / "unheard.json"]):
+        command = [sys.executable, SCRIPT, *ckpt, *what]
+        done = subprocess.run(list(map(str, command)), stdout=speaks, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), what
+    os.close(speaks)
+    assert timeless(bench / "unheard.json")["sets"]["synth"]["n"] == 2
+
+
+def test_a_closed_pipe_does_not_cost_a_file(bench, call, tmp_path, monkeypatch):
+    """`--json r.json | head -1` that stops at the first batch, without r.json."""
+    monkeypatch.setattr(evaluate, "print_at_once", lambda text: False)
+    names = [bench / "set" / f"{k}.png" for k in range(4)]
+    call("--ckpt", bench / "tiny.pt", "--workers", 0, "--batch_size", 1, "--json", tmp_path / "r.json",
+         "--images", *names)
+    assert len(json.loads((tmp_path / "r.json").read_text())["images"]) == 4
+
+
+def test_files_of_images(bench, call, tmp_path):
+    """--json without what was printed, with confidences of other characters, or of steps after the end; a
+    damaged image that is missing in it. Their product is the word's confidence, which is net.read's."""
+    names = [str(bench / "set" / f"{k}.png") for k in (0, 7, 3, 5)]
+    ckpt = tmp_path / "ends.pt"
+    state = torch.load(bench / "tiny.pt", weights_only=True)
+    state["model"]["classifier.bias"][94] = 22                              # words of 2 and of 10 characters
+    torch.save(state, ckpt)
+    status, out, err = call("--ckpt", ckpt, "--workers", 0, "--json", tmp_path / "r.json",
+                            "--predictions", tmp_path / "p.tsv", "--images", *names)
+    refused((status, "", err), "1 of 4", "7.png")
+    rows = json.loads((tmp_path / "r.json").read_text())["images"]
+    assert [row["path"] for row in rows] == names
+    assert rows.pop(1) == {"path": names.pop(1), "text": None, "confidence": None}
+
+    net = evaluate.load_recognizer(str(ckpt))
+    crops = torch.stack([data.open_source(bench / "set" / "labels.tsv")[k][0] for k in (0, 3, 5)])
+    printed = [line.split("\t") for line in out.splitlines()]
+    for row, (text, confidence), line in zip(rows, net.read(crops), printed):
+        assert row["text"] == text == line[1] and len(row["characters"]) == len(text)
+        assert row["confidence"] == pytest.approx(confidence) == pytest.approx(float(line[2]), rel=1e-5)
+        assert np.prod(row["characters"]) * row["end"] == pytest.approx(confidence)
+        assert all(0 < sure < 1 for sure in row["characters"]) and 0 < row["end"] <= 1
+    assert len({len(row["text"]) for row in rows}) > 1
+
+    # the first character's confidence is that of the first step alone
+    _, confidences = net.decode(model.normalize_pixels(crops))
+    assert np.allclose([row["characters"][0] for row in rows], confidences[:, 0], rtol=1e-4)
+    lines = columns(tmp_path / "p.tsv")
+    assert [line[0] for line in lines] == [""] * 4 and lines[1][1:3] == ["", "damaged"]
+    assert [line[1:] for line in lines[:1] + lines[2:]] == [[line[1], line[2], line[0]] for line in printed]
 
 
 def test_another_script_is_never_all_right(bench, call, tmp_path):
@@ -557,12 +821,11 @@ def test_refusals(bench, call, tmp_path):
     ("--score p.tsv --fonts f", "--fonts needs --data"),
     ("--score p.tsv --heights 8", "--heights needs --data"),
     ("--score p.tsv --rotations 8", "--rotations needs --data"),
-    ("--score p.tsv --predictions q.tsv", "--predictions needs --data"),
+    ("--score p.tsv --predictions q.tsv", "--predictions needs --data or --images"),
     ("--score p.tsv --errors e.png", "--errors needs --data"),
     ("--score p.tsv --attention a", "--attention needs --data"),
     ("--ckpt x.pt --images a.png --protocol ci", "--protocol has no effect with --images"),
-    ("--ckpt x.pt --images a.png --json r.json", "--json needs --data"),
-    ("--ckpt x.pt --images a.png --predictions p.tsv", "--predictions needs --data"),
+    ("--ckpt x.pt --images a.png --max_damaged 1", "--max_damaged has no effect with --images"),
     ("--ckpt x.pt --images a.png --heights 8", "--heights needs --data"),
     ("--ckpt x.pt --images a.png --rotations 8", "--rotations needs --data"),
     ("--ckpt x.pt --images a.png --errors e.png", "--errors needs --data"),
@@ -705,6 +968,16 @@ def test_attention_on_text(bench, tmp_path, monkeypatch):
     assert evaluate.report_attention(net, photo, str(tmp_path / "x.png")) is None
 
 
+def test_each_set_has_its_own_picture(bench, tmp_path, monkeypatch):
+    """The sets a/b and a_b in one file: the second picture over the first."""
+    drawn = []
+    monkeypatch.setattr(evaluate, "report_attention", lambda net, source, path: drawn.append((source, path)))
+    names = ["a/b", "a_b", "a b", "SVT"]
+    got = evaluate.report_attention_on_sets(None, {name: name for name in names}, str(tmp_path))
+    assert got == {} and [source for source, _ in drawn] == names
+    assert len({path for _, path in drawn}) == 4 and drawn[3][1] == str(tmp_path / "SVT.png")
+
+
 def test_a_word_without_letters_has_no_share(bench, tmp_path, monkeypatch):
     """The mean over no letter at all: NaN, which is no JSON."""
     net = evaluate.load_recognizer(str(bench / "tiny.pt"))
@@ -745,7 +1018,7 @@ def test_real_attention_maps_sum_to_one(bench):
     layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, -1:]))
     start = torch.full((2, 1), net.start)
     for t in range(ids.shape[1]):
-        net.step(torch.cat([start, ids[:, :t]], dim=1), memory)
+        net.logits_after(torch.cat([start, ids[:, :t]], dim=1), memory)
     for t, x in enumerate(seen):
         q, k = layer.q(x).view(2, layer.heads, -1), memory[-1][0]
         maps = []
@@ -753,3 +1026,69 @@ def test_real_attention_maps_sum_to_one(bench):
             scores = (k[:, head] @ q[:, head, :, None])[..., 0]
             maps.append(torch.softmax(scores / q.shape[-1] ** 0.5, -1))
         assert torch.allclose(sum(maps) / layer.heads, decoder[:, t], atol=1e-5), t
+
+
+# ---- export
+
+def exported(module, name="images"):
+    """What torch.export makes of a module of crops, for batches of any size."""
+    example = torch.rand(2, 3, 32, 128)
+    any_size = {name: {0: torch.export.Dim("batch")}}
+    with torch.no_grad():
+        return torch.export.export(module, (example,), dynamic_shapes=any_size).module()
+
+
+def test_an_exported_encoder_takes_any_batch():
+    """A batch that is frozen at the size of the example: as by a Python number in ViT.forward."""
+    torch.manual_seed(0)
+    encoder = model.ViT(**dict(model.MODELS["vit_nano"]["encoder"], depth=1)).eval()
+    outside = exported(encoder)
+    for n in (1, 2, 5):
+        images = torch.rand(n, 3, 32, 128) * 2 - 1
+        assert torch.allclose(outside(images), encoder(images), atol=1e-5)
+
+
+class FixedReader(torch.nn.Module):
+    """The recipe of docs/gpus.md: Recognizer.decode without an early stop, which no graph can hold."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        net = self.net
+        _, crop_kvs = net.encode(images)
+        last = torch.full_like(images[:, 0, 0, :1], net.start, dtype=torch.long)            # (B, 1)
+        going = torch.ones_like(last, dtype=torch.bool)
+        caches = None
+        characters, confidences = [], []
+        for t in range(net.max_length + 1):
+            logits, caches = net.logits_after(last, crop_kvs, caches)
+            probabilities = logits[:, :, :net.pad].softmax(-1)                              # (B, 1, V)
+            confidence, last = probabilities.max(-1)                                        # (B, 1)
+            if t == net.max_length:                                                         # all words end
+                confidence, last = probabilities[:, :, net.end], torch.full_like(last, net.end)
+            characters.append(last.where(going, net.end))
+            confidences.append(confidence.where(going, 1.0))
+            going = going & (last != net.end)
+        return torch.cat(characters, dim=1), torch.cat(confidences, dim=1)
+
+
+def test_an_exported_reader_reads_the_same(bench):
+    """A traced decode that stops where the example's words stopped, and cuts longer ones; a word that goes on
+    after its end; the longest word without an end; a batch of one size."""
+    net = evaluate.load_recognizer(str(bench / "tiny.pt"))
+    net.max_length, net.encoder.blocks = 4, net.encoder.blocks[:1]          # a small graph
+    net.classifier.bias.data[net.end] = 30                                  # words end at all lengths
+    outside = exported(FixedReader(net).eval())
+    images = torch.rand(40, 3, 32, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    lengths = set()
+    for part in (images[:1], images[:2], images):
+        characters, confidences = outside(part)
+        wanted, sure = net.decode(part)
+        n = wanted.shape[1]
+        assert characters.shape[1] == net.max_length + 1
+        assert torch.equal(characters[:, :n], wanted) and (characters[:, n:] == net.end).all()
+        assert torch.allclose(confidences[:, :n], sure, rtol=1e-3) and (confidences[:, n:] == 1).all()
+        lengths |= set((wanted != net.end).sum(1).tolist())
+    assert lengths >= {0, 2, 4}
