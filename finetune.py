@@ -381,7 +381,7 @@ def main():
             keep = torch.zeros(len(images), dtype=torch.bool)   # these are not augmented
             chars_under = None
             if args.spell:
-                keep = batch.char_maps.flatten(1).any(1)        # rendered: a map fits no other look
+                keep = (batch.char_maps > 0).flatten(1).any(1)  # rendered: a map fits no other look
                 char_maps = to_device(batch.char_maps, device)
                 chars_under = under_patches(char_maps, targets, raw_model)  # (B, N)
             images = augment_crops(images, numbers[rows], keep)
