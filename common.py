@@ -70,7 +70,7 @@ def run_main(main):
 
 def line_for_user(error):
     """The line that tells the user what to mend, or None: then the program is to be mended."""
-    text = str(error).strip().split("\n")[-1]               # a loader's process sends a traceback
+    text = str(error).strip().split("\n")[-1]               # a loader sends a whole traceback
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, (UserError, OSError)):
@@ -242,7 +242,7 @@ def pick_device(name):
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # cuDNN's attention plans anew for each new shape, and in reading each letter has one
+        # cuDNN's attention plans anew for each new shape, and each letter read is a new shape
         torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu":
         keep_memory()
@@ -482,14 +482,15 @@ def find_checkpoint(out_dir, resume):
     return None
 
 
-# flags that a run must be resumed with: they change the model, or the data and their order
+# flags that a run must be resumed with: they change the model, or the data and their order, or
+# the words on which best.pt is chosen
 CHANGE_MODEL = """
     model method scales teacher spell charset max_length init dropout drop_path freeze_encoder
     """.split()
 CHANGE_DATA = """
     data fonts rotate_tall seed mask mask_ratio guidance_strength label_fraction val
     """.split()
-# and flags whose old values the optimizer or the scaler would bring back in silence
+# and flags whose old value load_state_dict would restore, and the typed one be ignored
 STORED = ["weight_decay", "layer_decay", "dtype"]
 
 
@@ -682,7 +683,7 @@ def step_unless_not_finite(optimizer, scaler, grad_norm, skipped):
     ranks, so all of them do the same. skipped (2,) counts such steps: in a row, and in all.
 
     The device decides, and the host does not wait: a fused optimizer of torch leaves the weights
-    alone where its found_inf is 1. float16's scaler sets that by itself."""
+    alone where its found_inf is 1. With float16 scaler.step puts its own finding there."""
     if not optimizer.defaults.get("fused"):
         raise ValueError("expected an optimizer with fused=True: others do not look at found_inf")
     skip = (~torch.isfinite(grad_norm)).float()

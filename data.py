@@ -203,7 +203,7 @@ class OpenLmdbs:
         self.forget_all()
 
     def forget_all(self):
-        """What nobody holds any more is closed."""
+        """None is open now. Those that were are closed by Python once no transaction uses them."""
         self.environments = {}
         self.process_id = os.getpid()
         self.reads = 0
@@ -491,7 +491,8 @@ def is_header(image_path, folder):
 
 
 def first_line_not_utf8(path):
-    """Its number: a file is decoded many lines at once."""
+    """The number of the first line that is not UTF-8. (The decoder's own error tells a place in a
+    block of many lines.)"""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -664,7 +665,7 @@ def name_of(src):
     return os.path.basename(os.path.abspath(src))
 
 
-# How Unicode's names of letters begin that join, though they run from left to right.
+# Scripts that run from left to right but join their letters. A letter's Unicode name begins so.
 JOINING_SCRIPTS = ("MONGOLIAN", "PHAGS-PA")
 
 
@@ -912,8 +913,8 @@ def fit_part(part, chars, max_length):
 
 
 def all_drawn_labels_fit(part, chars, max_length):
-    """True for rendered words of known characters: a million need not be asked one by one. False
-    where characters combine: a label may then hold another than those that were drawn."""
+    """True for rendered words if each character that is drawn is known: a million words need not
+    be asked one by one. False, to be sure, where characters change when they are normalized."""
     if not isinstance(part, Synth) or max_length < MAX_LENGTH:
         return False
     drawn = part.charset
@@ -955,7 +956,7 @@ AUGMENT_CHANCES = {
     "jitter": 0.6, "grey": 0.1,
     "low_resolution": 0.15, "invert": 0.1, "noise": 0.25,
 }
-P_UNCHANGED = 0.125                     # of an augmented crop: it stays as it is
+P_UNCHANGED = 0.125                     # a crop given to `augment` stays as it is
 
 # How much an operation does, at strength 1: a number in [0, 1) says where between these two.
 # These are the ranges that LMIM calls medium.
@@ -992,7 +993,8 @@ LOOK_COLUMNS = dict(
 NOISE_COLUMNS = dict(noise_start=1, noise_deviation=1)
 
 MOVED_VIEW = CHOICE_COLUMNS | POINT_COLUMNS | MOVE_COLUMNS | LOOK_COLUMNS | dict(solarize=1)
-# A view that stays in place has none of the numbers of points.
+# A view that stays in place has no points to move. It skips their columns, so that the columns
+# behind them keep their places.
 STILL_VIEW = CHOICE_COLUMNS | dict(not_used=40) | LOOK_COLUMNS | NOISE_COLUMNS
 # The first fourteen of AUGMENT_CHANCES have `chances`, those that are added have `more_chances`.
 AUGMENTATION = dict(chances=14, changed=1) | POINT_COLUMNS | MOVE_COLUMNS | LOOK_COLUMNS
@@ -1027,8 +1029,8 @@ def draw_numbers(rows, columns, generator, device):
 
 
 def view_from_numbers(images, numbers, moved=True, strength=1.0):
-    """guidance_view with its numbers, (B, VIEW_NUMBERS) in [0, 1). They may be some rows of a
-    larger draw: the views are then those of a larger batch."""
+    """guidance_view with its numbers, (B, VIEW_NUMBERS) in [0, 1). Rows of a larger draw give the
+    same views as in that larger batch."""
     images = to_unit(images)
     if moved:
         drawn = name_columns(numbers, MOVED_VIEW)
@@ -1329,7 +1331,8 @@ QUARTER_TURN = FROM_YIQ @ QUARTER_TURN_OF_IQ @ FROM_YIQ.inverse()
 
 
 def recolour(images, saturation, hue, brightness, contrast, haze):
-    """All changes of colour as one 3 x 4 matrix for each crop. All but the images are (B,).
+    """All changes of colour as one 3 x 3 matrix and one offset for each crop. All arguments but
+    the images are (B,).
 
     They come in the order of the arguments: saturation (a factor), hue (turns), brightness (a
     factor), contrast about the crop's mean grey (a factor), haze (the share of mid-grey).
@@ -1346,8 +1349,9 @@ def recolour(images, saturation, hue, brightness, contrast, haze):
     turned_rest = cos * to_rest + sin * quarter
     matrix = to_grey + for_matrices(saturation) * turned_rest                   # (B, 3, 3)
 
-    # Then brightness x, contrast x + (1 - contrast) mean, keep x + (1 - keep) / 2. The mean is
-    # that of the brightened crop; saturation and hue leave grey as it is.
+    # Then a colour c becomes brightness * c; that becomes contrast * c + (1 - contrast) * mean;
+    # that becomes keep * c + (1 - keep) / 2. The mean is the brightened crop's mean grey, which
+    # saturation and hue have left as it was.
     keep = 1 - haze
     matrix = for_matrices(keep * contrast * brightness) * matrix
     mean_grey = images.mean((2, 3)) @ luma                                      # (B,)
@@ -1425,7 +1429,8 @@ def stack_char_maps(crops):
 
 
 class BatchReader(Dataset):
-    """What torch's loader asks: its items are whole batches, and lists of indices their keys."""
+    """For a DataLoader with batch_size=None: it asks for reader[key] for each key of its sampler.
+    Here a key is a list of indices, and an item a Batch."""
 
     def __init__(self, source, char_maps):
         self.source = source
@@ -1439,7 +1444,7 @@ def loader(source, index_lists, workers, char_maps=False):
     """Lists of indices -> an iterator over their Batches. Worker processes are handed indices
     alone."""
     if workers:
-        # Registered by every loader, it would run as often.
+        # Unregistered first, or it would run once for every loader.
         atexit.unregister(end_workers)
         atexit.register(end_workers)
     return iter(DataLoader(
@@ -1515,8 +1520,8 @@ def next_batch(stream, damage, log=None):
 
 
 def read_all(source, batch_size, workers=0):
-    """Yields every crop once over all ranks, in order, as Batches. The first rank shows how far it
-    is, on a terminal."""
+    """Yields this rank's share of the crops as Batches, in order: every world_size-th crop. The
+    first rank shows how far it is, on a terminal."""
     mine = range(common.rank(), len(source), common.world_size())
     index_lists = [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
     hide_bar = True if common.rank() > 0 else None          # None: where there is no terminal
@@ -1568,10 +1573,10 @@ MARGIN_X, MARGIN_Y = 6, 4               # around it
 CELL_W = PICTURE_W + 2 * MARGIN_X
 NO_PICTURE_H = 22                       # of a row without pictures
 TEXT_H = 18                             # is added to a row with text
-# Base lines of text.
-BELOW_PICTURE = 16                      # from the picture's lower rim
-BELOW_TOP = 46                          # of text alone: from the row's top,
-ABOVE_BOTTOM = 12                       # but at least so far from the row's lower rim
+# Where the base line of text is.
+BELOW_PICTURE = 16                      # under a picture: from its lower rim
+BELOW_TOP = 46                          # text alone: from the row's top, but never nearer to the
+ABOVE_BOTTOM = 12                       # row's lower rim than this
 CAPTION_SIZE, TITLE_SIZE, LEAST_SIZE = 14, 24, 7
 
 MAX_LETTERS = 200                       # of a piece of text
@@ -1805,8 +1810,8 @@ class KnownCrops:
         self.prints = torch.cat(prints)
 
     def find(self, files, images, least_alike):
-        """For each crop (number of the test crop or None, why): that has the very same bytes, or a
-        likeness above `least_alike`."""
+        """-> for each crop (number, why) of the test crop with the same bytes, else of the most
+        alike if its likeness is above `least_alike`, else (None, "")."""
         likeness, nearest = (fingerprint(images) @ self.prints.T).max(1)
         matches = []
         for file, alike, k in zip(files, likeness.tolist(), nearest.tolist()):
@@ -1848,7 +1853,7 @@ def list_lines(source, batch, tests, matches):
 
 # ---- the command pack
 
-TWO_PAGES = 8192                # bytes. LMDB writes whole pages; an entry is cut into these.
+TWO_PAGES = 8192                # bytes, about what an entry may waste: LMDB writes whole pages
 COPIES = 2                      # LMDB writes a page anew before it sets the former one free
 
 
@@ -1956,7 +1961,7 @@ def main():
 
 
 def add_command(commands, command, does):
-    """-> the function that adds a flag to it."""
+    """Adds a command to the parser -> the function that adds flags to that command."""
     parser = commands.add_parser(command.__name__, help=does, description=f"{does} {SRC_HELP}")
     parser.set_defaults(command=command)
     parser.add_argument("src", nargs="+", metavar="SRC", help="where the crops are, one or several")

@@ -116,8 +116,8 @@ def normalize(text, protocol):
 
 
 def default_protocol(charset):
-    """waics, as in papers. But of a charset of one's own it may keep no character, so there
-    exact."""
+    """waics, as in papers; exact for a charset of one's own, of which waics may drop every
+    character."""
     if charset in data.CHARSETS.values():
         return "waics"
     return "exact"
@@ -476,7 +476,7 @@ def open_images(args):
     parts = []
     for path in args.images:
         if os.path.isdir(path):
-            # what is said of a folder is no reading
+            # open_source's remarks go to stderr: stdout is for readings alone
             with contextlib.redirect_stdout(sys.stderr):
                 parts.append(data.open_source(path, rotate_tall=args.rotate_tall, labels=False))
         else:
@@ -517,7 +517,8 @@ def read_image_batches(net, source, args, group):
                 words = read_characters(net, batch.images, getattr(torch, args.dtype))
             yield dict(zip(batch.indices, words)), batch.damaged
 
-    # A rank may have a batch less than another. It takes part nevertheless, with nothing.
+    # All ranks gather equally often. A rank that has a batch less than another gives nothing in
+    # the last round: zip_longest goes on until all rounds are over.
     rounds = range(math.ceil(len(source) / (args.batch_size * world_size())))
     nothing = ({}, [])
     for (words, damaged), _ in itertools.zip_longest(read_batches(), rounds, fillvalue=nothing):
@@ -664,7 +665,8 @@ def attention(net, images):
 
 def report_attention(net, source, path):
     """Draws where the net looks on the first crops of a source. On rendered words, whose text
-    pixels are known, also measures how often that is text -> attention_on_text's dict, or None."""
+    pixels are known, also measures which share of it falls on text -> attention_on_text's dict, or
+    None."""
     first = range(min(N_MEASURED, len(source)))
     batch = data.read_batch(first, source, char_maps=True)
     rendered = bool(batch.char_maps.any())      # other crops have no map of their characters
@@ -808,7 +810,7 @@ def mark_errors(label, text, protocol):
     truth, answer = normalize(label, protocol), normalize(text, protocol)
     pieces = []
     matcher = difflib.SequenceMatcher(None, truth, answer, autojunk=False)
-    for kind, i1, i2, j1, j2 in matcher.get_opcodes():          # truth[i1:i2] is answer[j1:j2]
+    for kind, i1, i2, j1, j2 in matcher.get_opcodes():  # truth[i1:i2] was read as answer[j1:j2]
         colour = BLACK if kind == "equal" else RED
         missing = (i2 - i1) - (j2 - j1)
         pieces.append((answer[j1:j2], colour))
@@ -952,8 +954,8 @@ def write_json(result, path):
 def write_file(text, path):
     """What was there stays until all of the text is written. UserError names the file.
 
-    A name that is not UTF-8 reaches Python as halves of letters. They are written as JSON does,
-    \\udcff, and no error."""
+    Of a file name that is not UTF-8 Python makes lone surrogates. They are written as JSON does,
+    \\udcff, and are no error."""
     path = os.path.realpath(path)               # a link stays a link
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -1051,7 +1053,7 @@ def main():
     net = load_recognizer(args.ckpt, device)
     if net.rotate_tall:
         args.rotate_tall = True
-    # Only readings travel between ranks, from processor to processor.
+    # Only readings travel between ranks, so their group is the CPUs', even with GPUs.
     group = join_ranks(torch.device("cpu"))
     if args.images:
         read_images(net, args, group)

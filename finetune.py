@@ -70,8 +70,8 @@ def under_patches(char_maps, targets, model):
 
 
 def augment_crops(images, numbers, keep):
-    """images (B, 3, 32, 128) in [0, 1], each augmented by its numbers (B, AUGMENT_NUMBERS), but
-    for those to keep (B,) as they are. numbers and keep are on the host."""
+    """images (B, 3, 32, 128) in [0, 1] -> augmented, each by its numbers (B, AUGMENT_NUMBERS).
+    keep (B,) bool: True is left as it is. numbers and keep are on the host."""
     chosen = (~keep).nonzero()[:, 0]
     if len(chosen) == 0:
         return images
@@ -192,7 +192,7 @@ def open_val(args, charset, protocol, options):
 
 
 def draw_of(src):
-    """Which crops a SRC stands for: two with the same answer share some."""
+    """A key: two SRCs with the same key share crops."""
     src = re.sub("@[0-9]+$", "", src)
     if not is_rendered(src):
         return os.path.realpath(src)
@@ -202,16 +202,17 @@ def draw_of(src):
 
 def validate(model, val, protocol, args, dtype, stop, group):
     """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first few
-    readings; or None, None if a signal came meanwhile."""
+    readings; or None, None if a signal came meanwhile. The last validation, without a stop, is
+    never cut short."""
     def read(images):
-        if stop.first is not None:                          # be quick: the run is to stop
+        if stop is not None and stop.first is not None:     # be quick: the run is to stop
             return [("", 0.0)] * len(images)
         return model.read(images, len(images), dtype)
 
     model.eval()
     rows, broken = evaluate.read_source(read, val, args.batch_size, args.workers, group)
     model.train()
-    if stop.came(group):
+    if stop is not None and stop.came(group):
         return None, None
     if broken:
         say(f"--val: {len(broken)} crops are damaged and were not read, the first being "
@@ -381,7 +382,8 @@ def main():
             keep = torch.zeros(len(images), dtype=torch.bool)   # these are not augmented
             chars_under = None
             if args.spell:
-                keep = (batch.char_maps > 0).flatten(1).any(1)  # rendered: a map fits no other look
+                # rendered words are kept: a word that is moved no longer fits its map
+                keep = (batch.char_maps > 0).flatten(1).any(1)
                 char_maps = to_device(batch.char_maps, device)
                 chars_under = under_patches(char_maps, targets, raw_model)  # (B, N)
             images = augment_crops(images, numbers[rows], keep)
@@ -404,13 +406,14 @@ def main():
         val_due = val is not None and (step % args.sample_every == 0 or step == total_steps)
         line_due = val_due or step % args.log_every == 0 or step in (1, total_steps)
         if line_due:
-            log.read_losses()
+            log.read_losses()                   # waits for the device, as a part of the step
         log.end_step()
 
         scores, improved = {}, False
         result = None
         if val_due:
-            result, few = validate(raw_model, val, protocol, args, dtype, stop, group)
+            stop_early = stop if step < total_steps else None
+            result, few = validate(raw_model, val, protocol, args, dtype, stop_early, group)
             if result is None:
                 say(f"step {step}: the validation was cut short by a signal and is left out")
         if result is not None:
@@ -426,13 +429,14 @@ def main():
             before, best = best, result["accuracy"]         # save() stores best
             if not save("best.pt"):
                 best = before
-        if step % args.save_every == 0 and step < total_steps and skipped[0] == 0:
+        going_well = skipped[0] == 0                        # not amid non-finite steps
+        if step % args.save_every == 0 and step < total_steps and going_well:
             save("last.pt")
 
     if not save("last.pt"):
         raise UserError(f"{args.out_dir}: the last checkpoint was not written; mend the reason "
                         "above and add --resume")
-    if step < total_steps or stop.came(group):
+    if step < total_steps:
         say(f"stopped by a signal at step {step}; add --resume to go on")
         raise KeyboardInterrupt             # status 130, so that `finetune.py && ...` stops too
     if best < 0:

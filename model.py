@@ -4,7 +4,8 @@ From top to bottom: the encoder, the decoder, METHODS and `Pretrainer.forward` (
 loading of checkpoints, the recognizer. The training loops are in pretrain.py and finetune.py.
 
 mim is masked image modelling: some patches are hidden and predicted. nsp is next-scale
-prediction: a fine scale is predicted from coarser ones. mnsp does both, lmim gives mim a guide.
+prediction: a fine scale is predicted from coarser ones. mnsp does both, and gives mim a small
+guide. lmim gives mim a guide of full size.
 
     B       crops of a batch
     H W     pixels
@@ -85,10 +86,9 @@ def patch_norm(x):
     """Pixels x (B, N, 3*p*q) -> (x - mean) / std, mean, std: mean is each channel's in the patch,
     std is the whole patch's.
 
-    MAE takes one mean of all three channels. On words the target would then be mostly the
-    colour of a flat ground. A recoloured view cannot know that colour, and beside it the strokes
-    count for little. 1e-3 is the variance of a contrast of 4 grey levels: a patch with less is
-    noise and is not blown up."""
+    MAE takes one mean of all three channels. Then the target of a flat ground is its colour, which
+    is most of a word's crop and which a recoloured view cannot know. 1e-3 is the variance of a
+    contrast of 4 grey levels: a patch with less is noise and is not blown up."""
     channels = x.unflatten(-1, (3, -1))                                 # (B, N, 3, p*q)
     mean = channels.mean(-1, keepdim=True)
     centred = (channels - mean).flatten(-2)                             # (B, N, 3*p*q)
@@ -413,7 +413,7 @@ class Decoder(nn.Module):
 # guide   what mim's decoder sees besides visible patches: nothing, or a view of full or coarse
 #         size, moved, bent and recoloured
 # mim, nsp, align     the weights of the terms. lmim's align of 1 is for a teacher's features; on
-#         pixels it leaves little that helps to read, and 0.02 leaves more
+#         pixels it harms reading, and 0.02 harms it less
 # form    how [cls] tokens are aligned
 GUIDES = ("none", "full", "coarse")
 FORMS = ("mse", "infonce")
@@ -436,7 +436,7 @@ def infonce(a, b, rank_crops=None, temperature=0.2):
     with torch.autocast(a.device.type, enabled=False):
         a = F.normalize(a.float(), dim=-1)
         b = F.normalize(b.float(), dim=-1)
-        # of all ranks: (S, D) each; which of the S are padding; where this rank's begin
+        # of all ranks, S rows: (S, D) each; which of the S are padding; where this rank's begin
         all_a, all_b, padding, first = gather_ranks(a, b, rank_crops)
         a_to_b = a @ all_b.T / temperature                              # (B, S)
         b_to_a = b @ all_a.T / temperature
@@ -450,9 +450,9 @@ def gather_ranks(a, b, rank_crops):
     """a, b (B, D) of this rank -> those of all ranks (S, D) each; which of the S are padding (S,);
     where this rank's begin.
 
-    Every rank must give the same number of rows. A rank with a damaged crop has fewer than
-    rank_crops and is padded. Without gradients ranks stay apart, since rank 0 alone draws
-    pictures."""
+    Gathering needs as many rows of each rank, so a rank with damaged crops is padded to rank_crops.
+    Rank 0 draws pictures alone, without gradients: then nothing is gathered, or it would wait for
+    ever."""
     if not dist.is_initialized() or not torch.is_grad_enabled():
         nothing = torch.zeros(a.shape[0], dtype=torch.bool, device=a.device)
         return a, b, nothing, 0
@@ -502,8 +502,8 @@ def coarse_sizes(method, scales):
 class Pretrainer(nn.Module):
     """One model and one loss path for every row of METHODS.
 
-    method: a row of METHODS, or its name; scales: sizes (h, w) in pixels, coarse to fine; teacher:
-    a frozen ViT whose features are the target, or None: pixels; rank_crops: how many crops a rank
+    method: a row of METHODS, or its name; scales: (height, width) in pixels, coarse to fine;
+    teacher: a frozen ViT whose features are the target, or None: pixels; rank_crops: how many crops a rank
     has in a micro-batch, for infonce."""
 
     def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None,
@@ -596,7 +596,7 @@ class Pretrainer(nn.Module):
             losses = []
             for i, target in enumerate(targets):            # one scale finer than coarse[i]
                 coarser = coarse[:i + 1]
-                pred["nsp"] = self.decoder.predict_all(coarser, i)      # (B, N, C)
+                pred["nsp"] = self.decoder.predict_all(coarser, i)      # the fine one's is kept
                 losses.append(mse(pred["nsp"], target))
             terms["nsp"] = weight["nsp"] * sum(losses) / len(losses)
 
@@ -800,13 +800,13 @@ class Recognizer(nn.Module):
         _, crop_kvs = self.encode(images)
         B, device = images.shape[0], images.device
         character = torch.full((B, 1), self.start, device=device)
-        caches = [kv[:, :, :, :0] for kv in crop_kvs]                   # of no characters yet
+        caches = [kv[:, :, :, :0] for kv in crop_kvs]       # empty: only its shape is taken over
         going = torch.ones(B, dtype=torch.bool, device=device)          # words that have no end yet
         characters, confidences = [], []
         for t in range(self.max_length + 1):
             logits, caches = self.logits_after(character, crop_kvs, caches)
             logits = logits[:, 0].float()                               # (B, V)
-            logits[:, self.pad:] = -math.inf                            # padding is never read
+            logits[:, self.pad:] = -math.inf                # padding and unknown are never read
             probabilities = logits.softmax(-1)
             confidence, chosen = probabilities.max(-1)                  # (B,)
             if t == self.max_length:                                    # the longest word ends here

@@ -106,9 +106,9 @@ def make_mask(numbers, kind, mask_ratio, grid, patch):
 
 
 def block_keys(numbers, grid, patch, block=16):
-    """numbers (B, 2 + N) -> keys (B, N) by which the patches of a block come one after the other,
-    so that they are hidden together. Only the block in which the ratio is reached is hidden in
-    part. Blocks have 16 x 16 pixels, from a corner that is drawn anew for each crop."""
+    """numbers (B, 2 + N) -> keys (B, N). The patches of a block have nearly the same key, so that
+    they are hidden together; only one block is hidden in part. Blocks of 16 x 16 pixels tile the
+    crop, and the tiling is moved up and left by a part of a block, drawn anew for each crop."""
     h, w = grid
     block_h = max(1, block // patch[0])                                 # in patches
     block_w = max(1, block // patch[1])
@@ -118,7 +118,7 @@ def block_keys(numbers, grid, patch, block=16):
 
     block_row = (torch.arange(h) + corner_y) // block_h                 # (B, h)
     block_column = (torch.arange(w) + corner_x) // block_w              # (B, w)
-    last_column = (w - 1 + block_w - 1) // block_w          # if the corner is moved the most
+    last_column = (w - 1 + block_w - 1) // block_w          # of blocks, moved by the most
     blocks_across = last_column + 1
     block_id = block_row[:, :, None] * blocks_across + block_column[:, None, :]     # (B, h, w)
     block_id = block_id.flatten(1)                                      # (B, N)
@@ -229,7 +229,7 @@ def main():
 
         line_due = step % args.log_every == 0 or step in (1, total_steps)
         if line_due:
-            log.read_losses()
+            log.read_losses()                   # waits for the device, as a part of the step
         log.end_step()
         if line_due:
             log.write(step, lr, skipped, damage.damaged)
@@ -237,13 +237,14 @@ def main():
         if rank() == 0 and (step % args.sample_every == 0 or step == total_steps):
             path = os.path.join(args.out_dir, "samples", f"step_{step:06d}.png")
             draw_samples(raw_model, pictured, device, dtype, args, path, step)
-        if step % args.save_every == 0 and step < total_steps and skipped[0] == 0:
+        going_well = skipped[0] == 0                        # not amid non-finite steps
+        if step % args.save_every == 0 and step < total_steps and going_well:
             save("last.pt")
 
     if not save("last.pt"):
         raise UserError(f"{args.out_dir}: the last checkpoint was not written; mend the reason "
                         "above and add --resume")
-    if step < total_steps or stop.came(group):
+    if step < total_steps:
         say(f"stopped by a signal at step {step}; add --resume to go on")
         raise KeyboardInterrupt             # status 130, so that `pretrain.py && ...` stops too
     say(f"checkpoint {os.path.join(args.out_dir, 'last.pt')}")

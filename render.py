@@ -49,7 +49,7 @@ LENGTHS = {                     # characters of a word: per cent
 }
 CASES = {"STREET": 0.40, "Street": 0.28, "street": 0.32}
 P_PUNCTUATION = 0.12            # of words and of random letters
-COMMON_EXPONENT = 3             # 1: all words come equally often; 3: half are of the first 4,000
+COMMON_EXPONENT = 3             # 1: all words come equally often; 3: half are of the first eighth
 
 NUMBERS = """
     # ## ### #### ##### 19## 20## $# $## $#.## $##.## ##% #% #.## ##.# #,###
@@ -161,7 +161,7 @@ def render_word(seed, index, fonts, charset):
 
 def word_rng(seed, index):
     """The random numbers of one word. The seed and the index stand side by side in a text, which
-    Python hashes. Were they added, word 4 of draw 1 would be word 5 of draw 0."""
+    Python hashes. Were they added, word 4 of seed 1 would be word 5 of seed 0."""
     return random.Random(f"{seed} {index}")
 
 
@@ -259,7 +259,7 @@ def letters_of(charset):
     of its characters."""
     if can_write_english(charset):
         return LOWER_CASE           # set_case does the rest
-    # Indian vowel signs are no letters to Python, so all that is not ASCII counts as one.
+    # Some scripts' signs are no letters to Python, so all that is not ASCII counts as one.
     letters = [char for char in charset if char.isalpha() or not char.isascii()]
     return "".join(letters) or charset
 
@@ -584,8 +584,8 @@ def bend_word(rng, coverage, char_map):
     bend = draw_bend(rng, w / h)
     crop = crop_around(rng, bend)
 
-    # A bent pixel is read off few pixels. In a large drawing others between them would be
-    # missed, so these are averaged first.
+    # Bending reads a few pixels for each new one and would skip the rest of a large drawing. So
+    # the drawing is made smaller first, which averages its pixels.
     drawing_size = (min(w, MAX_DRAWING[0]), min(2 * h, MAX_DRAWING[1]))
     coverage = coverage.resize(drawing_size, Image.Resampling.BILINEAR)
     char_map = char_map.resize(drawing_size, Image.Resampling.NEAREST)
