@@ -935,9 +935,9 @@ def all_drawn_labels_fit(part, chars, max_length):
 # batch its crop is in.
 #
 # To add an augmentation of your own: give its probability at the end of AUGMENT_CHANCES, and what
-# it draws at the end of RANGES and of AUGMENTATION, in the place of spare columns. Write it as
-# one of the stages below, and call that in augment_from_numbers. There is room for four more
-# probabilities and five more columns. The others keep the numbers that they draw today.
+# it draws at the end of RANGES and of AUGMENTATION (AUGMENT_NUMBERS stays: there is room for four
+# more probabilities and five more columns, and the others keep the numbers that they draw today).
+# Write it as one of the stages below, and call that in augment_from_numbers.
 
 # LMIM's operations (CVPR 2025): those that change a crop's look and those that move its pixels.
 # vertical and horizontal cut something off; tilt is a change of perspective.

@@ -503,8 +503,8 @@ class Pretrainer(nn.Module):
     """One model and one loss path for every row of METHODS.
 
     method: a row of METHODS, or its name; scales: (height, width) in pixels, coarse to fine;
-    teacher: a frozen ViT whose features are the target, or None: pixels; rank_crops: how many crops a rank
-    has in a micro-batch, for infonce."""
+    teacher: a frozen ViT whose features are the target, or None: pixels; rank_crops: how many
+    crops a rank has in a micro-batch, for infonce."""
 
     def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None,
                  rank_crops=None):
