@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import signal
