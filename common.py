@@ -71,6 +71,11 @@ def run_main(main):
 def line_for_user(error):
     """The line that tells the user what to mend, or None: then the program is to be mended."""
     text = str(error).strip().split("\n")[-1]               # a loader sends a whole traceback
+    # a loader's process that was killed with crops in its hands cuts the line to it
+    cut_off = isinstance(error, (EOFError, ConnectionError))
+    if cut_off or (isinstance(error, FileNotFoundError) and not error.filename):
+        return ("a process that reads crops has ended; if memory ran out, lower --workers; "
+                "training goes on with --resume")
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, (UserError, OSError)):
