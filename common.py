@@ -71,11 +71,13 @@ def run_main(main):
 def line_for_user(error):
     """The line that tells the user what to mend, or None: then the program is to be mended."""
     text = str(error).strip().split("\n")[-1]               # a loader sends a whole traceback
-    # a loader's process that was killed with crops in its hands cuts the line to it
-    cut_off = isinstance(error, (EOFError, ConnectionError))
-    if cut_off or (isinstance(error, FileNotFoundError) and not error.filename):
-        return ("a process that reads crops has ended; if memory ran out, lower --workers; "
-                "training goes on with --resume")
+    advice = "if memory ran out, lower --workers; training goes on with --resume"
+    # a loader's process that was killed with crops in its hands cuts the line to it. (A broken
+    # pipe is another thing: nobody listens to what is printed.)
+    if isinstance(error, (EOFError, ConnectionResetError, ConnectionRefusedError)):
+        return f"a process that reads crops has ended; {advice}"
+    if isinstance(error, FileNotFoundError) and not error.filename:
+        return f"a process that reads crops has ended; {advice}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, (UserError, OSError)):
@@ -83,8 +85,7 @@ def line_for_user(error):
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full; lower --batch_size (and raise --accum_iter as much)"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-        text = text.rstrip(".")
-        return f"{text}; if memory ran out, lower --workers; training goes on with --resume"
+        return f"{text.rstrip('.')}; {advice}"
     if isinstance(error, RuntimeError) and "Connection closed by peer" in text:
         return "another rank has ended; what it said stands above"
     return None
