@@ -40,6 +40,8 @@ from model import MODELS, Recognizer, ViT, load_encoder, normalize_pixels
 RECIPES = {
     "vit_nano": dict(batch_size=64, max_steps=9000, blr=4e-3, warmup_epochs=0.3, clip_grad=20.0,
                      layer_decay=1.0, drop_path=0.0, dropout=0.0, spell=10.0, save_every=1000),
+    "vit_mini": dict(batch_size=64, max_steps=40000, blr=6e-3, warmup_epochs=0.3, clip_grad=20.0,
+                     layer_decay=1.0, drop_path=0.0, dropout=0.0, spell=10.0, save_every=1000),
     "vit_tiny": dict(blr=4e-4),
     "vit_small": dict(blr=1e-4),
     "vit_base": dict(blr=1e-4),

@@ -39,6 +39,10 @@ MODELS = {
         encoder=dict(depth=6, width=128, heads=4, patch=(8, 8)),
         decoder=dict(layers=2, width=128, heads=4, ffn=256, dropout=0.0),
         reader=dict(layers=2, width=128, heads=4, ffn=256)),
+    "vit_mini": dict(
+        encoder=dict(depth=6, width=192, heads=6, patch=(32, 4)),
+        decoder=dict(layers=2, width=192, heads=6, ffn=384, dropout=0.0),
+        reader=dict(layers=2, width=192, heads=6, ffn=384)),
     "vit_tiny": dict(
         encoder=dict(depth=12, width=192, heads=3, patch=(4, 4)),
         decoder=dict(layers=2, width=256, heads=8, ffn=1024),

@@ -44,6 +44,7 @@ from model import (
 # 8 GPUs of 64 crops
 RECIPES = {
     "vit_nano": dict(batch_size=64, max_steps=2000, blr=4e-3, warmup_epochs=0.5, clip_grad=1.0),
+    "vit_mini": dict(batch_size=64, max_steps=8000, blr=6e-3, warmup_epochs=0.5, clip_grad=1.0),
     "vit_tiny": dict(blr=5e-4),
 }
 
