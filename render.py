@@ -5,7 +5,8 @@ blurred as a camera leaves it.
     render_word(seed, index, fonts, charset)  -> picture, label, map of characters
 
 Both depend on nothing but their arguments, whatever the process or the order.
-Labels are the same on every machine. Pictures are not: other machines have other fonts.
+Labels are the same on every machine. Pictures are the same where the fonts are, such as
+those of one folder, and Pillow's version.
 """
 import functools
 import io
@@ -61,9 +62,7 @@ PUNCTUATION = """
 """.split()                     # "*" becomes the word
 
 # The letters. Their size is the font's: about from the top of an "l" to the foot of a "p".
-LETTER_SIZE = 40                # pixels
-SHORT_LETTER_SIZE = 64          # of short labels, since these are enlarged the most
-SHORT_LABEL = 4                 # characters, at most
+LETTER_SIZE = 48                # pixels
 STROKES = {0: 3, 1: 2, 2: 1}    # pixels that are added all around a letter: share
 SPACING = (0.02, 0.06)          # between letters, in letter sizes (normal)
 MIN_SPACING = -0.04
@@ -151,7 +150,7 @@ def render_word(seed, index, fonts, charset):
 
     coverage, char_map = set_letters(rng, label, fonts)
     if rng.random() < P_NEIGHBOURS:
-        add_neighbours(coverage)
+        coverage = add_neighbours(coverage)
     coverage, char_map, crop_aspect = bend_word(rng, coverage, char_map)
 
     image = colour_word(rng, coverage)
@@ -302,30 +301,31 @@ NO_LETTERS = (                  # in the names of fonts that hold something else
     "symbol|emoji|ding|math|icon|braille|barcode|music|"
     "lastresort|blank|notdef|ornament"
 )
-PROBE_SIZE = 40                 # pixels at which a font is asked what it has
 NO_CHARACTER = "\U0010fffe"     # Unicode will never give it a meaning, so no font has it
 LETTERS_AND_DIGITS = LOWER_CASE + LOWER_CASE.upper() + "0123456789"
 
 
 def font_files(folder=None, needed=LETTERS_AND_DIGITS):
-    """A list of fonts: None, then the TrueType and OpenType files of the system, then those
-    under `folder` that have all the characters in `needed`. UserError if that has none."""
+    """A list of fonts. With a folder: its TrueType and OpenType files that have all the
+    characters in `needed`, and nothing else, so that pictures are the same on every machine.
+    UserError if there is none. Without one: None, then the files of the system."""
+    if folder:
+        return list(usable_fonts(folder, needed))
     fonts = [None]
     for system_folder in FONT_FOLDERS:
         for path in font_files_under(system_folder):
             name = os.path.basename(path)
             if not re.search(NO_LETTERS, name, re.IGNORECASE):
                 fonts.append(path)
-    if folder:
-        fonts += usable_fonts(folder, needed)
     return fonts
 
 
 def font_files_under(folder):
-    """The font files of a folder and of the folders in it, sorted."""
+    """The font files of a folder and of the folders in it, in the same order on every system."""
     folder = os.path.expanduser(os.path.expandvars(folder))
     found = pathlib.Path(folder).rglob("*.[oOtT][tT][cCfF]")
-    return [str(path) for path in sorted(found)]
+    # As texts: paths themselves are compared without regard to case on Windows.
+    return sorted(path.as_posix() for path in found)
 
 
 @functools.lru_cache
@@ -352,12 +352,15 @@ def usable_fonts(folder, needed):
     if left_out:
         n_left_out = len(paths) - len(usable)
         say(f"--fonts {folder}: {n_left_out} of {len(paths)} fonts are left out ({reasons})")
+    if needed == LETTERS_AND_DIGITS and not any(has_all(path, PRINTABLE) for path in usable):
+        say(f"--fonts {folder}: no font has all of a keyboard's signs; labels that none can "
+            "write are drawn in Pillow's own font")
     return usable
 
 
 def font_fault(path, needed):
     """Why a font cannot be used to draw the characters in `needed`, or None if it can."""
-    if open_font(path, PROBE_SIZE) is None:
+    if open_font(path, LETTER_SIZE) is None:
         return "cannot be opened"
     lacking = {char for char in needed if not has_char(path, char)}
     if not lacking:
@@ -373,7 +376,7 @@ def is_symbol_face(path):
     """Whether a font says that it holds symbols: it has a "symbol" table of characters, which
     Windows made for fonts such as Wingdings."""
     try:
-        ImageFont.truetype(path, PROBE_SIZE, encoding="symb")
+        ImageFont.truetype(path, LETTER_SIZE, encoding="symb")
     except (OSError, ValueError):
         return False
     return True
@@ -399,7 +402,7 @@ def families_of(fonts):
     Black" are two fonts of one family."""
     families = {}
     for path in fonts:
-        font = open_font(path, PROBE_SIZE)
+        font = open_font(path, LETTER_SIZE)
         if font is None:
             name = ""                   # all that cannot be opened are one family
         else:
@@ -421,28 +424,38 @@ def find_font(text, size, fonts):
     none does: Pillow's own, which draws boxes."""
     visible = text.replace(" ", "")
     for path in fonts:
-        font = open_font(path, size)
-        if font and all(has_char(path, char) for char in visible):
+        # layout None is Pillow's best: it joins letters where a script asks for it.
+        font = open_font(path, size, layout=None)
+        if font and has_all(path, visible):
             return font
     return open_font(None, size)
 
 
 @functools.lru_cache(maxsize=4096)
-def open_font(path, size):
-    """An ImageFont, `size` pixels high, or None for a file that cannot be opened."""
+def open_font(path, size, layout=ImageFont.Layout.BASIC):
+    """An ImageFont, `size` pixels high, or None for a file that cannot be opened.
+
+    The basic layout is enough for single letters. It is fast, and always there: the other one
+    needs a library, fribidi, which some systems lack, and may choose other shapes of letters.
+    """
     if path is None:
         return ImageFont.load_default(size)
     try:
-        return ImageFont.truetype(path, size)
+        return ImageFont.truetype(path, size, layout_engine=layout)
     except (OSError, ValueError):
         return None
+
+
+def has_all(path, text):
+    """Whether a font has every character of a text."""
+    return all(has_char(path, char) for char in text)
 
 
 @functools.lru_cache(maxsize=2**16)
 def has_char(path, char):
     """Whether a font has a character. A font that lacks one draws nothing, or the box that it
     draws for every character that it lacks."""
-    font = open_font(path, PROBE_SIZE)
+    font = open_font(path, LETTER_SIZE)
     if font is None:
         return False
     try:
@@ -455,86 +468,105 @@ def has_char(path, char):
 @functools.lru_cache(maxsize=4096)
 def missing_box(path):
     """The pixels that a font draws for a character that it lacks."""
-    return bytes(open_font(path, PROBE_SIZE).getmask(NO_CHARACTER))
+    return bytes(open_font(path, LETTER_SIZE).getmask(NO_CHARACTER))
 
 
 # ---- the letters
 
 FONT_TRIES = 8                  # by chance, before all fonts are tried
+MIN_INK = 96                    # of 255: a pixel with less coverage belongs to no character
+ALL_AROUND = [(0, 1), (0, -1), (1, 0), (-1, 0)]     # moves by one pixel: down, right
 
-# A drawn character. ink: its coverage, a picture of mode "L". left, top: the corner of
-# ink, seen from the pen, which stands on the baseline. advance: how far the pen moves on.
+# A drawn character. ink: its coverage, uint8 (h, w). left, top: the corner of ink, seen
+# from the pen, which stands on the baseline. advance: how far the pen moves on.
 Glyph = namedtuple("Glyph", "ink left top advance")
 
 
-@functools.lru_cache(maxsize=2**15)
-def draw_glyph(path, size, stroke, char):
-    """The Glyph of a character with `stroke` pixels added all around, or None if the font
-    lacks it."""
-    font = open_font(path, size)
+# A letter is drawn once, at one size, and kept: 500 fonts of 94 characters fill 70 MB. It is
+# made bold, slanted and coloured where it is used.
+@functools.lru_cache(maxsize=2**16)
+def draw_glyph(path, char):
+    """The Glyph of a character, or None if the font lacks it."""
+    font = open_font(path, LETTER_SIZE)
     if font is None or not has_char(path, char):
         return None
-    at_pen = dict(anchor="ls", stroke_width=stroke)     # "ls": left end of the baseline
-    left, top, right, bottom = font.getbbox(char, **at_pen)
+    left, top, right, bottom = font.getbbox(char, anchor="ls")  # "ls": left end of the baseline
     ink = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(ink).text((-left, -top), char, 255, font, **at_pen)
-    return Glyph(ink, left, top, font.getlength(char))
+    ImageDraw.Draw(ink).text((-left, -top), char, 255, font, anchor="ls")
+    return Glyph(np.array(ink), left, top, font.getlength(char))
 
 
 def set_letters(rng, label, fonts):
-    """The label on a straight line -> coverage, char_map: two pictures of mode "L", (w, 2 h).
-    The word is (w, h) and in their middle. Above and below is room for other lines."""
-    size = LETTER_SIZE
-    if len(label) <= SHORT_LABEL:
-        size = SHORT_LETTER_SIZE
+    """The label on a straight line -> coverage, char_map: uint8 (2 h, w). The word is (h, w)
+    and in their middle. Above and below is room for other lines."""
     stroke = choose(rng, STROKES)
-    glyphs = choose_glyphs(rng, label, fonts, size, stroke)
-    corners = place_glyphs(rng, glyphs, size)
+    glyphs = choose_glyphs(rng, label, fonts)
+    corners = place_glyphs(rng, glyphs)
 
     left = min(x for x, y in corners)
     top = min(y for x, y in corners)
-    right = max(x + glyph.ink.width for (x, y), glyph in zip(corners, glyphs))
-    bottom = max(y + glyph.ink.height for (x, y), glyph in zip(corners, glyphs))
+    right = max(x + glyph.ink.shape[1] for (x, y), glyph in zip(corners, glyphs))
+    bottom = max(y + glyph.ink.shape[0] for (x, y), glyph in zip(corners, glyphs))
 
     # A lone "." must not fill its crop: a word counts as half a letter size at least.
     # An empty pixel at each rim lets the letters fade out when the drawing is resized.
-    w = max(right - left, size // 2) + 2
-    h = max(bottom - top, size // 2) + 2
+    rim = stroke + 1
+    w = max(right - left, LETTER_SIZE // 2) + 2 * rim
+    h = max(bottom - top, LETTER_SIZE // 2) + 2 * rim
     # From the pen's coordinates to the drawing's, where the letters are in the middle.
     move_right = (w - (right - left)) // 2 - left
     move_down = (2 * h - (bottom - top)) // 2 - top
 
-    coverage = Image.new("L", (w, 2 * h))
-    char_map = Image.new("L", (w, 2 * h))
+    coverage = np.zeros((2 * h, w), np.uint8)
+    char_map = np.zeros((2 * h, w), np.uint8)
     for k, ((x, y), glyph) in enumerate(zip(corners, glyphs), start=1):
-        corner = (x + move_right, y + move_down)
-        coverage.paste(255, corner, mask=glyph.ink)
-        # Ink can be blended, the numbers of characters cannot: a pixel gets number k if at
-        # least half of it is covered. MIN_INK takes away more when the drawing has been bent.
-        half_covered = glyph.ink.convert("1", dither=Image.Dither.NONE)
-        char_map.paste(k, corner, mask=half_covered)
+        glyph_h, glyph_w = glyph.ink.shape
+        rows = slice(y + move_down, y + move_down + glyph_h)
+        columns = slice(x + move_right, x + move_right + glyph_w)
+        place = coverage[rows, columns]
+        np.maximum(place, glyph.ink, out=place)
+        char_map[rows, columns][glyph.ink > MIN_INK] = k
+
+    for _ in range(stroke):
+        coverage = widen(coverage, ALL_AROUND)
+        char_map = widen(char_map, ALL_AROUND)
     return coverage, char_map
 
 
-def choose_glyphs(rng, label, fonts, size, stroke):
-    """The label's Glyphs in one font: some fonts are tried by chance, then each in turn, until
-    one has all of the label's characters."""
+def choose_glyphs(rng, label, fonts):
+    """The label's Glyphs in one font: some fonts are tried by chance, then each in turn, then
+    Pillow's own, until one has all of the label's characters."""
     # First a family, then a font of it: else a family of 70 weights would drown the others.
     families = families_of(tuple(fonts))
-    chosen = [rng.choice(rng.choice(families)) for _ in range(FONT_TRIES)]
-    for path in [*chosen, *fonts]:
-        glyphs = [draw_glyph(path, size, stroke, char) for char in label]
-        if all(glyphs):
+    for _ in range(FONT_TRIES):
+        family = rng.choice(families)
+        glyphs = draw_glyphs(rng.choice(family), label)
+        if glyphs is not None:
+            return glyphs
+    for path in [*fonts, None]:
+        glyphs = draw_glyphs(path, label)
+        if glyphs is not None:
             return glyphs
     raise UserError(f"no font has all of {label}; give one with --fonts FOLDER")
 
 
-def place_glyphs(rng, glyphs, size):
+def draw_glyphs(path, label):
+    """The label's Glyphs, or None if the font lacks one."""
+    glyphs = []
+    for char in label:
+        glyph = draw_glyph(path, char)
+        if glyph is None:
+            return None
+        glyphs.append(glyph)
+    return glyphs
+
+
+def place_glyphs(rng, glyphs):
     """The upper left corner (x, y) of each Glyph's ink; y is 0 at the baseline."""
-    spacing = size * max(MIN_SPACING, rng.gauss(*SPACING))
+    spacing = LETTER_SIZE * max(MIN_SPACING, rng.gauss(*SPACING))
     hop = 0
     if rng.random() < P_HOP:
-        hop = size * HOP
+        hop = LETTER_SIZE * HOP
 
     corners = []
     pen = 0
@@ -547,15 +579,26 @@ def place_glyphs(rng, glyphs, size):
 
 
 def add_neighbours(coverage):
-    """Writes the word once more above itself and below, moved to the side. These letters have no
-    place in the char_map: they belong to no character of the label."""
-    w, h = coverage.width, coverage.height // 2
-    top = h // 2
-    line = coverage.crop((0, top, w, top + h))
-    shift = round(NEIGHBOUR_SHIFT * w)
+    """The coverage with the word once more above itself and below, moved to the side. These
+    letters have no place in the char_map: they belong to no character of the label."""
+    h, w = coverage.shape[0] // 2, coverage.shape[1]
     distance = round(NEIGHBOUR_DISTANCE * h)
-    coverage.paste(line, (shift, top - distance))
-    coverage.paste(line, (-shift, top + distance))
+    shift = round(NEIGHBOUR_SHIFT * w)
+    return widen(coverage, [(-distance, shift), (distance, -shift)])
+
+
+def widen(drawing, moves):
+    """The drawing (h, w) under copies of itself, each moved (down, right) by so many pixels: a
+    pixel keeps its largest value. What comes in at the rims is 0."""
+    h, w = drawing.shape
+    rim = np.abs(moves).max()
+    padded = np.zeros((h + 2 * rim, w + 2 * rim), drawing.dtype)
+    padded[rim:rim + h, rim:rim + w] = drawing
+    wider = drawing
+    for down, right in moves:
+        top, left = rim - down, rim - right
+        wider = np.maximum(wider, padded[top:top + h, left:left + w])
+    return wider
 
 
 # ---- the bend
@@ -571,29 +614,27 @@ def add_neighbours(coverage):
 # angle:  by which all of it is turned, in radians
 Bend = namedtuple("Bend", "aspect shear taper sag angle")
 
-OUTLINE_POINTS = 9              # of the word's upper rim, and as many of its lower: see crop_around
-BEND_STRIPS = 8                 # straight pieces of a crop that stand for a curve
-MAX_DRAWING = (160, 80)         # width, height: what is larger is made smaller, then bent
-MIN_INK = 96                    # of 255: a pixel with less coverage belongs to no character
+CURVE_PIECES = 8                # straight pieces that stand for a curve
+MAX_DRAWING = (192, 96)         # width, height: what is larger is made smaller, then bent
 
 
 def bend_word(rng, coverage, char_map):
     """set_letters' two pictures -> coverage float32 (32, 128) in [0, 1], char_map uint8
     (32, 128), and the width / height that the crop had before it was squeezed."""
-    w, h = coverage.width, coverage.height // 2
+    h, w = coverage.shape[0] // 2, coverage.shape[1]
     bend = draw_bend(rng, w / h)
     crop = crop_around(rng, bend)
 
     # Bending reads a few pixels for each new one and would skip the rest of a large drawing. So
     # the drawing is made smaller first, which averages its pixels.
     drawing_size = (min(w, MAX_DRAWING[0]), min(2 * h, MAX_DRAWING[1]))
-    coverage = coverage.resize(drawing_size, Image.Resampling.BILINEAR)
-    char_map = char_map.resize(drawing_size, Image.Resampling.NEAREST)
+    coverage = Image.fromarray(coverage).resize(drawing_size, Image.Resampling.BILINEAR)
+    char_map = Image.fromarray(char_map).resize(drawing_size, Image.Resampling.NEAREST)
 
     mesh = bend_mesh(bend, crop, drawing_size)
     coverage = bend_drawing(coverage, mesh, Image.Resampling.BILINEAR)
     char_map = bend_drawing(char_map, mesh, Image.Resampling.NEAREST)
-    char_map = np.where(coverage > MIN_INK, char_map, 0).astype(np.uint8)
+    char_map = np.where(coverage > MIN_INK, char_map, np.uint8(0))
 
     left, top, right, bottom = crop
     crop_aspect = (right - left) / (bottom - top)
@@ -655,12 +696,20 @@ def turn(x, y, angle):
     return cos * x - sin * y, sin * x + cos * y
 
 
+def n_pieces(bend):
+    """Of how many straight pieces the upper rim of the bent word consists, and the lower one."""
+    if bend.sag == 0:
+        return 1
+    return CURVE_PIECES
+
+
 def crop_around(rng, bend):
     """The rims of a crop that holds the bent word and margins -> left, top, right, bottom, in
     heights of the word."""
+    pieces = n_pieces(bend)
     outline = []
-    for k in range(OUTLINE_POINTS):
-        u = -1 + 2 * k / (OUTLINE_POINTS - 1)
+    for k in range(pieces + 1):
+        u = -1 + 2 * k / pieces
         outline.append(bend_point(bend, u, -1))
         outline.append(bend_point(bend, u, 1))
     xs = [x for x, y in outline]
@@ -685,9 +734,7 @@ def bend_mesh(bend, crop, drawing_size):
     left, top, right, bottom = crop
     drawing_w, drawing_h = drawing_size
     word_h = drawing_h / 2          # the rest is room for other lines
-    strips = 1                      # without a curve
-    if bend.sag != 0:
-        strips = BEND_STRIPS
+    strips = n_pieces(bend)
 
     def drawn_at(x, y):
         u, v = unbend_point(bend, x, y)
@@ -722,7 +769,7 @@ def colour_word(rng, coverage):
 
     relief = choose(rng, RELIEFS)
     if relief != "none":
-        wider = widen(rng, coverage, relief)
+        wider = widen(coverage, relief_moves(rng, relief))
         lightness = mix(ground_light, ink_light, rng.uniform(*RELIEF_LIGHTNESS))
         colour = draw_colour(rng, lightness)
         ground = mix(ground, colour, wider * rng.uniform(*RELIEF_OPACITY))
@@ -789,25 +836,11 @@ def draw_colour(rng, lightness):
     return np.array(channels, np.float32).reshape(3, 1, 1)
 
 
-def widen(rng, coverage, relief):
-    """Coverage of the letters and their shadow or outline: moved copies are laid on the letters,
-    and each pixel keeps its largest value."""
+def relief_moves(rng, relief):
+    """Where the copies of the letters lie that make their shadow or outline."""
     if relief == "shadow":
-        moves = [(rng.choice(SHADOW_DOWN), rng.choice(SHADOW_RIGHT))]
-    else:
-        moves = [(0, 1), (0, -1), (1, 0), (-1, 0)]
-    wider = coverage
-    for down, right in moves:
-        wider = np.maximum(wider, move_by(coverage, down, right))
-    return wider
-
-
-def move_by(coverage, down, right):
-    """The coverage moved by so many pixels; what comes in at the rims is 0."""
-    rim = max(abs(down), abs(right))
-    padded = np.pad(coverage, rim)
-    top, left = rim - down, rim - right
-    return padded[top:top + H, left:left + W]
+        return [(rng.choice(SHADOW_DOWN), rng.choice(SHADOW_RIGHT))]
+    return ALL_AROUND
 
 
 def mix(a, b, share):
@@ -848,11 +881,13 @@ def textures():
         if k % 2 == 1:
             square = square.rotate(numpy_rng.uniform(0, 360), resample)
 
-        values = np.asarray(square.crop(middle)) - 0.5
+        values = np.asarray(square.crop(middle), np.float64) - 0.5
         values = np.tanh(numpy_rng.choice(TEXTURE_HARDNESS) * values)
         values = values - values.min()
-        maps.append(values / values.max())
-    return np.stack(maps).astype(np.float32)
+        # Processors differ in a tanh's last digits. Rounded, it is the same on all of them.
+        values = (values / values.max()).round(3)
+        maps.append(values.astype(np.float32))
+    return np.stack(maps)
 
 
 def cut_window(rng, maps):
@@ -870,21 +905,32 @@ def wear_out(rng, image, crop_aspect):
     crop_aspect: the crop's width / height before it was squeezed."""
     # The order matters: few pixels average the noise away, JPEG's blocks are as large as
     # eight of the few pixels, and a blur softens the blocks.
-    deviation = max(0, rng.gauss(*NOISE_DEVIATION))
-    image = image + deviation * cut_window(rng, noise_field())
-    image = image.clip(0, 255).astype(np.uint8)
+    image = add_noise(rng, image)
+    has_few_pixels = rng.random() < P_FEW_PIXELS
+    has_blocks = rng.random() < P_JPEG
+    is_blurred = rng.random() < P_BLUR
+    if not (has_few_pixels or has_blocks or is_blurred):
+        return image            # half of the crops: no need to go by way of a picture
 
     picture = Image.fromarray(image.transpose(1, 2, 0).copy())
-    if rng.random() < P_FEW_PIXELS:
+    if has_few_pixels:
         picture = shrink(picture, rng.randint(*FEW_PIXELS), crop_aspect)
-    if rng.random() < P_JPEG:
+    if has_blocks:
         picture = compress(picture, rng.randint(*JPEG_QUALITY))
-    if rng.random() < P_BLUR:
+    if is_blurred:
         scale = picture.height / H          # BLUR counts pixels of the full crop
         blur = ImageFilter.GaussianBlur(rng.uniform(*BLUR) * scale)
         picture = picture.filter(blur)
     picture = picture.resize((W, H), Image.Resampling.BICUBIC)
     return np.asarray(picture).transpose(2, 0, 1).copy()
+
+
+def add_noise(rng, image):
+    """A picture float32 (3, 32, 128) with noise, or without -> uint8 (3, 32, 128)."""
+    deviation = rng.gauss(*NOISE_DEVIATION)
+    if deviation > 0:
+        image = image + deviation * cut_window(rng, noise_field())
+    return image.clip(0, 255).astype(np.uint8)
 
 
 @functools.cache

@@ -342,10 +342,12 @@ def test_a_shadow_ends_at_the_rim():
     coverage[-1, -1] = 1
     coverage[10, 20] = .5
     for down, right in (0, 1), (1, 0), (2, 2), (1, -2), (-1, 1):
-        moved = render.move_by(coverage, down, right)
-        assert moved.shape == coverage.shape and moved[10 + down, 20 + right] == .5
-        assert not moved[0].any() and not moved[:, 0].any()
-        assert moved.max() == (1 if max(down, right) <= 0 else .5)
+        wider = render.widen(coverage, [(down, right)])
+        assert wider.shape == coverage.shape and wider.dtype == np.float32
+        assert wider[10, 20] == wider[10 + down, 20 + right] == .5 and wider[-1, -1] == 1
+        assert not wider[0].any() and not wider[:, 0].any()
+        assert np.count_nonzero(wider) == (3 if max(down, right) > 0 else 4)
+    assert np.count_nonzero(render.widen(coverage, render.ALL_AROUND)) == 5 + 3
 
 
 def test_a_colour_has_the_lightness_asked_for():
@@ -402,7 +404,7 @@ def test_unusable_fonts_are_counted(tmp_path, capsys):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     fonts = render.font_files(str(tmp_path))
-    assert fonts == FONTS + [str(tmp_path / "good.ttf")]
+    assert fonts == [str(tmp_path / "good.ttf")]
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and f"--fonts {tmp_path}: 5 of 6 fonts are left out" in said
     for reason in "cannot be opened: 2", "no lower case: 1", "characters missing: 1", "not letters: 1":
@@ -412,7 +414,7 @@ def test_unusable_fonts_are_counted(tmp_path, capsys):
 
     # Another alphabet: what is needed is the charset, not a to z.
     fonts = render.font_files(str(tmp_path), needed="ABC")
-    assert [os.path.basename(path) for path in fonts[len(FONTS):]] == ["capitals.ttf", "few.ttf", "good.ttf"]
+    assert [os.path.basename(path) for path in fonts] == ["capitals.ttf", "few.ttf", "good.ttf"]
     capsys.readouterr()
 
     (tmp_path / "good.ttf").unlink()
@@ -431,8 +433,48 @@ def test_broken_font_is_passed_over(tmp_path):
     assert render.fonts_with("ab", [str(broken), None]) == [None]
     assert render.find_font("ab", 14, [str(broken)]).getlength("ab") > 0
     assert render.find_font("", 14, [str(broken)]).getlength("ab") > 0
+    assert render_word(0, 0, [str(broken)], PRINTABLE)[2].any()         # in Pillow's own
     with pytest.raises(UserError, match="no font has all of"):
-        render_word(0, 0, [str(broken)], PRINTABLE)
+        render_word(0, 0, [str(broken)], "\U0010fffd")
+
+
+def test_a_users_fonts_are_all_that_is_drawn(monkeypatch, tmp_path):
+    """A folder of fonts beside which the system's are drawn: other pictures on every machine, though folder
+    and Pillow are the same. Where Pillow's own font steps in for signs, the user hears of it."""
+    mine, systems = tmp_path / "mine", tmp_path / "systems"
+    names = ["b/x.ttf", "e.otf", "D.ttf", "c-1.ttf", "c/x.ttf", "a.ttf", "B.ttf", "f.TTF"]
+    for path in [systems / "s.ttf", *(mine / name for name in names)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(own_font())
+    monkeypatch.setattr(render, "FONT_FOLDERS", [str(systems)])
+    assert render.font_files() == [None, str(systems / "s.ttf")]
+    fonts = render.font_files(str(mine))
+    assert fonts == [str(mine / name) for name in sorted(names)]        # as no language sorts them
+    fonts.clear()
+    assert len(render.font_files(str(mine))) == 8                       # what was cleared is not the kept answer
+
+
+def test_signs_that_a_users_fonts_lack(tmp_path, capsys):
+    """A folder of one font without "~": the first label that has it ends the run; or another font is drawn,
+    and the user does not hear of it."""
+    (tmp_path / "few.ttf").write_bytes(own_font(last="}"))
+    fonts = render.font_files(str(tmp_path))
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "no font has all of a keyboard's signs" in said and "Pillow's own" in said
+    assert len(fonts) == 1
+    glyphs = render.choose_glyphs(random.Random(0), "~a", fonts)
+    assert glyphs == [render.draw_glyph(None, "~"), render.draw_glyph(None, "a")]
+    (tmp_path / "few.ttf").write_bytes(own_font())
+    for cached in (render.usable_fonts, render.open_font, render.has_char, render.missing_box):
+        cached.cache_clear()
+    render.font_files(str(tmp_path))
+    assert capsys.readouterr().out == ""
+
+
+def test_letters_need_no_library_of_the_systems():
+    """Pillow's other layout needs fribidi, which a system has or has not: letters would stand elsewhere."""
+    for path in FONTS[:4]:
+        assert render.open_font(path, render.LETTER_SIZE).layout_engine == ImageFont.Layout.BASIC
 
 
 def test_families_come_equally_often(monkeypatch, tmp_path):
@@ -448,8 +490,8 @@ def test_families_come_equally_often(monkeypatch, tmp_path):
     assert render.describe_fonts(fonts[:2]) == "2 faces of 1 family"
     assert render.describe_fonts([None]) == "1 face of 1 family"
 
-    monkeypatch.setattr(render, "draw_glyph", lambda path, size, stroke, char: path)
-    drawn = [render.choose_glyphs(random.Random(i), "a", fonts, 40, 0)[0] for i in range(2000)]
+    monkeypatch.setattr(render, "draw_glyph", lambda path, char: path)
+    drawn = [render.choose_glyphs(random.Random(i), "a", fonts)[0] for i in range(2000)]
     assert .45 < drawn.count(fonts[8]) / 2000 < .55
     assert all(80 < drawn.count(font) for font in fonts)
 
@@ -465,7 +507,7 @@ def test_missing_letters_are_not_had():
     for path in FONTS[:3]:
         assert not render.has_char(path, "\U0010fffd") and not render.has_char(path, " ")
         assert render.has_char(path, "g") and render.has_char(path, ".")
-    assert render.draw_glyph(None, 40, 1, "\U0010fffd") is None
+    assert render.draw_glyph(None, "\U0010fffd") is None
 
 
 def test_titles_font():
@@ -480,13 +522,55 @@ def test_titles_font():
 
 
 def test_glyph_is_placed_by_its_pen():
-    """A corner that is off by the stroke, or by the font's ascent, lets letters of a word hop."""
-    glyph = render.draw_glyph(None, 40, 0, "H")
-    fat = render.draw_glyph(None, 40, 2, "H")
-    assert glyph.top + glyph.ink.height == 0        # an H stands on the baseline
-    assert (fat.left, fat.top) == (glyph.left - 2, glyph.top - 2)
-    assert fat.ink.size == (glyph.ink.width + 4, glyph.ink.height + 4)
-    assert fat.advance == glyph.advance > 20
+    """A corner that is off by the font's ascent, or ink that is cut: letters of a word hop."""
+    glyph = render.draw_glyph(None, "H")
+    assert glyph.top + len(glyph.ink) == 0          # an H stands on the baseline
+    assert glyph.ink[0].any() and glyph.ink[-1].any()
+    assert glyph.ink.shape[1] >= glyph.advance > 20
+
+
+def test_a_letter_is_drawn_once():
+    """A letter drawn anew for each size or stroke: with 500 fonts most of the time goes there, or the memory."""
+    render.draw_glyph.cache_clear()
+    for i in range(300):
+        render_word(0, i, [None], PRINTABLE)
+    assert render.draw_glyph.cache_info().misses <= 94
+
+
+def test_strokes_are_as_wide_as_they_say(monkeypatch):
+    """Bold letters that are cut at the drawing's rim, that grow on one side, or whose map stays thin."""
+    monkeypatch.setattr(render, "P_HOP", 0)
+
+    def drawn(stroke):
+        monkeypatch.setattr(render, "STROKES", {stroke: 1})
+        return render.set_letters(random.Random(0), "HlH", [None])
+
+    def rims(drawing):
+        """How far the ink is from the left, right, top and bottom."""
+        rows, columns = np.nonzero(drawing > render.MIN_INK)
+        h, w = drawing.shape
+        return columns.min(), w - columns.max(), rows.min() - h // 4, h - h // 4 - rows.max()
+
+    thin = drawn(0)[0]
+    for stroke in 1, 2:
+        coverage, char_map = drawn(stroke)
+        assert coverage.shape == (thin.shape[0] + 4 * stroke, thin.shape[1] + 2 * stroke)
+        assert rims(coverage) == rims(thin)         # the drawing grows as the letters do
+        assert (coverage > render.MIN_INK).sum() > (thin > render.MIN_INK).sum() * (1 + .1 * stroke)
+        assert np.array_equal(char_map > 0, coverage > render.MIN_INK)
+        assert np.unique(char_map).tolist() == [0, 1, 2, 3]
+
+
+def test_neighbours_stand_above_and_below():
+    """Lines that lie on the word, or on one side of it only: labels that nobody could read."""
+    coverage = np.zeros((80, 90), np.uint8)
+    coverage[20:60] = 200                           # the word
+    coverage[20:60, :30] = 100                      # its first third
+    crowded = render.add_neighbours(coverage)
+    assert np.array_equal(crowded[20:60], coverage[20:60])
+    assert crowded[:16, 30:60].min() == crowded[:16, 30:60].max() == 100        # moved to the right
+    assert not crowded[16:20].any() and not crowded[60:64].any() and not crowded[:16, :30].any()
+    assert crowded[64:, :60].min() == 200 and not crowded[64:, 60:].any()       # and to the left
 
 
 def test_names_of_a_users_fonts_do_not_matter(tmp_path):
