@@ -45,6 +45,7 @@ class UserError(Exception):
 def run_main(main):
     """Calls main() and exits. What the user can mend becomes one line on stderr and exit status 2;
     a mistake in the program keeps its traceback. STR_TRACEBACK=1 shows every traceback."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # which a script's top had changed
     for stream in (sys.stdout, sys.stderr):
         # a letter that the terminal lacks is printed as \u...; a notebook cannot be told so
         with contextlib.suppress(AttributeError):
@@ -86,6 +87,8 @@ def line_for_user(error):
         return "the GPU's memory is full; lower --batch_size (and raise --accum_iter as much)"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return f"{text.rstrip('.')}; {advice}"
+    if isinstance(error, RuntimeError) and re.search(r"No working C\+\+|C compiler", str(error)):
+        return "--compile needs a C++ compiler, such as g++, and found none; or leave it out"
     if isinstance(error, RuntimeError) and "Connection closed by peer" in text:
         return "another rank has ended; what it said stands above"
     return None
@@ -151,7 +154,7 @@ def add_training_flags(parser, models):
         help="synth[:N[:SEED]], an LMDB folder or a tree of them, a .txt/.tsv/.csv/.jsonl/.json "
         "of labels, a folder of images; SRC@5 is seen five times as often")
     add("--fonts",
-        help="a folder of .ttf or .otf files for rendered words, besides those of the system")
+        help="a folder: draw rendered words in its .ttf, .otf and .ttc files, not in the system's")
     add("--rotate_tall", action="store_true",
         help="turn crops much taller than wide; for vertical words")
     add("--max_damaged", type=number_in("(0, 1)"), default=.01,
@@ -182,7 +185,7 @@ def add_training_flags(parser, models):
         help="of matrix products; auto: bfloat16 where the device has it, else float16 on a GPU, "
         "float32 on a CPU")
     add("--compile", action="store_true",
-        help="some minutes' wait, then faster; a CPU gains little, and needs a C++ compiler")
+        help="a wait at the start, then faster; a CPU gains little, and needs a C++ compiler")
     add("--device", default="auto",
         help="cpu, cuda, cuda:1; auto takes a CUDA GPU if there is one")
     add("--resume", action="store_true",
@@ -244,7 +247,8 @@ def pick_device(name):
         device = torch.device(kind)
         torch.empty(1, device=device).cpu()     # which "meta", a device without memory, cannot
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        reason = re.split(r"\. |\n", str(error))[0]               # its first sentence
+        raise UserError(f"--device {name}: {reason}") from None
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -411,24 +415,72 @@ class StopSignal:
 
 def read_checkpoint(path):
     """A checkpoint's dict, from a file that is not trusted: tensors, plain types and MAE's
-    argparse.Namespace, nothing that runs. Raises UserError, one line, when the file is
-    missing, foreign, torn or would run code."""
+    argparse.Namespace, nothing that runs. {"state_dict": ...} becomes {"model": ...}, and names
+    are plain, see plain_names. UserError, one line, for whatever else the file is."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             # torch warns of an old pickle's protocol; the error below says enough
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: {reason}; expected a checkpoint file (.pt, .pth)") from None
     except Exception as error:              # a dozen kinds; each means that it is no checkpoint
-        kind = type(error).__name__
-        raise UserError(f"{path}: not a checkpoint that can be read safely ({kind}); expected "
-                        "tensors and plain types saved by torch.save") from None
+        raise UserError(f"{path}: {why_refused(path, error)}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a dict with 'model', "
                         "or a state dict")
+
+    state = plain_names(state)
+    if "state_dict" in state and "model" not in state:          # Lightning's and MMOCR's
+        state["model"] = state["state_dict"]
+    if isinstance(state.get("model"), dict):
+        state["model"] = plain_names(state["model"])
     return state
+
+
+def why_refused(path, error):
+    """What a file is that torch.load refused, and what to do about it."""
+    if os.path.isdir(path):
+        return f"a folder; name the checkpoint in it, such as {os.path.join(path, 'last.pt')}"
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}; expected a checkpoint file (.pt, .pth)"
+    with open(path, "rb") as file:
+        begins = file.read(30)
+    if begins == b"":
+        return "an empty file; copy or download it again"
+    if begins.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, and not the file itself; type git lfs pull where it lies"
+    if begins.startswith(b"<"):
+        return "a web page; download the file itself"
+    if begins[6:9] == b"\0\0{":             # eight bytes say how long the JSON is that follows
+        return ("a safetensors file; expected torch.save's, which this makes of it: "
+                f"torch.save(safetensors.torch.load_file('{path}'), 'weights.pt')")
+    if "TorchScript" in str(error):
+        return ("a TorchScript archive; expected a state dict, which this makes of it: "
+                f"torch.save(torch.jit.load('{path}').state_dict(), 'weights.pt')")
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return (f"a pickle that wants {refused[1]}, which could run code and is not loaded; if you "
+                "trust the file, load it with torch.load(..., weights_only=False) and torch.save "
+                "its state dict alone")
+    if re.match(rb"\x80[\3-\5]", begins):                       # torch.save's begins with \x80\2
+        return ("a pickle that could run code; if you trust the file, read it with pickle.load "
+                "and torch.save its state dict alone")
+    return (f"not a checkpoint that can be read safely ({type(error).__name__}); expected tensors "
+            "and plain types saved by torch.save")
+
+
+def plain_names(state):
+    """A state dict without what wrappers put into the names: torch.compile "_orig_mod."; DDP
+    "module.", and others "model.", once or several times in front."""
+    plain = {}
+    for name, value in state.items():
+        if isinstance(name, str):
+            name = name.replace("_orig_mod.", "")
+            while name.startswith(("module.", "model.")):
+                name = name.split(".", 1)[1]
+        plain[name] = value
+    if len(plain) < len(state):             # two tensors would have one name
+        return state
+    return plain
 
 
 def load_state(module, state, path, hint=""):
@@ -443,6 +495,8 @@ def load_state(module, state, path, hint=""):
         elif own[name].shape != state[name].shape:
             there, here = tuple(state[name].shape), tuple(own[name].shape)
             wrong.append(f"{name} is {there} there and {here} here")
+        elif not state[name].is_floating_point() or not state[name].isfinite().all():
+            wrong.append(f"{name} holds other things than finite numbers")
         else:
             fit += 1
     wrong += [f"not known here: {name}" for name in state if name not in own]
@@ -455,6 +509,8 @@ def load_state(module, state, path, hint=""):
 def check_out_dir(path):
     """UserError if the folder cannot be made or written. It is made when there is something
     to write."""
+    if path == "":
+        raise UserError("--out_dir is empty; expected a folder")
     place = os.path.abspath(path)
     while not os.path.exists(place):
         place = os.path.dirname(place)
@@ -622,6 +678,8 @@ def count_steps(args, n_crops, crops_per_step):
 
 def learning_rate(step, total_steps, warmup_steps, lr, min_lr):
     """Linear warm-up from above 0, then half a cosine from lr down to min_lr."""
+    if min_lr > lr:
+        raise UserError(f"--min_lr {min_lr:g}: expected at most the learning rate, {lr:.2e}")
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     share = (step - warmup_steps) / (total_steps - warmup_steps)
@@ -655,14 +713,12 @@ def weight_groups(model, weight_decay, layer_decay=1.0):
     return list(groups.values())
 
 
-def wrap_model(model, compiled):
-    """The model to call in training: compiled if asked for, and under DDP if there are
-    several ranks."""
-    if compiled:
-        model = torch.compile(model)
+def wrap_model(model):
+    """The model to call in training: under DDP if there are several ranks."""
     if world_size() == 1:
         return model
-    # the model's buffers are position codes, which never change: no rank need send them
+    # the model's buffers, position codes and drop_path's shares, never change: no rank need
+    # send them
     # (torch 2.13 renamed the argument)
     ddp = torch.nn.parallel.DistributedDataParallel
     names = inspect.signature(ddp.__init__).parameters
@@ -735,6 +791,8 @@ class Log:
         self.path = os.path.join(args.out_dir, "log.jsonl")
         if rank() == 0 and os.path.exists(self.path):
             cut_log(self.path, step)
+        if step >= total_steps:
+            say(f"all {total_steps} steps are done; a larger --max_steps or --epochs goes on")
         self.start_line()
 
     def start_line(self):
@@ -783,13 +841,20 @@ class Log:
         say(log_line(step, row, self.means))
         days = row["eta_s"] / 86400
         if step == 1 and self.device.type == "cpu" and days > 1:
-            say(f"this takes {days:.0f} days on this CPU; --model vit_nano takes minutes")
+            say(f"this takes {days:.1f} days on this CPU; {less_work(self.args.model)}")
         if rank() == 0:
             with tolerate_full_disk(self.path, step):
                 os.makedirs(self.args.out_dir, exist_ok=True)
                 with open(self.path, "a") as file:
                     file.write(json.dumps(dict(step=step, **finite_or_null(row))) + "\n")
         self.start_line()
+
+
+def less_work(model):
+    """What to type where a run takes too long."""
+    if model in ("vit_nano", "vit_mini"):               # whose recipes set --max_steps
+        return "a smaller --max_steps takes less"
+    return "--model vit_nano takes minutes"
 
 
 def log_line(step, row, means):

@@ -9,12 +9,12 @@ The parts of this file, in the order of reading:
     sources     decode, Lmdb, Files, Synth, Parts, Subset, open_source, open_sources
     labels      CHARSETS, read_charset, fit_label, fit_labels
     views       guidance_view, augment, coarse_view: whole batches, on their device
-    batches     read_batch, batches, next_batch, read_all, DamageCount
+    batches     read_batch, batches, next_batch, fill_places, read_all, DamageCount
     pictures    draw_sheet
     commands    show, check, pack
 
-SRC is a source of crops, see SRC_HELP. What cannot be read raises Damaged and is counted, never
-replaced.
+SRC is a source of crops, see SRC_HELP. What cannot be read raises Damaged and is counted. In
+training a sound crop of the same batch stands in its place; nowhere else is it replaced.
 
 Some words of pre-training, which model.py explains. A view is a picture of the same word that
 looks different. `mim` fills in the hidden patches of a crop, and may look at a guidance view.
@@ -36,7 +36,11 @@ import shutil
 import signal
 import time
 import unicodedata
+import warnings
 from collections import Counter, namedtuple
+
+if __name__ == "__main__":              # Ctrl-C while torch is loaded ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -167,13 +171,16 @@ def deep_grey_to_8_bits(image):
     """Grey of more than 8 bits has one of three ranges: 0 to 65535; 0 to 1; or that of 8 bits.
     Where the mode leaves it open, the lightest pixel says which."""
     grey = np.asarray(image, np.float32)
-    if image.mode.startswith("I;16") or grey.max() > 255:
+    darkest, lightest = grey.min(), grey.max()      # both are NaN if one pixel is
+    if not (darkest >= 0 and lightest <= 65535):
+        raise Damaged(f"pixels from {darkest:g} to {lightest:g}; expected 0 to 1, 255 or 65535")
+    if image.mode.startswith("I;16") or lightest > 255:
         scale = 1 / 257                             # 65535 becomes 255
-    elif image.mode == "F" and grey.max() <= 1:
+    elif image.mode == "F" and lightest <= 1:
         scale = 255
     else:
         scale = 1
-    return Image.fromarray((grey * scale).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((grey * scale).astype(np.uint8))
 
 
 def lay_on_ground(image):
@@ -527,9 +534,9 @@ SYNTH_N = 1_000_000     # words in `synth`. With 10,000 other crops, 99 of a hun
 class Synth(Source):
     """n rendered words. Crop i depends on (seed, i) alone, whatever the process or the order.
 
-    fonts: a folder of more fonts. charset: the characters to draw, in fonts that have them all;
-    None: a keyboard's, in all fonts. Another machine has other fonts, so it draws other pictures
-    of the same words.
+    fonts: a folder, whose fonts alone are drawn; None: the system's. charset: the characters to
+    draw, in fonts that have them all; None: a keyboard's, in all its fonts. Other fonts, as
+    another machine has, draw other pictures of the same words.
     """
     name = "synth"
 
@@ -673,6 +680,8 @@ def open_synth(src, fonts, chars):
     if not re.fullmatch("synth(:0*[1-9][0-9]{,8}(:[0-9]+)?)?", src):
         raise UserError(f"{src}: expected synth, synth:N or synth:N:SEED, whole numbers, "
                         "N from 1 to 999999999")
+    if os.path.exists(src):
+        say(f"{src}: rendered words, not the file or folder of that name; for that type ./{src}")
     if chars is not None:
         check_can_be_drawn(src, chars)
         if folds_case(chars):
@@ -764,6 +773,8 @@ def open_labels_file(src, rotate_tall):
         hint = "move it to the folder that they start from"
         if "\\" in first_paths[0]:
             hint = "write their \\ as /"
+        if os.path.isfile(os.path.join(source.root, source.label(0) or "")):
+            hint = "write the path first, then the label"
         raise UserError(f"{src}: no {first_paths[0]}; image paths are relative to the labels file: "
                         f"{hint}")
     return source
@@ -1390,7 +1401,8 @@ def copy_once(constant, device):
 
 # images: uint8 (b, 3, 32, 128). labels: b strings or None.
 # char_maps: uint8 (b, 32, 128), zeros for a crop without one; None if nobody asked.
-# damaged: a line for each crop that could not be read; these are missing in the batch.
+# damaged: a line for each crop that could not be read; these are missing in the batch, unless
+#   fill_places put others in their places.
 # indices: the numbers of the b crops in the source.
 # places: where the b crops stand among those that were asked for.
 Batch = namedtuple("Batch", "images labels char_maps damaged indices places")
@@ -1447,10 +1459,13 @@ def loader(source, index_lists, workers, char_maps=False):
         # Unregistered first, or it would run once for every loader.
         atexit.unregister(end_workers)
         atexit.register(end_workers)
-    return iter(DataLoader(
-        BatchReader(source, char_maps), sampler=index_lists, batch_size=None, num_workers=workers,
-        prefetch_factor=4 if workers else None, worker_init_fn=start_worker,
-        pin_memory=torch.cuda.is_initialized()))
+    with warnings.catch_warnings():
+        # torch finds that more workers than cores are too many, in every validation anew
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        return iter(DataLoader(
+            BatchReader(source, char_maps), sampler=index_lists, batch_size=None,
+            num_workers=workers, prefetch_factor=4 if workers else None,
+            worker_init_fn=start_worker, pin_memory=torch.cuda.is_initialized()))
 
 
 def start_worker(_):
@@ -1498,16 +1513,17 @@ def crop_order(n, batch_size, seed, position=0, rank=0, world=1):
         yield indices
 
 
-def rows_in_step(places, micro_step, batch_size):
-    """Where the crops at `places` of this rank's micro-batch stand in the step's one large batch,
-    that of all ranks and micro-steps, see crop_order -> LongTensor."""
+def rows_in_step(micro_step, batch_size):
+    """Where this rank's micro-batch stands in the step's one large batch, that of all ranks and
+    micro-steps, see crop_order -> slice."""
     first = (micro_step * common.world_size() + common.rank()) * batch_size
-    return first + torch.tensor(places, dtype=torch.long)
+    return slice(first, first + batch_size)
 
 
 def next_batch(stream, damage, log=None):
-    """The next Batch of a stream, see `batches`. damage, a DamageCount, is told what could not be
-    read; log, a common.Log, how long it took. UserError if nothing could be read."""
+    """The next Batch of a stream, see `batches`, with its places filled. damage, a DamageCount, is
+    told what could not be read; log, a common.Log, how long it took. UserError if nothing could be
+    read."""
     began = time.perf_counter()
     batch = next(stream)
     if log is not None:
@@ -1516,7 +1532,25 @@ def next_batch(stream, damage, log=None):
     if len(batch.images) == 0:
         raise UserError(f"no crop of a batch could be read, the first being {batch.damaged[0]}; "
                         "leave such crops out with data.py pack, or raise --batch_size")
+    if batch.damaged:
+        batch = fill_places(batch)
     return batch
+
+
+def fill_places(batch):
+    """A Batch in which sound crops stand, once more, in the places of those that are missing. So
+    all batches of a run are of one size: for another one torch.compile would compile anew, and
+    ranks could not gather their rows. Each sound crop keeps its own place."""
+    sound = len(batch.images)
+    size = sound + len(batch.damaged)
+    crops = torch.arange(size) % sound              # which crop stands in each place
+    crops[batch.places] = torch.arange(sound)
+    maps = None
+    if batch.char_maps is not None:
+        maps = batch.char_maps[crops]
+    labels = [batch.labels[k] for k in crops]
+    indices = [batch.indices[k] for k in crops]
+    return Batch(batch.images[crops], labels, maps, batch.damaged, indices, list(range(size)))
 
 
 def read_all(source, batch_size, workers=0):
@@ -1684,7 +1718,10 @@ def make_views(images, generator, args):
         views.append(augment(images, generator))
         views.append(augment(images, generator))
     if args.coarse:
-        coarse = coarse_view(images, parse_size(args.coarse))
+        height, width = parse_size(args.coarse)
+        if height > H or width > W:
+            raise UserError(f"--coarse {args.coarse}: expected at most {H}x{W}, a crop's size")
+        coarse = coarse_view(images, (height, width))
         views.append(F.interpolate(coarse, size=(H, W)))
     return views
 
@@ -1872,7 +1909,8 @@ def pack(args):
         kept = write_lmdb(unfinished, source, skip, args.workers)
     except (lmdb.Error, OSError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(f"{out}: cannot be written ({error}); is there room?") from None
+        raise UserError(f"{out}: cannot be written ({error}); expected a new folder, in one that "
+                        "is there, on a disk with room") from None
     except UserError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -1975,7 +2013,7 @@ def add_show(commands):
         help="how many crops; views need room, so ask for fewer with them")
     add("--seed", type=number_in("[0, 4294967296)", int), default=0,
         help="another one picks other crops and draws other views")
-    add("--fonts", help="a folder of more fonts for rendered words")
+    add("--fonts", help="a folder of fonts for rendered words, instead of the system's")
     add("--charset",
         help="36, 62, 94 or a UTF-8 file: the characters that rendered words are made of")
     add("--guidance", action="store_true",

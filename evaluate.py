@@ -1,12 +1,13 @@
 """Reads words with a fine-tuned recognizer and scores the readings.
 
+    python evaluate.py --images a.png folder
     python evaluate.py --ckpt out/finetune/best.pt --data bench/IIIT5k_3000 bench/SVT --json r.json
-    python evaluate.py --ckpt out/finetune/best.pt --images a.png folder
     python evaluate.py --score preds.tsv --protocol waics
     torchrun --nproc_per_node=8 evaluate.py --ckpt out/finetune/best.pt --data bench/SVT
 
 --data prints a table of labelled test sets. --images prints path, text and confidence. --score
-takes lines of label<TAB>prediction, which may come from any system. From Python:
+takes lines of label<TAB>prediction, which may come from any system. Without --ckpt the weights
+that come with this repository read. From Python:
 
     net = evaluate.load_recognizer("best.pt")
     net.read(images)                # uint8 (B, 3, 32, 128) -> [(text, confidence)]
@@ -18,11 +19,16 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
+import signal
 import sys
 import time
 import unicodedata
 from collections import Counter, namedtuple
+
+if __name__ == "__main__":              # Ctrl-C while torch is loaded ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -36,6 +42,10 @@ from common import (
     pick_device, rank, read_checkpoint, run_main, say, to_device, to_unit, typed_flags, world_size,
 )
 from data import BLACK, GREY, RED, Damaged, draw_sheet
+
+# The weights that come with this repository, at half precision. Its "about" says what they were
+# trained on.
+SHIPPED = pathlib.Path(__file__).resolve().parent / "assets" / "reader.pt"
 
 # label: what is written on a crop. text: what was read. confidence: how sure that is, the
 # product of the probabilities of its characters and its end. Of a crop that could not be
@@ -342,9 +352,10 @@ def check_damaged(result, max_damaged):
 
 # ---- reading
 
-def load_recognizer(path, device="cpu"):
+def load_recognizer(path=SHIPPED, device="cpu"):
     """A checkpoint of finetune.py -> model.Recognizer; UserError if the file is none. Its
-    `rotate_tall` says whether it was trained on crops of which the tall ones were turned."""
+    `rotate_tall` says whether it was trained on crops of which the tall ones were turned, its
+    `about` what it was trained on ("" if the file does not say)."""
     checkpoint = read_checkpoint(path)
     if not is_recognizer(checkpoint):
         raise UserError(f"{path}: not a recognizer; expected a checkpoint of finetune.py")
@@ -356,6 +367,7 @@ def load_recognizer(path, device="cpu"):
     weights = checkpoint["model"]
     load_state(net, weights, path)
     net.rotate_tall = bool(stored.get("rotate_tall"))
+    net.about = str(checkpoint.get("about", ""))
     return net.to(device).eval()
 
 
@@ -368,7 +380,7 @@ def is_recognizer(checkpoint):
         return False
     if not {"charset", "model"} <= set(checkpoint):             # "model": the weights
         return False
-    return stored.get("model") in model.MODELS                  # --model: the name of a size
+    return stored.get("model") in list(model.MODELS)            # --model: the name of a size
 
 
 def read_source(read, source, batch_size, workers, group=None):
@@ -836,7 +848,8 @@ def add_flags(parser):
         help="lines of label<TAB>prediction, from any system; needs no --ckpt")
     add = parser.add_argument
     add("--ckpt", metavar="FILE",
-        help="best.pt or last.pt of finetune.py; it holds charset and sizes")
+        help="best.pt or last.pt of finetune.py; it holds charset and sizes; left out: the weights "
+        "that come with the repository, assets/reader.pt")
     add("--protocol", choices=PROTOCOLS,
         help="how labels and readings are compared; left out: waics, as in papers, "
         "but exact for a checkpoint with your own charset")
@@ -861,7 +874,8 @@ def add_flags(parser):
         help="cpu, cuda, cuda:1; auto takes a CUDA GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
         help="half is faster, less exact")
-    add("--fonts", help="a folder of .ttf or .otf files for synth, besides those of the system")
+    add("--fonts",
+        help="a folder: draw synth in its .ttf, .otf and .ttc files, not in the system's")
     add("--rotate_tall", action="store_true",
         help="turn crops much taller than wide; for data with vertical words")
 
@@ -886,8 +900,6 @@ def check_flags(parser, args):
         if name in typed and args.images:
             parser.error(
                 f"--{name} has no effect with --images, which scores nothing; leave it out")
-    if not args.score and not args.ckpt:
-        parser.error("--ckpt is missing; type finetune.py's, such as out/finetune/best.pt")
     if args.errors and not args.errors.lower().endswith(data.SUFFIXES):
         parser.error(f"--errors {args.errors}: expected a picture's name, such as errors.png")
     if args.data:
@@ -1050,7 +1062,9 @@ def main():
         return
 
     device = pick_device(args.device)
-    net = load_recognizer(args.ckpt, device)
+    net = load_recognizer(args.ckpt or SHIPPED, device)
+    if not args.ckpt and rank() == 0:           # to stderr: stdout is for readings alone
+        print(f"no --ckpt, so {SHIPPED.name} reads: {net.about}", file=sys.stderr, flush=True)
     if net.rotate_tall:
         args.rotate_tall = True
     # Only readings travel between ranks, so their group is the CPUs', even with GPUs.

@@ -14,7 +14,11 @@ import contextlib
 import math
 import os
 import re
+import signal
 import sys
+
+if __name__ == "__main__":              # Ctrl-C while torch is loaded ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +37,9 @@ from data import (
     fit_label, fit_labels, next_batch, open_sources, read_charset, rows_in_step,
     say_fonts,
 )
-from model import MODELS, Recognizer, ViT, load_encoder, normalize_pixels
+from model import (
+    MODELS, Recognizer, ViT, compile_layers, load_encoder, normalize_pixels,
+)
 
 # what --model changes in the flags' defaults; vit_small's are LMIM's: lr 2e-4 at 512 words
 # a step, 10 epochs
@@ -116,7 +122,7 @@ def build_recognizer(args, charset):
     hint = f"; name the --model it was made with, not {args.model}"
     matched = load_state(encoder, stored, f"--init {args.init}", hint)
     checkpoint = read_checkpoint(args.init)
-    if "charset" in checkpoint:
+    if isinstance(checkpoint.get("charset"), str):
         return model, load_recognizer_tensors(model, checkpoint, args.init)
     return model, f"--init {args.init}: all {matched} tensors of the encoder loaded"
 
@@ -186,15 +192,21 @@ def open_val(args, charset, protocol, options):
     if len(fitting) == 0:
         raise UserError(f"--val {val.name}: no label fits --charset {args.charset} and "
                         f"--max_length {args.max_length}; none could be read right")
-    trained_on = {draw_of(src) for src in args.data}
     for src in args.val:
-        if draw_of(src) in trained_on:
+        if any(share_words(src, other) for other in args.data):
             say(f"--val {src}: its words are trained on too; its accuracy says nothing of new ones")
     return val
 
 
-def draw_of(src):
-    """A key: two SRCs with the same key share crops."""
+def share_words(src, other):
+    """True if two SRCs are one draw of rendered words, one path, or a folder and what is in it."""
+    one = place_of(src) + os.sep
+    two = place_of(other) + os.sep
+    return one.startswith(two) or two.startswith(one)
+
+
+def place_of(src):
+    """Which draw a SRC is, or which path."""
     src = re.sub("@[0-9]+$", "", src)
     if not is_rendered(src):
         return os.path.realpath(src)
@@ -269,6 +281,8 @@ def parse_args():
         if re.fullmatch("synth(@[0-9]+)?", src):
             parser.error(f"--val {src}: a million words take too long to read; type synth:1000:1, "
                          "a thousand words of another draw")
+    if "spell" in typed and args.spell > 0 and not any(is_rendered(src) for src in args.data):
+        parser.error("--spell has no effect without rendered words; add synth to --data")
     for flag in ("layer_decay", "drop_path"):
         if flag in typed and args.freeze_encoder:
             parser.error(f"--{flag} has no effect with --freeze_encoder; leave one of them out")
@@ -283,7 +297,7 @@ def model_of_init():
     if named.init is None or "-h" in rest or "--help" in rest:
         return None
     stored = read_checkpoint(named.init).get("args")
-    if isinstance(stored, dict) and stored.get("model") in MODELS:
+    if isinstance(stored, dict) and stored.get("model") in list(MODELS):
         return stored["model"]
     return None
 
@@ -349,7 +363,9 @@ def main():
         checkpoint = None                           # frees its memory
     check_ranks_agree(group, step, len(source))
 
-    model = wrap_model(raw_model, args.compile)
+    if args.compile:
+        compile_layers(raw_model)
+    model = wrap_model(raw_model)
     stream = batches(source, args.batch_size, args.seed, step * crops_per_step,
                      rank(), world_size(), args.workers, char_maps=args.spell > 0)
     n_parameters = sum(parameter.numel() for parameter in raw_model.parameters())
@@ -377,7 +393,7 @@ def main():
 
         for micro_step in range(args.accum_iter):
             batch = next_batch(stream, damage, log)
-            rows = rows_in_step(batch.places, micro_step, args.batch_size)
+            rows = rows_in_step(micro_step, args.batch_size)
             words = [fit_label(label, charset, args.max_length).text for label in batch.labels]
             targets = to_device(encode_labels(words, raw_model), device)    # (B, T)
             images = to_unit(to_device(batch.images, device))               # (B, 3, 32, 128)

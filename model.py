@@ -31,12 +31,13 @@ import torch.nn.functional as F
 
 from common import H, W, UserError, load_state, read_checkpoint, to_device, to_unit
 
-# encoder   the ViT; a patch has (p, q) pixels, height first
+# encoder   the ViT; a patch has (p, q) pixels, height first. Where it is as high as the crop, a
+#           crop is one row of patches: few tokens, and far fewer steps until the first letters
 # decoder   predicts patches in pre-training
 # reader    the decoder that reads words in fine-tuning
 MODELS = {
     "vit_nano": dict(
-        encoder=dict(depth=6, width=128, heads=4, patch=(8, 8)),
+        encoder=dict(depth=6, width=128, heads=4, patch=(32, 4)),
         decoder=dict(layers=2, width=128, heads=4, ffn=256, dropout=0.0),
         reader=dict(layers=2, width=128, heads=4, ffn=256)),
     "vit_mini": dict(
@@ -202,17 +203,21 @@ class Block(nn.Module):
     def __init__(self, width, heads, dropout=0.0, drop_path=0.0):
         super().__init__()
         self.drop_path = drop_path
+        # the share of crops that keep a branch. Every block has its own rate, and as a tensor it
+        # is not compiled into the block's code: all blocks share that code
+        share = torch.tensor(1 - drop_path) if drop_path else None
+        self.register_buffer("share", share, persistent=False)
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, dropout)
         self.mlp = Mlp(width, 4 * width, dropout)
 
     def leave_out_some(self, branch):
-        if self.drop_path == 0 or not self.training:
+        if self.share is None or not self.training:
             return branch
-        ones = branch.new_ones(branch.shape[0], 1, 1)
-        kept = F.dropout(ones, self.drop_path)              # 0, or 1 / (1 - drop_path)
-        return branch * kept
+        kept = torch.bernoulli(self.share.expand(branch.shape[0], 1, 1))    # 0 or 1 for each crop
+        kept = kept / self.share                                            # its mean is 1
+        return branch * kept.to(branch.dtype)
 
     def forward(self, x):
         x = x + self.leave_out_some(self.attn(self.norm1(x)))
@@ -397,7 +402,7 @@ class Decoder(nn.Module):
         """nsp: every patch of grids[i] is hidden, and all that is known comes from others, a list
         of (B, 1+N', D') -> (B, N, C)."""
         hidden = self.mask_token + self.places(i)                       # (1, N, D)
-        x = hidden.expand(others[0].shape[0], -1, -1)                   # (B, N, D)
+        x = hidden.repeat(others[0].shape[0], 1, 1)                     # (B, N, D)
         return self.predict(x, others, n_hidden=x.shape[1])
 
     def predict(self, x, others, n_hidden):
@@ -434,40 +439,30 @@ def mse(pred, target):
     return F.mse_loss(pred.float(), target.float())
 
 
-def infonce(a, b, rank_crops=None, temperature=0.2):
+def infonce(a, b, temperature=0.2):
     """A crop's two [cls] tokens, a and b (B, D), find each other among those of the micro-batch's
     crops on all ranks, both ways (InfoNCE, arXiv 1807.03748)."""
     with torch.autocast(a.device.type, enabled=False):
         a = F.normalize(a.float(), dim=-1)
         b = F.normalize(b.float(), dim=-1)
-        # of all ranks, S rows: (S, D) each; which of the S are padding; where this rank's begin
-        all_a, all_b, padding, first = gather_ranks(a, b, rank_crops)
+        all_a, all_b, first = gather_ranks(a, b)                        # (S, D), (S, D)
         a_to_b = a @ all_b.T / temperature                              # (B, S)
         b_to_a = b @ all_a.T / temperature
-        a_to_b = a_to_b.masked_fill(padding, -math.inf)
-        b_to_a = b_to_a.masked_fill(padding, -math.inf)
         partner = first + torch.arange(a.shape[0], device=a.device)     # its place among the S
         return (F.cross_entropy(a_to_b, partner) + F.cross_entropy(b_to_a, partner)) / 2
 
 
-def gather_ranks(a, b, rank_crops):
-    """a, b (B, D) of this rank -> those of all ranks (S, D) each; which of the S are padding (S,);
-    where this rank's begin.
+def gather_ranks(a, b):
+    """a, b (B, D) of this rank -> those of all ranks (S, D) each, and where this rank's begin. All
+    ranks have as many rows: next_batch in data.py fills the places of damaged crops.
 
-    Gathering needs as many rows of each rank, so a rank with damaged crops is padded to rank_crops.
     Rank 0 draws pictures alone, without gradients: then nothing is gathered, or it would wait for
     ever."""
     if not dist.is_initialized() or not torch.is_grad_enabled():
-        nothing = torch.zeros(a.shape[0], dtype=torch.bool, device=a.device)
-        return a, b, nothing, 0
-    rows = rank_crops or a.shape[0]
-    is_crop = torch.ones_like(a[:, :1])
-    packed = torch.cat([a, b, is_crop], dim=1)                          # (B, 2*D + 1)
-    packed = F.pad(packed, (0, 0, 0, rows - a.shape[0]))                # (rows, 2*D + 1)
-    packed = GatherRows.apply(packed)                                   # (ranks * rows, 2*D + 1)
-    D = a.shape[1]
-    all_a, all_b, is_crop = packed.split([D, D, 1], dim=1)
-    return all_a, all_b, is_crop[:, 0] == 0, dist.get_rank() * rows
+        return a, b, 0
+    both = GatherRows.apply(torch.cat([a, b], dim=1))                   # (S, 2*D)
+    all_a, all_b = both.chunk(2, dim=1)
+    return all_a, all_b, dist.get_rank() * a.shape[0]
 
 
 class GatherRows(torch.autograd.Function):
@@ -494,6 +489,15 @@ def spread(cls):
     return (1 - mean.square().sum()).clamp(min=0).sqrt()
 
 
+def half_size(patch):
+    """The coarse view's size where none is named: half the crop's height and width, or half the
+    width alone where a patch is higher than that."""
+    height = H // 2
+    if patch[0] > height:
+        height = H
+    return height, W // 2
+
+
 def coarse_sizes(method, scales):
     """Which of --scales a row of METHODS uses: nsp all of them, a coarse guide the finest."""
     if method["nsp"]:
@@ -506,15 +510,14 @@ def coarse_sizes(method, scales):
 class Pretrainer(nn.Module):
     """One model and one loss path for every row of METHODS.
 
-    method: a row of METHODS, or its name; scales: (height, width) in pixels, coarse to fine;
-    teacher: a frozen ViT whose features are the target, or None: pixels; rank_crops: how many
-    crops a rank has in a micro-batch, for infonce."""
+    method: a row of METHODS, or its name; scales: (height, width) in pixels, coarse to fine,
+    None: half_size; teacher: a frozen ViT whose features are the target, None: pixels."""
 
-    def __init__(self, method, model="vit_small", scales=((16, 64),), teacher=None,
-                 rank_crops=None):
+    def __init__(self, method, model="vit_small", scales=None, teacher=None):
         super().__init__()
+        if scales is None:
+            scales = [half_size(MODELS[model]["encoder"]["patch"])]
         self.method = METHODS[method] if isinstance(method, str) else method
-        self.rank_crops = rank_crops
         self.scales = coarse_sizes(self.method, scales)
         self.encoder = ViT(**MODELS[model]["encoder"], scales=self.scales)
 
@@ -579,7 +582,7 @@ class Pretrainer(nn.Module):
             if self.method["form"] == "mse":
                 losses.append(mse(a, b))
             else:
-                losses.append(infonce(a, b, self.rank_crops))
+                losses.append(infonce(a, b))
         return sum(losses) / len(losses)
 
     def forward(self, image, guide_view, coarse_views, ids_keep, ids_mask):
@@ -612,11 +615,26 @@ class Pretrainer(nn.Module):
         return loss, terms, pred
 
 
+# ---- compiling
+
+def compile_layers(network):
+    """Compiles the blocks of the encoder and the layers of the decoders, on their first call. Those
+    of one kind share what is compiled for a shape: seconds, where a whole network takes minutes.
+
+    In reading the shapes change with every letter, so `decode` stays as it is."""
+    for layer in network.modules():
+        if isinstance(layer, (Block, DecoderLayer)):
+            layer.compile(dynamic=False)                    # once for each size of a view
+        if isinstance(layer, ReaderLayer):
+            layer.compile(dynamic=True)                     # once for words of any length
+    if isinstance(network, Recognizer):
+        network.decode = torch.compiler.set_stance("force_eager")(network.decode)
+
+
 # ---- loading an encoder
 
 # what may stand before an encoder's names. "" is last, since every name starts with it
-ENCODER_PREFIXES = (
-    "module.model_maeenc.", "model_maeenc.", "module.", "encoder.", "backbone.", "")
+ENCODER_PREFIXES = ("model_maeenc.", "encoder.", "backbone.", "")
 NOT_ENCODER = (
     "decoder", "mask_token", "scale_embed", "model_maeenc_momentum", "head", "fc_norm",
     "linear_norm")

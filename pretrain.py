@@ -18,7 +18,11 @@ each rank's own, and InfoNCE compares the crops of one micro-batch.)
 """
 import math
 import os
+import signal
 import sys
+
+if __name__ == "__main__":              # Ctrl-C while torch is loaded ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -36,15 +40,17 @@ from data import (
     open_sources, read_batch, rows_in_step, say_fonts, view_from_numbers,
 )
 from model import (
-    FORMS, GUIDES, METHODS, MODELS, Pretrainer, load_encoder, normalize_pixels,
-    patch_norm, patchify, take, unpatchify,
+    FORMS, GUIDES, METHODS, MODELS, Pretrainer, compile_layers, load_encoder,
+    half_size, normalize_pixels, patch_norm, patchify, take, unpatchify,
 )
 
 # what --model changes in the flags' defaults, which are LMIM's for vit_small: 10 epochs,
 # 8 GPUs of 64 crops
 RECIPES = {
-    "vit_nano": dict(batch_size=64, max_steps=2000, blr=4e-3, warmup_epochs=0.5, clip_grad=1.0),
-    "vit_mini": dict(batch_size=64, max_steps=8000, blr=6e-3, warmup_epochs=0.5, clip_grad=1.0),
+    "vit_nano": dict(batch_size=64, max_steps=2000, blr=6e-3, warmup_epochs=0.5, clip_grad=1.0,
+                     mask_ratio=0.6),
+    "vit_mini": dict(batch_size=64, max_steps=8000, blr=6e-3, warmup_epochs=0.5, clip_grad=1.0,
+                     mask_ratio=0.6),
     "vit_tiny": dict(blr=5e-4),
 }
 
@@ -102,7 +108,7 @@ def make_mask(numbers, kind, mask_ratio, grid, patch):
     N = keys.shape[1]
     K = N - round(mask_ratio * N)
     K = min(max(K, 1), N - 1)
-    ids = keys.argsort(dim=1)                                           # a random order of patches
+    ids = keys.argsort(dim=1, stable=True)          # a random order, the same on every device
     return ids[:, :K], ids[:, K:]
 
 
@@ -117,8 +123,9 @@ def block_keys(numbers, grid, patch, block=16):
     corner_x = (numbers[:, 1:2] * block_w).long()
     patch_numbers = numbers[:, CORNER_NUMBERS:]                         # (B, N)
 
-    block_row = (torch.arange(h) + corner_y) // block_h                 # (B, h)
-    block_column = (torch.arange(w) + corner_x) // block_w              # (B, w)
+    device = numbers.device
+    block_row = (torch.arange(h, device=device) + corner_y) // block_h              # (B, h)
+    block_column = (torch.arange(w, device=device) + corner_x) // block_w           # (B, w)
     last_column = (w - 1 + block_w - 1) // block_w          # of blocks, moved by the most
     blocks_across = last_column + 1
     block_id = block_row[:, :, None] * blocks_across + block_column[:, None, :]     # (B, h, w)
@@ -158,7 +165,7 @@ def main():
         teacher = load_encoder(args.teacher).to(device)
         say(f"--teacher {args.teacher}: all {teacher.matched} tensors loaded")
     torch.manual_seed(args.seed)
-    raw_model = Pretrainer(method, args.model, scales, teacher, rank_crops=args.batch_size)
+    raw_model = Pretrainer(method, args.model, scales, teacher)
     raw_model.to(device)
     grid, patch = raw_model.encoder.grid, raw_model.encoder.patch
 
@@ -177,7 +184,11 @@ def main():
         checkpoint = None                           # frees its memory
     check_ranks_agree(group, step, len(source))
 
-    model = wrap_model(raw_model, args.compile)
+    if args.compile:
+        compile_layers(raw_model)
+        if teacher is not None:
+            compile_layers(teacher)
+    model = wrap_model(raw_model)
     stream = batches(source, args.batch_size, args.seed, step * crops_per_step,
                      rank(), world_size(), args.workers)
     pictured = read_batch(range(min(64, len(source))), source).images[:8]   # some may be damaged
@@ -204,14 +215,13 @@ def main():
 
         for micro_step in range(args.accum_iter):
             batch = next_batch(stream, damage, log)
-            rows = rows_in_step(batch.places, micro_step, args.batch_size)
+            rows = rows_in_step(micro_step, args.batch_size)
             mine = {name: drawn[rows] for name, drawn in numbers.items()}   # these crops' numbers
             images = to_device(batch.images, device)                # uint8 (B, 3, 32, 128)
             guide, coarse = make_views(
                 images, method, raw_model.scales, mine, args.guidance_strength)
             ids_keep, ids_mask = make_mask(
-                mine["mask"], args.mask, args.mask_ratio, grid, patch)
-            ids_keep, ids_mask = to_device(ids_keep, device), to_device(ids_mask, device)
+                to_device(mine["mask"], device), args.mask, args.mask_ratio, grid, patch)
 
             if world_size() > 1:                            # ranks share gradients once a step
                 model.require_backward_grad_sync = micro_step == args.accum_iter - 1
@@ -267,12 +277,13 @@ def draw_samples(model, images, device, dtype, args, path, step):
     images = to_device(images, device)
     guide, coarse = make_views(
         images, model.method, model.scales, numbers, args.guidance_strength)
-    ids_keep, ids_mask = make_mask(numbers["mask"], args.mask, args.mask_ratio, grid, patch)
-    ids_keep, ids_mask = to_device(ids_keep, device), to_device(ids_mask, device)
+    ids_keep, ids_mask = make_mask(
+        to_device(numbers["mask"], device), args.mask, args.mask_ratio, grid, patch)
     image = normalize_pixels(images)
 
     model.eval()
-    with torch.no_grad(), autocast(device, dtype):
+    # eager, whatever is compiled: these crops are fewer, and drawn once in a while
+    with torch.no_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
         _, _, pred = model(image, guide, coarse, ids_keep, ids_mask)
     model.train()
 
@@ -356,9 +367,9 @@ def parse_args():
     add("--teacher",
         help="checkpoint whose features are the target (MAE, MAERec, LMIM or ours); left out: "
         "pixels")
-    add("--scales", nargs="+", default=["16x64"], metavar="HxW",
+    add("--scales", nargs="+", metavar="HxW",
         help="sizes of nsp's views, height x width, coarse to fine; mim's coarse guide is of the "
-        "last")
+        "last; left out: 16x64, half the crop, or 32x64 with patches as high as the crop")
     add("--mask_ratio", type=number_in("(0, 1)"), default=0.8, help="share of patches hidden")
     add("--mask", choices=["random", "block"], default="random",
         help="hide patches, or blocks of 16 x 16 pixels")
@@ -372,6 +383,9 @@ def parse_args():
     args = parse_with_recipe(parser, RECIPES)
     if args.out_dir is None:
         args.out_dir = os.path.join("out", args.method)
+    if args.scales is None:
+        h, w = half_size(MODELS[args.model]["encoder"]["patch"])
+        args.scales = [f"{h}x{w}"]
 
     check_training_flags(parser, args)
     method = change_method(parser, args)
@@ -431,12 +445,14 @@ def check_method(parser, args, method, scales):
         encoded.append("masked crop")
     if align and len(encoded) < 2:
         parser.error(f"{row}: align needs two [cls] tokens, and there is one; set align=0")
+    if align and method["form"] == "infonce" and args.batch_size * world_size() == 1:
+        parser.error(f"{row}: InfoNCE compares crops, and there is one; raise --batch_size")
     if not align and any(setting.startswith("form=") for setting in args.set):
         parser.error(f"{row}: form has no effect without align; add align=0.02 to --set")
 
     patch_h, patch_w = MODELS[args.model]["encoder"]["patch"]
     for h, w in scales:
-        if h % patch_h != 0 or w % patch_w != 0 or h >= H or w >= W:
+        if h % patch_h != 0 or w % patch_w != 0 or h > H or w > W or (h, w) == (H, W):
             parser.error(f"--scales {h}x{w}: expected multiples of the patch, {patch_h}x{patch_w}, "
                          f"below {H}x{W}")
     if scales != sorted(set(scales)):

@@ -45,7 +45,7 @@ import data
 import evaluate
 import pretrain
 from common import H, W
-from model import METHODS, MODELS, Pretrainer, Recognizer, ViT, normalize_pixels
+from model import METHODS, MODELS, Pretrainer, Recognizer, ViT, compile_layers, normalize_pixels
 
 WARM_UP = 2             # calls of each step before those that are timed
 MASK_RATIO = 0.8
@@ -117,7 +117,10 @@ def make_training_step(method, images, args, compiled=False):
     if args.teacher:
         teacher = ViT(**MODELS[args.model]["encoder"]).to(device)
     raw_model = Pretrainer(method, args.model, teacher=teacher).to(device)
-    model = torch.compile(raw_model) if compiled else raw_model
+    if compiled:
+        compile_layers(raw_model)
+        if teacher is not None:
+            compile_layers(teacher)
     grid, patch = raw_model.encoder.grid, raw_model.encoder.patch
     groups = common.weight_groups(raw_model, 0.05)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
@@ -128,11 +131,10 @@ def make_training_step(method, images, args, compiled=False):
         nonlocal steps_done
         numbers = pretrain.draw_numbers(steps_done, len(images), raw_model.method, flags, grid)
         guide, coarse = pretrain.make_views(images, raw_model.method, raw_model.scales, numbers, 1.0)
-        ids_keep, ids_mask = pretrain.make_mask(numbers["mask"], flags.mask, MASK_RATIO, grid, patch)
-        ids_keep = common.to_device(ids_keep, device)
-        ids_mask = common.to_device(ids_mask, device)
+        mask_numbers = common.to_device(numbers["mask"], device)
+        ids_keep, ids_mask = pretrain.make_mask(mask_numbers, flags.mask, MASK_RATIO, grid, patch)
         with common.autocast(device, dtype):
-            loss, _, _ = model(normalize_pixels(images), guide, coarse, ids_keep, ids_mask)
+            loss, _, _ = raw_model(normalize_pixels(images), guide, coarse, ids_keep, ids_mask)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
         optimizer.step()

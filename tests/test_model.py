@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 import bench
 import model
@@ -64,7 +65,7 @@ def batch(name="mnsp", n=4, scales=((16, 64),), teacher=None, seed=0):
     """A Pretrainer of a row of ROWS, or of such a row, and its five inputs, from a fixed seed."""
     method = ROWS[name] if isinstance(name, str) else name
     torch.manual_seed(seed)
-    m = Pretrainer(method, "vit_nano", scales, teacher)
+    m = Pretrainer(method, "vit_square", scales, teacher)
     image = torch.rand(n, 3, 32, 128) * 2 - 1
     guide, coarse = views_for(method, scales, n)
     ids_keep, ids_mask = hide(n, m.encoder.grid, seed=seed)
@@ -356,7 +357,7 @@ def test_drop_path():
     torch.testing.assert_close(each_crop.unique(), torch.tensor([0, 1 / 0.6]))
     assert torch.equal(vit.eval().blocks[-1].leave_out_some(torch.ones(9, 3, 2)), torch.ones(9, 3, 2))
 
-    block, x = model.Block(48, 3, drop_path=1.0), torch.randn(2, 5, 48)
+    block, x = model.Block(48, 3, drop_path=1 - 1e-6), torch.randn(2, 5, 48)
     assert torch.equal(block(x), x)             # both branches are skipped
     assert not torch.equal(block.eval()(x), x)
 
@@ -555,7 +556,7 @@ def test_next_scale_loss_is_the_mean_over_scales():
 def test_teacher_gets_no_gradient_and_is_not_saved():
     """A teacher that moves with the student, or that doubles every checkpoint."""
     torch.manual_seed(0)
-    teacher = ViT(**MODELS["vit_nano"]["encoder"], dropout=0.5)
+    teacher = ViT(**MODELS["vit_square"]["encoder"], dropout=0.5)
     m, image, guide, coarse, ids_keep, ids_mask = batch("lmim", teacher=teacher)
     m.train()
     loss, _, pred = m(image, guide, coarse, ids_keep, ids_mask)
@@ -744,13 +745,13 @@ import torch.distributed as dist
 import model
 meeting, rank, result = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", store=dist.FileStore(meeting, 2), rank=rank, world_size=2)
-tokens = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+tokens = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
 a, b = tokens[:, :4] if rank == 0 else tokens[:, 4:]
 eager = model.infonce
 compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
 found = []
 for align in (eager, compiled):
-    loss = align(a, b, 4)
+    loss = align(a, b)
     grad, = torch.autograd.grad(loss, tokens)
     found.append((loss.detach(), grad))
 torch.save(found, result)
@@ -778,14 +779,14 @@ def run_two_ranks(folder):
 
 def test_infonce_over_two_ranks(tmp_path):
     """Gradients that other ranks send back and that are lost or counted twice, partners looked for
-    in the other rank's rows, padding that is taken for a crop; a compiled collective whose gradient
+    in the other rank's rows; a compiled collective whose gradient
     differs; a name that torch no longer wants, whose warning every rank would print."""
     of_rank_0, of_rank_1 = run_two_ranks(tmp_path)
 
     # DDP takes the mean over the ranks; so the loss is the mean of two means over rows
-    tokens = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    tokens = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     a, b = F.normalize(tokens, dim=-1)
-    partner = torch.arange(7)
+    partner = torch.arange(8)
     nats = F.cross_entropy(a @ b.T / 0.2, partner, reduction="none")
     nats = (nats + F.cross_entropy(b @ a.T / 0.2, partner, reduction="none")) / 2
     first, second = nats[:4].mean(), nats[4:].mean()
@@ -864,30 +865,78 @@ def test_nothing_is_gathered_without_gradients(one_rank, monkeypatch):
     torch.manual_seed(0)
     a, b = torch.randn(2, 6, 8)
     with torch.no_grad():
-        torch.testing.assert_close(model.infonce(a, b, 8), plain_infonce(a, b))
+        torch.testing.assert_close(model.infonce(a, b), plain_infonce(a, b))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_compiled_step_has_no_graph_break_and_equals_eager(name, monkeypatch, one_rank):
-    """What the compiler cannot follow, such as a boolean index or a collective, or whose gradient it
-    loses."""
-    nano = MODELS["vit_nano"]
-    shallow = dict(nano["encoder"], depth=1)                            # every block is the same code
-    monkeypatch.setitem(MODELS, "vit_nano", dict(nano, encoder=shallow))
+def test_the_objective_has_no_graph_break(name, monkeypatch, one_rank):
+    """What the compiler cannot follow, such as a boolean index or a collective."""
+    shallow_encoder(monkeypatch, 1)                                     # every block is the same code
     m, *inputs = batch(name, n=2)
-    parameters = [parameter for parameter in m.parameters() if parameter.requires_grad]
+    loss, _, _ = torch.compile(m, fullgraph=True, backend="eager")(*inputs)
+    torch.testing.assert_close(loss, m(*inputs)[0])
 
-    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
-    loss, _, pred = compiled(*inputs)
-    grads = torch.autograd.grad(loss, parameters)
-    expected, _, expected_pred = m(*inputs)
-    expected_grads = torch.autograd.grad(expected, parameters)
 
-    torch.testing.assert_close(loss, expected)
-    for part in pred:
-        torch.testing.assert_close(pred[part], expected_pred[part], atol=1e-5, rtol=1e-4)
-    for grad, expected_grad in zip(grads, expected_grads):
-        torch.testing.assert_close(grad, expected_grad, atol=1e-6, rtol=1e-3)
+def shallow_encoder(monkeypatch, depth):
+    nano = MODELS["vit_square"]
+    monkeypatch.setitem(MODELS, "vit_square", dict(nano, encoder=dict(nano["encoder"], depth=depth)))
+
+
+def compile_quickly(network, monkeypatch):
+    """compile_layers, without code for the device, and with an error at a graph break."""
+    plain = torch.nn.Module.compile
+
+    def compile_module(layer, **options):
+        plain(layer, backend="aot_eager", fullgraph=True, **options)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    model.compile_layers(network)
+    torch.compiler.reset()
+    counters.clear()
+
+
+def loss_and_grads(network, inputs):
+    torch.manual_seed(0)                                                # of dropout
+    loss = network(*inputs)[0]
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return [loss, *torch.autograd.grad(loss, parameters)]
+
+
+def test_compiled_layers_equal_eager_ones(monkeypatch):
+    """A layer that is compiled anew for each block or step, which takes minutes; one that is not
+    compiled at all; a gradient that the compiler loses."""
+    shallow_encoder(monkeypatch, 3)
+    m, *inputs = batch("mnsp", n=2)
+    expected = loss_and_grads(m, inputs)
+    compile_quickly(m, monkeypatch)
+    for one, other in zip(loss_and_grads(m, inputs), expected):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+    # a block for the guide and for nsp's view, for the masked crop; mim's first layer, mim's last
+    # one, both of nsp's
+    assert counters["stats"]["unique_graphs"] == 2 + 3
+    with torch.compiler.set_stance("fail_on_recompile"):
+        loss_and_grads(m, inputs)
+
+
+def test_compiled_recognizer_equals_an_eager_one(monkeypatch):
+    """Code for each block's rate of drop-path, for each length of a word, or for each letter that is
+    read, which takes minutes; words that are read otherwise."""
+    torch.manual_seed(0)
+    m = Recognizer(ViT(4, 48, 3, (8, 8), drop_path=0.4), CHARS, 26, 1, 48, 3, 96)
+    move_weights(m)
+    images = torch.rand(3, 3, 32, 128)
+    words = {T: [images, torch.randint(0, 36, (3, T))] for T in (8, 4)}
+    expected = {T: loss_and_grads(m, words[T]) for T in words}
+    read = m.eval().read(images)
+    compile_quickly(m.train(), monkeypatch)
+    found = {8: loss_and_grads(m, words[8])}
+    # blocks with and without drop-path, a layer
+    assert counters["stats"]["unique_graphs"] == 2 + 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found[4] = loss_and_grads(m, words[4])
+        assert m.eval().read(images) == read
+    for T in words:
+        for one, other in zip(found[T], expected[T]):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
 
 
 # ---- sizes and checkpoints
@@ -1002,7 +1051,7 @@ def recognizer(n=8):
     """A Recognizer with random weights, such that words differ and end early, late or at once; n
     images."""
     torch.manual_seed(1)
-    nano = MODELS["vit_nano"]
+    nano = MODELS["vit_square"]
     m = Recognizer(ViT(**nano["encoder"]), CHARS, max_length=8, **nano["reader"])
     move_weights(m, by=0.2)
     m.classifier.bias.data[m.end] += 5
