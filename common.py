@@ -73,8 +73,8 @@ def line_for_user(error):
     """The line that tells the user what to mend, or None: then the program is to be mended."""
     text = str(error).strip().split("\n")[-1]               # a loader sends a whole traceback
     advice = "if memory ran out, lower --workers; training goes on with --resume"
-    # a loader's process that was killed with crops in its hands cuts the line to it. (A broken
-    # pipe is another thing: nobody listens to what is printed.)
+    # of a loader's process that was killed. (A broken pipe is another thing: nobody listens to
+    # what is printed.)
     if isinstance(error, (EOFError, ConnectionResetError, ConnectionRefusedError)):
         return f"a process that reads crops has ended; {advice}"
     if isinstance(error, FileNotFoundError) and not error.filename:
@@ -346,7 +346,10 @@ def meet_ranks():
 
 
 def ask_for_prefix(store):
-    """Leaves a random ticket, waits for rank 0's answer to that very ticket, and signs in."""
+    """Leaves a random ticket, waits for rank 0's answer to that very ticket, and signs in.
+
+    A worker that was killed and restarted leaves a new ticket. So it gets the new prefix, and
+    never talks to ranks of the run before."""
     ticket = uuid.uuid4().hex
     store.set(f"ticket/{rank()}", ticket)
     prefix = store.get(f"prefix/{ticket}").decode()             # waits
@@ -552,7 +555,7 @@ CHANGE_MODEL = """
 CHANGE_DATA = """
     data fonts rotate_tall seed mask mask_ratio guidance_strength label_fraction val
     """.split()
-# and flags whose old value load_state_dict would restore, and the typed one be ignored
+# and flags of which the checkpoint's value would win, the typed one being ignored in silence
 STORED = ["weight_decay", "layer_decay", "dtype"]
 
 
@@ -598,7 +601,7 @@ def resume_training(checkpoint, model, optimizer, scaler, skipped, damage):
     if checkpoint["scaler"]:                                    # empty but for float16
         scaler.load_state_dict(checkpoint["scaler"])
     skipped.copy_(torch.tensor(checkpoint["skipped"]))
-    if rank() == 0:                                             # the sum over ranks was stored
+    if rank() == 0:             # the sum over all ranks was stored, so one rank takes it all
         damage.seen, damage.damaged = checkpoint["damage"]
     say(f"resuming {checkpoint['path']} at step {checkpoint['step']}")
     return checkpoint["step"]
@@ -642,7 +645,7 @@ def write_checkpoint(path, state):
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:
         cause = error
-        if isinstance(error, RuntimeError):                     # torch's, on top of the disk's
+        if isinstance(error, RuntimeError):                     # torch.save's, for the disk's
             cause = error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -745,14 +748,14 @@ def step_unless_not_finite(optimizer, scaler, grad_norm, skipped):
     ranks, so all of them do the same. skipped (2,) counts such steps: in a row, and in all.
 
     The device decides, and the host does not wait: a fused optimizer of torch leaves the weights
-    alone where its found_inf is 1. With float16 scaler.step puts its own finding there."""
+    alone where its found_inf is 1. With float16, scaler.step sets found_inf to what it finds."""
     if not optimizer.defaults.get("fused"):
         raise ValueError("expected an optimizer with fused=True: others do not look at found_inf")
     skip = (~torch.isfinite(grad_norm)).float()
-    optimizer.found_inf = skip                              # optimizer.step() looks at it
-    scaler.step(optimizer)                                  # which this calls
+    optimizer.found_inf = skip                              # optimizer.step() looks at found_inf
+    scaler.step(optimizer)                                  # calls optimizer.step()
     scaler.update()
-    skipped[0] = (skipped[0] + 1) * skip
+    skipped[0] = (skipped[0] + 1) * skip                    # back to 0 after a good step
     skipped[1] += skip
 
 

@@ -39,7 +39,7 @@ import unicodedata
 import warnings
 from collections import Counter, namedtuple
 
-if __name__ == "__main__":              # Ctrl-C while torch is loaded ends without a traceback
+if __name__ == "__main__":              # Ctrl-C while torch is loading ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -318,13 +318,14 @@ def count_crops(transaction, folder):
 
 def check_first_key(transaction, kind, folder):
     """UserError if the first key of a kind, "image" or "label", is numbered in another way than
-    the field's: with other digits, or from 0. One or all of the crops would be missing."""
+    the field's: with other digits, or from 0. One or all of the crops would be missing. The
+    caller knows that there is a key of this kind."""
     key = first_key(transaction, f"{kind}-".encode())
     number = key.removeprefix(f"{kind}-")
+    if re.fullmatch("[0-9]{9}", number) and number != "000000000":
+        return
     if number == "000000000":
         key += ", counted from 0"
-    elif re.fullmatch("[0-9]{9}", number):
-        return
     raise UserError(f"{folder}: its first {kind} is {key}; expected {kind}-000000001 and so on, "
                     "nine digits, counted from 1: write it anew")
 
@@ -357,6 +358,7 @@ class PackedRows:
     """Rows of text as one block of bytes, which worker processes share without copying it."""
 
     def __init__(self, rows):
+        # A file name that is not UTF-8 holds lone surrogates. They must pass.
         rows = [row.encode("utf-8", "surrogatepass") for row in rows]
         self.block = b"".join(rows)
         self.ends = np.cumsum([0] + [len(row) for row in rows])
@@ -480,11 +482,12 @@ def parse_entry(entry, kind):
 
 def check_names(image_path, label):
     """TypeError for what is no string, ValueError for what no file can hold: a NUL in its name,
-    or half an emoji (a UnicodeEncodeError)."""
+    or half an emoji in its name or label."""
     if not isinstance(image_path, str):
         raise TypeError(f"the path is {image_path!r}")
     if label is not None and not isinstance(label, str):
         raise TypeError(f"the label is {label!r}")
+    # For half an emoji, a lone surrogate, these raise UnicodeEncodeError, which is a ValueError.
     os.fsencode(image_path)
     if label is not None:
         label.encode()
@@ -528,7 +531,9 @@ def files_under(folder):
 
 # ---- sources: rendered words
 
-SYNTH_N = 1_000_000     # words in `synth`. With 10,000 other crops, 99 of a hundred are rendered.
+# Words in `synth`. Beside 10,000 other crops 99 of a hundred would be rendered: there type fewer,
+# as in synth:20000.
+SYNTH_N = 1_000_000
 
 
 class Synth(Source):
@@ -548,6 +553,7 @@ class Synth(Source):
             self.fonts = font_files(fonts)
         else:
             self.charset = "".join(charset.split())         # no blanks
+            # font_files looks into the fonts of a folder alone, fonts_with into the system's too.
             self.fonts = fonts_with(self.charset, font_files(fonts, self.charset))
 
     def get(self, i):
@@ -819,13 +825,13 @@ def read_charset(name):
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--charset {name}: expected 36, 62, 94 or a UTF-8 file of characters "
                         f"({error})") from None
-    typed = Counter()
-    chars = ""
+    letters = Counter()                             # as typed, each with its marks
+    chars = ""                                      # NFC: a mark is often a character of its own
     for line in lines:                              # so that no accent joins the line above
-        typed.update(split_letters(line))
+        letters.update(split_letters(line))
         chars += unicodedata.normalize("NFC", line)
 
-    for letter, times in typed.items():
+    for letter, times in letters.items():
         if times > 1:
             raise UserError(f"--charset {name}: {letter!r} stands in it twice")
     for char in chars:
@@ -834,10 +840,10 @@ def read_charset(name):
     if not chars.strip():
         raise UserError(f"--charset {name}: holds no character")
 
-    merged = [char for char, times in Counter(chars).items() if times > 1]
-    if merged:
-        say(f"--charset {name}: NFC writes some of its letters as others that it holds too; "
-            f"{' '.join(merged)} became one class each")
+    repeated = [char for char, times in Counter(chars).items() if times > 1]
+    if repeated:
+        say(f"--charset {name}: once it is NFC, some characters stand in it more than once; "
+            f"{' '.join(repeated)} became one class each")
     return "".join(dict.fromkeys(chars))
 
 
@@ -904,8 +910,8 @@ def fit_labels(source, chars, max_length):
 
 
 def fit_part(part, chars, max_length):
-    """-> which labels of a part fit (an array of bool), the problems of the others: how often, and
-    the characters outside the charset: how many labels hold them."""
+    """A part -> three results: a bool array, which labels fit; Counter {problem: labels that have
+    it}; Counter {character outside the charset: labels that hold it}."""
     fits = np.ones(len(part), bool)
     problems = Counter()
     unknown = Counter()
@@ -946,9 +952,10 @@ def all_drawn_labels_fit(part, chars, max_length):
 # batch its crop is in.
 #
 # To add an augmentation of your own: give its probability at the end of AUGMENT_CHANCES, and what
-# it draws at the end of RANGES and of AUGMENTATION (AUGMENT_NUMBERS stays: there is room for four
-# more probabilities and five more columns, and the others keep the numbers that they draw today).
-# Write it as one of the stages below, and call that in augment_from_numbers.
+# it draws, under one name, at the end of RANGES and of AUGMENTATION. Write it as one of the stages
+# below, and call that in augment_from_numbers. There is room for four more probabilities, in
+# `more_chances`, and for five more columns: AUGMENTATION has 76 of AUGMENT_NUMBERS' 81. Leave
+# AUGMENT_NUMBERS, so that the others keep the numbers that they draw today.
 
 # LMIM's operations (CVPR 2025): those that change a crop's look and those that move its pixels.
 # vertical and horizontal cut something off; tilt is a change of perspective.
@@ -970,25 +977,26 @@ AUGMENT_CHANCES = {
 P_UNCHANGED = 0.125                     # a crop given to `augment` stays as it is
 
 # How much an operation does, at strength 1: a number in [0, 1) says where between these two.
-# These are the ranges that LMIM calls medium.
+# These are the ranges that LMIM calls medium. Where the name is not the operation's, the comment
+# begins with that.
 RANGES = {
-    "left": (0, 0.02),                  # cut off, shares of the width
-    "right": (0, 0.02),
-    "top": (0, 0.10),                   # shares of the height
-    "bottom": (0, 0.10),
+    "left": (0, 0.02),                  # horizontal: cut off, shares of the width
+    "right": (0, 0.02),                 # horizontal
+    "top": (0, 0.10),                   # vertical: cut off, shares of the height
+    "bottom": (0, 0.10),                # vertical
     "tilt": (0.02, 0.06),               # how far corners move inward, on average, shares of a side
     "bend": (0.03, 0.05),               # standard deviation of the bend, shares of a side
-    "angle": (-1, 1),                   # shares of MAX_ANGLE
+    "angle": (-1, 1),                   # rotate: shares of MAX_ANGLE
     "blur": (0.5, 1.5),                 # standard deviation in pixels
     "sharpen": (0.2, 1),                # strength of the unsharp mask
     "fade": (0, 1),                     # share of the colour that goes
-    "saturation": (-0.2, 0.2),          # colour jitter: what is added to a factor of 1
-    "brightness": (-0.4, 0.4),
-    "contrast": (-0.4, 0.4),
-    "hue": (-0.1, 0.1),                 # turns of the colour circle
+    "saturation": (-0.2, 0.2),          # jitter: what is added to a factor of 1
+    "brightness": (-0.4, 0.4),          # jitter
+    "contrast": (-0.4, 0.4),            # jitter
+    "hue": (-0.1, 0.1),                 # jitter: turns of the colour circle
     "haze": (0, 0.5),                   # share that mid-grey takes
     "solarize": (0.25, 0.75),           # what is lighter than 1 minus this is inverted
-    "noise_deviation": (0.01, 0.05),    # where white is 1
+    "noise_deviation": (0.01, 0.05),    # noise: where white is 1
 }
 MAX_ANGLE = math.radians(15)
 
@@ -1004,8 +1012,8 @@ LOOK_COLUMNS = dict(
 NOISE_COLUMNS = dict(noise_start=1, noise_deviation=1)
 
 MOVED_VIEW = CHOICE_COLUMNS | POINT_COLUMNS | MOVE_COLUMNS | LOOK_COLUMNS | dict(solarize=1)
-# A view that stays in place has no points to move. It skips their columns, so that the columns
-# behind them keep their places.
+# A view that stays in place has no points to move, and 40 columns are not used. Leave them: were
+# they taken out, every seed would give other views.
 STILL_VIEW = CHOICE_COLUMNS | dict(not_used=40) | LOOK_COLUMNS | NOISE_COLUMNS
 # The first fourteen of AUGMENT_CHANCES have `chances`, those that are added have `more_chances`.
 AUGMENTATION = dict(chances=14, changed=1) | POINT_COLUMNS | MOVE_COLUMNS | LOOK_COLUMNS
@@ -1153,6 +1161,7 @@ def move_and_bend(images, strengths, drawn):
     bottom = strengths["vertical"] * in_range(drawn, "bottom")
     before = torch.stack([left, top], 1)[:, None]                               # (B, 1, 2)
     after = torch.stack([right, bottom], 1)[:, None]
+    # What remains has half the side 1 - before - after, and its middle is at before - after.
     corners = corners * (1 - before - after) + before - after
 
     # 4 x 4 points move in x and y. `bend` is the standard deviation of the moves, in shares of a
@@ -1201,7 +1210,7 @@ def invert(images, strengths):
 
 
 def add_noise(images, strengths, drawn):
-    """In place."""
+    """Overwrites the images, which a stage before has made anew."""
     deviation = strengths["noise"] * in_range(drawn, "noise_deviation")
     noise = noise_from_tape(images, drawn["noise_start"])
     return images.addcmul_(noise, for_images(deviation * TO_DEVIATION_1)).clamp_(0, 1)
@@ -1231,8 +1240,9 @@ def turned(angle, aspect, corners=None):
     x = x * growth_x
     y = y * growth_y
 
-    # Then it turns. In pixels (x, y) goes to (x cos - y sin, x sin + y cos). But here x is in
-    # half widths and y in half heights: `aspect` half heights are a half width.
+    # Then it turns, clockwise: what is seen through it turns the other way. In pixels (x, y)
+    # goes to (x cos - y sin, x sin + y cos), and y goes down. But here x is in half widths and
+    # y in half heights: `aspect` half heights are a half width.
     turned_x = cos * x - sin * y / aspect
     turned_y = sin * aspect * x + cos * y
     return torch.stack([turned_x, turned_y], -1)
@@ -1325,9 +1335,10 @@ def focus(images, sigma, sharpen):
 
 def gaussian_kernel(variance):
     """(B,) -> (B, 7, 7), each with sum 1. A variance of 0 leaves a picture as it is."""
-    distance = torch.arange(-KERNEL_RADIUS, KERNEL_RADIUS + 1, device=variance.device) ** 2
+    distance = torch.arange(-KERNEL_RADIUS, KERNEL_RADIUS + 1, device=variance.device)
     tiny = 1e-4                         # instead of a division by 0
-    row = torch.softmax(-distance / (2 * variance[:, None] + tiny), 1)
+    exponent = -distance ** 2 / (2 * variance[:, None] + tiny)
+    row = torch.softmax(exponent, 1)    # exp, with sum 1
     return row[:, :, None] * row[:, None]
 
 
@@ -1361,8 +1372,8 @@ def recolour(images, saturation, hue, brightness, contrast, haze):
     matrix = to_grey + for_matrices(saturation) * turned_rest                   # (B, 3, 3)
 
     # Then a colour c becomes brightness * c; that becomes contrast * c + (1 - contrast) * mean;
-    # that becomes keep * c + (1 - keep) / 2. The mean is the brightened crop's mean grey, which
-    # saturation and hue have left as it was.
+    # that becomes keep * c + (1 - keep) / 2. The mean is the brightened crop's: brightness *
+    # mean_grey, since saturation and hue have left the grey as it was.
     keep = 1 - haze
     matrix = for_matrices(keep * contrast * brightness) * matrix
     mean_grey = images.mean((2, 3)) @ luma                                      # (B,)
@@ -1386,7 +1397,8 @@ def noise_from_tape(images, start):
     """Noise of standard deviation 1 / sqrt(12), of the images' shape. start (B,) in [0, 1) says
     where on the tape a crop's begins: it is the same in every batch and on every device."""
     tape = copy_once(noise_tape(), images.device)
-    windows = tape.unfold(0, images[0].numel(), 1)              # one begins at each number
+    # A window begins at each number of the tape. They are views of it: nothing is copied.
+    windows = tape.unfold(0, images[0].numel(), 1)
     first = (start * len(windows)).long()
     return windows[first].view_as(images)
 
@@ -1456,7 +1468,8 @@ def loader(source, index_lists, workers, char_maps=False):
     """Lists of indices -> an iterator over their Batches. Worker processes are handed indices
     alone."""
     if workers:
-        # Unregistered first, or it would run once for every loader.
+        # What is registered last runs first: before multiprocessing's own end, which would wait.
+        # Unregistered before, or it would run once for every loader.
         atexit.unregister(end_workers)
         atexit.register(end_workers)
     with warnings.catch_warnings():
@@ -1607,10 +1620,9 @@ MARGIN_X, MARGIN_Y = 6, 4               # around it
 CELL_W = PICTURE_W + 2 * MARGIN_X
 NO_PICTURE_H = 22                       # of a row without pictures
 TEXT_H = 18                             # is added to a row with text
-# Where the base line of text is.
-BELOW_PICTURE = 16                      # under a picture: from its lower rim
-BELOW_TOP = 46                          # text alone: from the row's top, but never nearer to the
-ABOVE_BOTTOM = 12                       # row's lower rim than this
+# The base line of text is so far below its picture. Of text alone it is so far below the top of
+# the row, but in a low row so far above the bottom.
+BELOW_PICTURE, BELOW_TOP, ABOVE_BOTTOM = 16, 46, 12
 CAPTION_SIZE, TITLE_SIZE, LEAST_SIZE = 14, 24, 7
 
 MAX_LETTERS = 200                       # of a piece of text
@@ -1890,10 +1902,6 @@ def list_lines(source, batch, tests, matches):
 
 # ---- the command pack
 
-TWO_PAGES = 8192                # bytes, about what an entry may waste: LMDB writes whole pages
-COPIES = 2                      # LMDB writes a page anew before it sets the former one free
-
-
 def pack(args):
     """Writes an LMDB of the files as they are, reads it back, and only then gives it its name."""
     import lmdb
@@ -1935,6 +1943,11 @@ def read_list(path, source):
         raise UserError(f"--without {path}: {error}; expected the list that check wrote "
                         "of this SRC") from None
     return skip
+
+
+# Room for the worst case.
+TWO_PAGES = 8192                # bytes, about what an entry may waste: LMDB writes whole pages
+COPIES = 2                      # LMDB writes a page anew before it sets the former one free
 
 
 def write_lmdb(folder, source, skip, workers):

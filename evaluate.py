@@ -15,7 +15,6 @@ that come with this repository read. From Python:
 import contextlib
 import difflib
 import functools
-import itertools
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import time
 import unicodedata
 from collections import Counter, namedtuple
 
-if __name__ == "__main__":              # Ctrl-C while torch is loaded ends without a traceback
+if __name__ == "__main__":              # Ctrl-C while torch is loading ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -74,7 +73,7 @@ def fold_ci(text):
 
 def fold_waics(text):
     """LMIM's order: first the filter, then lower case. The other way round a Kelvin sign would
-    become a k. mmocr does that, and keeps Chinese, and "^" by a slip in its pattern."""
+    become a k. mmocr lowers first. Its filter also keeps Chinese and, by a slip, "^"."""
     return keep_letters_and_digits(text).lower()
 
 
@@ -278,7 +277,7 @@ def print_table(result):
 
 
 def set_lines(result, width):
-    """The protocol, a row a set, then both averages."""
+    """The protocol, one row per set, then both averages."""
     lines = [f"protocol {result['protocol']}: {PROTOCOLS[result['protocol']].about}"]
     lines.append(table_row(width, "set", "n", "evaluated", "accuracy", "1-NED", "seconds"))
     for name, row in result["sets"].items():
@@ -300,8 +299,8 @@ def table_notes(name, row):
 
 
 def difference_lines(summary, plain, width):
-    """A row a set of changed crops: its accuracy, and by how much it differs from that of plain
-    crops. Then a row of the averages."""
+    """One row per set of changed crops: its accuracy, and by how much it differs from that of
+    plain crops. Then a row of the averages."""
     pairs = [(name, row["accuracy"], plain["sets"][name]["accuracy"])
              for name, row in summary["sets"].items()]
     pairs.append(("average", summary["average"], plain["average"]))
@@ -360,11 +359,11 @@ def load_recognizer(path=SHIPPED, device="cpu"):
     if not is_recognizer(checkpoint):
         raise UserError(f"{path}: not a recognizer; expected a checkpoint of finetune.py")
     stored = checkpoint["args"]                 # finetune.py's flags
-    sizes = model.MODELS[stored["model"]]
+    sizes = model.MODELS[stored["model"]]       # --model: the name of a size
     encoder = model.ViT(**sizes["encoder"])
     net = model.Recognizer(encoder, checkpoint["charset"], stored["max_length"],
                            spell=stored["spell"], **sizes["reader"])
-    weights = checkpoint["model"]
+    weights = checkpoint["model"]               # not the flag, but the net's tensors
     load_state(net, weights, path)
     net.rotate_tall = bool(stored.get("rotate_tall"))
     net.about = str(checkpoint.get("about", ""))
@@ -378,9 +377,10 @@ def is_recognizer(checkpoint):
         return False
     if not {"max_length", "spell"} <= set(stored):
         return False
-    if not {"charset", "model"} <= set(checkpoint):             # "model": the weights
+    if not {"charset", "model"} <= set(checkpoint):
         return False
-    return stored.get("model") in list(model.MODELS)            # --model: the name of a size
+    # A list, since a dict would raise for what cannot be a key.
+    return stored.get("model") in list(model.MODELS)
 
 
 def read_source(read, source, batch_size, workers, group=None):
@@ -522,19 +522,19 @@ def read_characters(net, images, dtype):
 def read_image_batches(net, source, args, group):
     """Yields, as soon as every rank has read a batch, {number in the source: (text, confidences)}
     and the lines of damaged images."""
-    def read_batches():
-        for batch in data.read_all(source, args.batch_size, args.workers):
-            words = []
-            if len(batch.images) > 0:
-                words = read_characters(net, batch.images, getattr(torch, args.dtype))
-            yield dict(zip(batch.indices, words)), batch.damaged
+    rounds_over = 0
+    for batch in data.read_all(source, args.batch_size, args.workers):
+        words = []
+        if len(batch.images) > 0:
+            words = read_characters(net, batch.images, getattr(torch, args.dtype))
+        yield gather_readings(dict(zip(batch.indices, words)), batch.damaged, group)
+        rounds_over += 1
 
     # All ranks gather equally often. A rank that has a batch less than another gives nothing in
-    # the last round: zip_longest goes on until all rounds are over.
-    rounds = range(math.ceil(len(source) / (args.batch_size * world_size())))
-    nothing = ({}, [])
-    for (words, damaged), _ in itertools.zip_longest(read_batches(), rounds, fillvalue=nothing):
-        yield gather_readings(words, damaged, group)
+    # the last round.
+    rounds = math.ceil(len(source) / (args.batch_size * world_size()))
+    for _ in range(rounds_over, rounds):
+        yield gather_readings({}, [], group)
 
 
 def read_images(net, args, group):
@@ -557,7 +557,7 @@ def read_images(net, args, group):
             printed.append(f"{path}\t{text}\t{math.prod(confidences):.6g}\n")
         heard = print_at_once("".join(printed))
         if not heard and not (args.json or args.predictions):
-            return
+            return                              # other ranks then fail as they gather, and end
     if rank() == 0:
         write_images(source, readings, args)
         if damaged:
@@ -610,10 +610,11 @@ def rotate(images, degrees):
     32 x 128 again. The new corners are filled with the nearest pixels of the crop.
     (B, 3, H, W) in [0, 1] -> the same.
 
-    Each pixel is the mean of 4 x 4 points, so that 0 changes nothing and 30 does not alias."""
+    Each pixel is the mean of 4 x 4 points, so that 30 does not alias. 0 changes nothing, since
+    these points are copies of the pixel."""
     angle = torch.full((len(images),), math.radians(degrees), device=images.device)
     corners = data.turned(angle, W / H)
-    large = F.interpolate(images, scale_factor=4)
+    large = F.interpolate(images, scale_factor=4, mode="nearest")
     turned = data.warp(large, corners)
     means = data.coarse_view(turned, (H, W))                    # over areas of 4 x 4
     return means.clamp(0, 1)                                    # whatever a device rounds to
@@ -661,7 +662,7 @@ def decoder_attention(net, images, ids):
     """Where the last layer's cross-attention looks for each letter: (B, T, N). The net is given
     the classes `ids` (B, T) that it read, as in training, and so sees all letters at once."""
     layer = net.layers[-1].cross_attn
-    # the layer is called with the letters so far, and the keys and values of the crop
+    # Recognizer.forward gives the layer the letters so far, and the crop's keys and values.
     letters, crop_kv = inputs_of(layer, net, images, ids)       # (B, T, D), (2, B, heads, N, d)
     keys, _ = crop_kv
     return attention_weights(layer.queries(letters), keys)
@@ -669,8 +670,8 @@ def decoder_attention(net, images, ids):
 
 @torch.inference_mode()
 def attention(net, images):
-    """Normalised crops -> ids (B, T), what is read; where the encoder looks (B, 1+N, 1+N); where
-    the decoder looks (B, T, N)."""
+    """Normalised crops -> ids (B, T), what is read: letters, after them nothing but net.end; where
+    the encoder looks (B, 1+N, 1+N); where the decoder looks (B, T, N)."""
     ids, _ = net.decode(images)
     return ids, encoder_attention(net, images), decoder_attention(net, images, ids)
 
@@ -768,7 +769,8 @@ def attention_on_text(net, char_maps, ids, encoder, decoder, name):
 
 
 def report_attention_on_sets(net, sources, folder):
-    """A picture a set in the folder -> {name: what was measured}, of sets of rendered words."""
+    """One picture per set, into the folder -> {name: what was measured}, of sets of rendered
+    words."""
     measured, drawn = {}, set()
     for name, source in sources.items():
         file = re.sub(r"[^\w.-]", "_", name)
@@ -1029,13 +1031,13 @@ def score_sets(net, args, group):
     if args.predictions:
         write_predictions(sources, readings, args.predictions)
     if args.json:
-        write_json(result, args.json)
+        write_json(result, args.json)           # now, should a picture below fail
     if args.errors:
         draw_errors(sources, readings, protocol, args.errors)
     if args.attention:
         result["attention"] = report_attention_on_sets(net, sources, args.attention)
         if args.json:
-            write_json(result, args.json)
+            write_json(result, args.json)       # again, with what was measured
     check_damaged(result, args.max_damaged)
 
 

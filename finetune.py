@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 
-if __name__ == "__main__":              # Ctrl-C while torch is loaded ends without a traceback
+if __name__ == "__main__":              # Ctrl-C while torch is loading ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -92,7 +92,7 @@ def augment_crops(images, numbers, keep):
 def label_fraction(source, share, seed):
     """A random `share` of the crops of each of source.parts. It is the same for the same seed,
     and all copies of a SRC@N keep the same crops."""
-    subsets = {}                                            # the copies of a SRC@N are one part
+    subsets = {}                        # SRC@N is one object that stands N times in source.parts
     for part in source.parts:
         if part not in subsets:
             order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
@@ -130,14 +130,14 @@ def build_recognizer(args, charset):
 def load_recognizer_tensors(model, checkpoint, path):
     """Takes every tensor that fits from a recognizer; with another charset, the rows of the
     characters that both have. -> a line that says what was taken."""
-    own, stored = model.state_dict(), checkpoint["model"]
+    own, stored = model.state_dict(), checkpoint["model"]   # own's tensors are the model's, to fill
     shared = shared_rows(model, checkpoint["charset"])
     taken, anew = 0, []
     for name in own:
-        letters = name.startswith(("embed.", "classifier.", "char_head."))
+        row_a_character = name.startswith(("embed.", "classifier.", "char_head."))
         if name not in stored or stored[name].shape[1:] != own[name].shape[1:]:
             anew.append(name)
-        elif letters:
+        elif row_a_character:
             for new_row, old_row in shared:
                 if new_row < len(own[name]):                # embed alone has a row for start
                     own[name][new_row] = stored[name][old_row]
@@ -200,6 +200,7 @@ def open_val(args, charset, protocol, options):
 
 def share_words(src, other):
     """True if two SRCs are one draw of rendered words, one path, or a folder and what is in it."""
+    # equal, or one inside of the other
     one = place_of(src) + os.sep
     two = place_of(other) + os.sep
     return one.startswith(two) or two.startswith(one)
@@ -216,8 +217,7 @@ def place_of(src):
 
 def validate(model, val, protocol, args, dtype, stop, group):
     """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first few
-    readings; or None, None if a signal came meanwhile. The last validation, without a stop, is
-    never cut short."""
+    readings; or None, None if a signal came meanwhile. With stop=None it is not cut short."""
     def read(images):
         if stop is not None and stop.first is not None:     # be quick: the run is to stop
             return [("", 0.0)] * len(images)
@@ -385,8 +385,8 @@ def main():
     while step < total_steps and not stop.came(group):
         log.start_step()
         lr = learning_rate(step, total_steps, warmup_steps, peak_lr, args.min_lr)
-        for weights in optimizer.param_groups:
-            weights["lr"] = lr * weights["lr_scale"]
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr * param_group["lr_scale"]
         seed_dropout(args.seed, step)
         generator = step_generator(args.seed, step, stream=0)
         numbers = torch.rand(crops_per_step, AUGMENT_NUMBERS, generator=generator)  # of all ranks
@@ -394,6 +394,7 @@ def main():
         for micro_step in range(args.accum_iter):
             batch = next_batch(stream, damage, log)
             rows = rows_in_step(micro_step, args.batch_size)
+            # labels as the charset writes them: in one case, say
             words = [fit_label(label, charset, args.max_length).text for label in batch.labels]
             targets = to_device(encode_labels(words, raw_model), device)    # (B, T)
             images = to_unit(to_device(batch.images, device))               # (B, 3, 32, 128)
@@ -444,7 +445,7 @@ def main():
             log.write(step, lr, skipped, damage.damaged, **scores)
             stop_if_not_finite(skipped, step, args)
         if improved:
-            before, best = best, result["accuracy"]         # save() stores best
+            before, best = best, result["accuracy"]         # save() stores `best`
             if not save("best.pt"):
                 best = before
         going_well = skipped[0] == 0                        # not amid non-finite steps

@@ -14,7 +14,8 @@ guide. lmim gives mim a guide of full size.
     K M     patches kept and patches masked: K + M = N
     D       width of tokens (D' of the encoder's, where a decoder has its own)
     C       channels of a target
-    T S     tokens that ask, tokens that are asked; in the recognizer T counts characters
+    T S     tokens that ask (queries), tokens that are asked (keys); in the recognizer T counts
+            characters
     V       classes of characters
     d       width of a head
 
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from common import H, W, UserError, load_state, read_checkpoint, to_device, to_unit
 
 # encoder   the ViT; a patch has (p, q) pixels, height first. Where it is as high as the crop, a
-#           crop is one row of patches: few tokens, and far fewer steps until the first letters
+#           crop is one row of patches: few tokens, and it begins to read after far fewer steps
 # decoder   predicts patches in pre-training
 # reader    the decoder that reads words in fine-tuning
 MODELS = {
@@ -91,9 +92,9 @@ def patch_norm(x):
     """Pixels x (B, N, 3*p*q) -> (x - mean) / std, mean, std: mean is each channel's in the patch,
     std is the whole patch's.
 
-    MAE takes one mean of all three channels. Then the target of a flat ground is its colour, which
-    is most of a word's crop and which a recoloured view cannot know. 1e-3 is the variance of a
-    contrast of 4 grey levels: a patch with less is noise and is not blown up."""
+    MAE takes one mean of all three channels. Then the target of a flat patch is its colour. Most
+    patches of a word are flat ground, and a recoloured view cannot know the colour. 1e-3 is the
+    variance of a contrast of 4 grey levels of 256: a patch with less is noise, not blown up."""
     channels = x.unflatten(-1, (3, -1))                                 # (B, N, 3, p*q)
     mean = channels.mean(-1, keepdim=True)
     centred = (channels - mean).flatten(-2)                             # (B, N, 3*p*q)
@@ -203,8 +204,8 @@ class Block(nn.Module):
     def __init__(self, width, heads, dropout=0.0, drop_path=0.0):
         super().__init__()
         self.drop_path = drop_path
-        # the share of crops that keep a branch. Every block has its own rate, and as a tensor it
-        # is not compiled into the block's code: all blocks share that code
+        # the share of crops that keep a branch. Every block has its own: with a Python float
+        # torch.compile would compile each block anew, with a tensor all share one code
         share = torch.tensor(1 - drop_path) if drop_path else None
         self.register_buffer("share", share, persistent=False)
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
@@ -456,11 +457,11 @@ def gather_ranks(a, b):
     """a, b (B, D) of this rank -> those of all ranks (S, D) each, and where this rank's begin. All
     ranks have as many rows: next_batch in data.py fills the places of damaged crops.
 
-    Rank 0 draws pictures alone, without gradients: then nothing is gathered, or it would wait for
-    ever."""
+    draw_samples in pretrain.py runs on rank 0 alone, without gradients: then nothing is gathered,
+    or rank 0 would wait for the others for ever."""
     if not dist.is_initialized() or not torch.is_grad_enabled():
         return a, b, 0
-    both = GatherRows.apply(torch.cat([a, b], dim=1))                   # (S, 2*D)
+    both = GatherRows.apply(torch.cat([a, b], dim=1))                   # (S, 2*D), S = ranks * B
     all_a, all_b = both.chunk(2, dim=1)
     return all_a, all_b, dist.get_rank() * a.shape[0]
 
@@ -575,8 +576,8 @@ class Pretrainer(nn.Module):
 
     def disagreement(self, cls):
         """How far neighbours in a list of [cls] tokens (B, D) are from agreeing, mean over the
-        pairs: (guide, nsp's view) and (nsp's view, masked crop) in mnsp of one coarse scale,
-        (guide, masked crop) in lmim."""
+        pairs. The list's order makes them: (guide, nsp's view) and (nsp's view, masked crop) in
+        mnsp of one coarse scale, (guide, masked crop) in lmim."""
         losses = []
         for a, b in zip(cls, cls[1:]):
             if self.method["form"] == "mse":
@@ -621,7 +622,7 @@ def compile_layers(network):
     """Compiles the blocks of the encoder and the layers of the decoders, on their first call. Those
     of one kind share what is compiled for a shape: seconds, where a whole network takes minutes.
 
-    In reading the shapes change with every letter, so `decode` stays as it is."""
+    This is for training alone. `decode`, whose shapes change with every letter, runs eagerly."""
     for layer in network.modules():
         if isinstance(layer, (Block, DecoderLayer)):
             layer.compile(dynamic=False)                    # once for each size of a view
@@ -646,7 +647,7 @@ def load_encoder(path):
     {"model": ...}.
 
     Width, depth and patch are read off the tensors. The stored `pos_embed` is kept as it
-    is. Heads are those of the row of MODELS of that depth and width, else 64 wide. Coarse
+    is. The number of heads is MODELS' for that depth and width, else width // 64. Coarse
     scales are left behind. `encoder.matched` says how many tensors came from the file.
     Raises UserError, one line, if it holds no whole encoder."""
     state = encoder_tensors(read_checkpoint(path), path)
@@ -689,8 +690,8 @@ def encoder_tensors(checkpoint, path):
 
 
 def heads_of(depth, width):
-    """Heads cannot be read off tensors: those of our size of that depth and width, else 64
-    wide, as is usual."""
+    """The number of heads, which cannot be read off tensors: that of our size of that depth and
+    width, else width // 64, as is usual."""
     for sizes in MODELS.values():
         encoder = sizes["encoder"]
         if encoder["depth"] == depth and encoder["width"] == width:
@@ -822,7 +823,8 @@ class Recognizer(nn.Module):
         _, crop_kvs = self.encode(images)
         B, device = images.shape[0], images.device
         character = torch.full((B, 1), self.start, device=device)
-        caches = [kv[:, :, :, :0] for kv in crop_kvs]       # empty: only its shape is taken over
+        # a cache of the letters' keys and values has the shape of the crop's, but no token yet
+        caches = [kv[:, :, :, :0] for kv in crop_kvs]
         going = torch.ones(B, dtype=torch.bool, device=device)          # words that have no end yet
         characters, confidences = [], []
         for t in range(self.max_length + 1):

@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":              # Ctrl-C while torch is loaded ends without a traceback
+if __name__ == "__main__":              # Ctrl-C while torch is loading ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -57,7 +57,7 @@ RECIPES = {
 
 # ---- the random numbers of a step, views and masks
 
-CORNER_NUMBERS = 2              # how many of a crop's numbers place its first block, --mask block
+CORNER_NUMBERS = 2              # --mask block: as many of a crop's numbers shift its blocks
 
 
 def draw_numbers(step, n_crops, method, args, grid):
@@ -113,8 +113,9 @@ def make_mask(numbers, kind, mask_ratio, grid, patch):
 
 
 def block_keys(numbers, grid, patch, block=16):
-    """numbers (B, 2 + N) -> keys (B, N). The patches of a block have nearly the same key, so that
-    they are hidden together; only one block is hidden in part. Blocks of 16 x 16 pixels tile the
+    """numbers (B, 2 + N) -> sort keys (B, N). The patches of a block have nearly the same key:
+    sorting the keys sorts whole blocks, so that a block is hidden as a whole, or seen. Only one is
+    hidden in part. Blocks of 16 x 16 pixels tile the
     crop, and the tiling is moved up and left by a part of a block, drawn anew for each crop."""
     h, w = grid
     block_h = max(1, block // patch[0])                                 # in patches
@@ -191,7 +192,8 @@ def main():
     model = wrap_model(raw_model)
     stream = batches(source, args.batch_size, args.seed, step * crops_per_step,
                      rank(), world_size(), args.workers)
-    pictured = read_batch(range(min(64, len(source))), source).images[:8]   # some may be damaged
+    # up to 8 sound crops for the pictures, of the first 64
+    pictured = read_batch(range(min(64, len(source))), source).images[:8]
     n_parameters = sum(parameter.numel() for parameter in raw_model.parameters())
     say(f"{args.model}  {n_parameters / 1e6:.2f} M parameters  {len(source)} crops  "
         f"{crops_per_step} a step  {total_steps} steps  lr {peak_lr:.2e}  "
@@ -208,8 +210,8 @@ def main():
     while step < total_steps and not stop.came(group):
         log.start_step()
         lr = learning_rate(step, total_steps, warmup_steps, peak_lr, args.min_lr)
-        for weights in optimizer.param_groups:
-            weights["lr"] = lr * weights["lr_scale"]
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr * param_group["lr_scale"]
         seed_dropout(args.seed, step)
         numbers = draw_numbers(step, crops_per_step, method, args, grid)    # of all ranks
 

@@ -143,7 +143,8 @@ def render_word(seed, index, fonts, charset):
     """Word `index` of those of `seed` -> image uint8 (3, 32, 128), label, char_map uint8
     (32, 128): a value k > 0 marks the pixels of the label's k-th character.
 
-    fonts: a list, such as font_files gives. UserError if none has the label's characters.
+    fonts: a list, such as font_files gives. UserError if neither one of these nor Pillow's own
+    has the label's characters.
     """
     rng = word_rng(seed, index)
     label = draw_label(rng, charset)
@@ -159,8 +160,9 @@ def render_word(seed, index, fonts, charset):
 
 
 def word_rng(seed, index):
-    """The random numbers of one word. The seed and the index stand side by side in a text, which
-    Python hashes. Were they added, word 4 of seed 1 would be word 5 of seed 0."""
+    """The random numbers of one word. Random seeds itself from a text (by SHA-512), the same in
+    every process. In the text seed and index stand side by side. Were they added, word 4 of
+    seed 1 would be word 5 of seed 0."""
     return random.Random(f"{seed} {index}")
 
 
@@ -352,7 +354,9 @@ def usable_fonts(folder, needed):
     if left_out:
         n_left_out = len(paths) - len(usable)
         say(f"--fonts {folder}: {n_left_out} of {len(paths)} fonts are left out ({reasons})")
-    if needed == LETTERS_AND_DIGITS and not any(has_all(path, PRINTABLE) for path in usable):
+    # Without --charset only letters and digits are needed, but all of a keyboard is drawn.
+    no_charset = needed == LETTERS_AND_DIGITS
+    if no_charset and not any(has_all(path, PRINTABLE) for path in usable):
         say(f"--fonts {folder}: no font has all of a keyboard's signs; labels that none can "
             "write are drawn in Pillow's own font")
     return usable
@@ -626,7 +630,8 @@ def bend_word(rng, coverage, char_map):
     crop = crop_around(rng, bend)
 
     # Bending reads a few pixels for each new one and would skip the rest of a large drawing. So
-    # the drawing is made smaller first, which averages its pixels.
+    # the drawing is made smaller first, which averages its pixels. It may lose its shape: (u, v)
+    # are shares of its width and its height.
     drawing_size = (min(w, MAX_DRAWING[0]), min(2 * h, MAX_DRAWING[1]))
     coverage = Image.fromarray(coverage).resize(drawing_size, Image.Resampling.BILINEAR)
     char_map = Image.fromarray(char_map).resize(drawing_size, Image.Resampling.NEAREST)
@@ -663,10 +668,13 @@ def draw_bend(rng, drawn_aspect):
 def bend_point(bend, u, v):
     """The point (u, v) of the word, bent -> (x, y)."""
     # The middle line, v = 0, becomes a parabola: x = aspect/2 u, y = sag (1 - u^2).
+    middle_x = bend.aspect / 2 * u
+    middle_y = bend.sag * (1 - u**2)
     # The foot lies half a height below it. Letters stand upright on the parabola, so the
     # way from a middle to its foot is (-slope, 1) / 2, at a right angle to (1, slope).
-    x = bend.aspect / 2 * u - slope_at(bend, u) * v / 2
-    y = bend.sag * (1 - u**2) + (1 + bend.taper * u) * v / 2
+    # The taper makes letters higher, not wider: it is for y alone.
+    x = middle_x - slope_at(bend, u) * v / 2
+    y = middle_y + (1 + bend.taper * u) * v / 2
     # Sheared to the right: the higher a point, the farther.
     x = x - bend.shear * y
     return turn(x, y, bend.angle)
@@ -733,7 +741,7 @@ def bend_mesh(bend, crop, drawing_size):
     """
     left, top, right, bottom = crop
     drawing_w, drawing_h = drawing_size
-    word_h = drawing_h / 2          # the rest is room for other lines
+    word_h = drawing_h / 2          # set_letters left the rest as room for other lines
     strips = n_pieces(bend)
 
     def drawn_at(x, y):
