@@ -8,24 +8,30 @@ import sys
 
 import torch
 
+ASSETS = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(ASSETS.parent))
+
+from common import Parser, read_checkpoint, run_main                            # noqa: E402
+
 ABOUT = ("vit_mini, pre-trained by mnsp and fine-tuned on rendered words and on the training crops "
          "of IIIT5k, SVT and ICDAR 2015, which are for research")
 ARGS = ["model", "max_length", "spell", "charset"]      # the flags that evaluate.py looks at
 
 
 def main():
-    checkpoint = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
-    weights = {}
-    for name, x in checkpoint["model"].items():
-        weights[name] = x.half() if x.is_floating_point() else x
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoint", help="best.pt of finetune.py")
+    checkpoint = read_checkpoint(parser.parse_args().checkpoint)
+
+    weights = {name: x.half() for name, x in checkpoint["model"].items()}
     args = {name: checkpoint["args"][name] for name in ARGS}
     reader = dict(
         model=weights, charset=checkpoint["charset"], args=args, step=checkpoint["step"],
         about=ABOUT)
-    path = pathlib.Path(__file__).with_name("reader.pt")
+    path = ASSETS / "reader.pt"
     torch.save(reader, path)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
