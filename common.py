@@ -5,7 +5,7 @@
     ranks               rank, world_size, join_ranks, sum_over_ranks, StopSignal
     checkpoints         read_checkpoint, load_state, find_checkpoint, check_resume,
                         resume_training, training_state, save_checkpoint
-    steps               count_steps, learning_rate, weight_groups, wrap_model,
+    steps               count_steps, peak_learning_rate, learning_rate, weight_groups, wrap_model,
                         step_unless_not_finite
     log                 say, Log
 
@@ -679,10 +679,16 @@ def count_steps(args, n_crops, crops_per_step):
     return total, warmup
 
 
+def peak_learning_rate(args, crops_per_step):
+    """--lr, or --blr for each 256 crops of a step. UserError if --min_lr is above it."""
+    lr = args.lr or args.blr * crops_per_step / 256
+    if args.min_lr > lr:
+        raise UserError(f"--min_lr {args.min_lr:g}: expected at most the learning rate, {lr:.2e}")
+    return lr
+
+
 def learning_rate(step, total_steps, warmup_steps, lr, min_lr):
     """Linear warm-up from above 0, then half a cosine from lr down to min_lr."""
-    if min_lr > lr:
-        raise UserError(f"--min_lr {min_lr:g}: expected at most the learning rate, {lr:.2e}")
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     share = (step - warmup_steps) / (total_steps - warmup_steps)

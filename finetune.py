@@ -27,10 +27,11 @@ import evaluate
 from common import (
     Log, Parser, StopSignal, UserError, add_training_flags, autocast, check_ranks_agree,
     check_resume, check_training_flags, count_steps, find_checkpoint, is_rendered,
-    join_ranks, learning_rate, load_state, number_in, parse_with_recipe, pick_device, pick_dtype,
-    rank, read_checkpoint, resume_training, run_main, save_checkpoint, say, seed_dropout,
-    step_generator, step_unless_not_finite, stop_if_not_finite, to_device, to_unit,
-    training_state, typed_flags, weight_groups, world_size, wrap_model,
+    join_ranks, learning_rate, load_state, number_in, parse_with_recipe,
+    peak_learning_rate, pick_device, pick_dtype, rank, read_checkpoint, resume_training,
+    run_main, save_checkpoint, say, seed_dropout, step_generator,
+    step_unless_not_finite, stop_if_not_finite, to_device, to_unit, training_state,
+    typed_flags, weight_groups, world_size, wrap_model,
 )
 from data import (
     AUGMENT_NUMBERS, Damaged, DamageCount, Parts, Subset, augment_from_numbers, batches,
@@ -347,7 +348,7 @@ def main():
     say(said)
 
     # optimizer
-    peak_lr = args.lr or args.blr * crops_per_step / 256
+    peak_lr = peak_learning_rate(args, crops_per_step)
     groups = weight_groups(raw_model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, peak_lr, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, init_scale=4096, enabled=dtype == torch.float16)

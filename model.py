@@ -628,6 +628,8 @@ def compile_layers(network):
             layer.compile(dynamic=False)                    # once for each size of a view
         if isinstance(layer, ReaderLayer):
             layer.compile(dynamic=True)                     # once for words of any length
+    if isinstance(network, Pretrainer) and network.teacher is not None:
+        compile_layers(network.teacher)                     # which is none of its modules
     if isinstance(network, Recognizer):
         network.decode = torch.compiler.set_stance("force_eager")(network.decode)
 

@@ -30,10 +30,11 @@ import torch.nn.functional as F
 from common import (
     H, W, Log, Parser, StopSignal, UserError, add_training_flags, autocast,
     check_ranks_agree, check_resume, check_training_flags, count_steps, find_checkpoint,
-    join_ranks, learning_rate, number_in, parse_size, parse_with_recipe, pick_device,
-    pick_dtype, rank, resume_training, run_main, save_checkpoint, say, seed_dropout,
-    step_generator, step_unless_not_finite, stop_if_not_finite, to_device,
-    tolerate_full_disk, training_state, typed_flags, weight_groups, world_size, wrap_model,
+    join_ranks, learning_rate, number_in, parse_size, parse_with_recipe,
+    peak_learning_rate, pick_device, pick_dtype, rank, resume_training, run_main,
+    save_checkpoint, say, seed_dropout, step_generator, step_unless_not_finite,
+    stop_if_not_finite, to_device, tolerate_full_disk, training_state, typed_flags,
+    weight_groups, world_size, wrap_model,
 )
 from data import (
     GREY, VIEW_NUMBERS, DamageCount, batches, coarse_view, draw_sheet, next_batch,
@@ -171,7 +172,7 @@ def main():
     grid, patch = raw_model.encoder.grid, raw_model.encoder.patch
 
     # optimizer
-    peak_lr = args.lr or args.blr * crops_per_step / 256
+    peak_lr = peak_learning_rate(args, crops_per_step)
     groups = weight_groups(raw_model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, peak_lr, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, init_scale=4096, enabled=dtype == torch.float16)
@@ -187,8 +188,6 @@ def main():
 
     if args.compile:
         compile_layers(raw_model)
-        if teacher is not None:
-            compile_layers(teacher)
     model = wrap_model(raw_model)
     stream = batches(source, args.batch_size, args.seed, step * crops_per_step,
                      rank(), world_size(), args.workers)

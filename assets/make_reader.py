@@ -15,7 +15,7 @@ from common import Parser, read_checkpoint, run_main                            
 
 ABOUT = ("vit_mini, pre-trained by mnsp and fine-tuned on rendered words and on the training crops "
          "of IIIT5k, SVT and ICDAR 2015, which are for research")
-ARGS = ["model", "max_length", "spell", "charset"]      # the flags that evaluate.py looks at
+ARGS = ["model", "max_length", "spell", "rotate_tall"]  # the flags that evaluate.py looks at
 
 
 def main():

@@ -109,6 +109,17 @@ def load_peers(images, names, args):
 
 # ---- pre-training
 
+def make_inputs(net, images, step):
+    """What pretrain.py gives its model at a step: crop, guide, nsp's views, ids_keep, ids_mask."""
+    grid, patch = net.encoder.grid, net.encoder.patch
+    flags = SimpleNamespace(seed=0, mask="random")
+    numbers = pretrain.draw_numbers(step, len(images), net.method, flags, grid)
+    guide, coarse = pretrain.make_views(images, net.method, net.scales, numbers, 1.0)
+    mask_numbers = common.to_device(numbers["mask"], images.device)
+    ids_keep, ids_mask = pretrain.make_mask(mask_numbers, flags.mask, MASK_RATIO, grid, patch)
+    return normalize_pixels(images), guide, coarse, ids_keep, ids_mask
+
+
 def make_training_step(method, images, args, compiled=False):
     """-> a call that is one step of pretrain.py on these crops: random numbers, views, masks,
     forward, backward, clipping, AdamW."""
@@ -119,22 +130,15 @@ def make_training_step(method, images, args, compiled=False):
     raw_model = Pretrainer(method, args.model, teacher=teacher).to(device)
     if compiled:
         compile_layers(raw_model)
-        if teacher is not None:
-            compile_layers(teacher)
-    grid, patch = raw_model.encoder.grid, raw_model.encoder.patch
     groups = common.weight_groups(raw_model, 0.05)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    flags = SimpleNamespace(seed=0, mask="random")
     steps_done = 0
 
     def step():
         nonlocal steps_done
-        numbers = pretrain.draw_numbers(steps_done, len(images), raw_model.method, flags, grid)
-        guide, coarse = pretrain.make_views(images, raw_model.method, raw_model.scales, numbers, 1.0)
-        mask_numbers = common.to_device(numbers["mask"], device)
-        ids_keep, ids_mask = pretrain.make_mask(mask_numbers, flags.mask, MASK_RATIO, grid, patch)
+        inputs = make_inputs(raw_model, images, steps_done)
         with common.autocast(device, dtype):
-            loss, _, _ = raw_model(normalize_pixels(images), guide, coarse, ids_keep, ids_mask)
+            loss, _, _ = raw_model(*inputs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
         optimizer.step()

@@ -39,7 +39,7 @@ import common
 import data
 import finetune
 import pretrain
-from model import METHODS, MODELS, Pretrainer, Recognizer, ViT, compile_layers, normalize_pixels
+from model import METHODS, MODELS, Pretrainer, Recognizer, ViT
 
 SECONDS = 540                   # for all parts together
 WITH_TEACHER = "lmim with a teacher"
@@ -89,55 +89,27 @@ def noise(n, device):
     return torch.randint(0, 256, (n, 3, common.H, common.W), dtype=torch.uint8, generator=generator).to(device)
 
 
+def method_of(kind):
+    """The row of METHODS."""
+    if kind == WITH_TEACHER:
+        return "lmim"
+    return kind
+
+
 def build(kind, model, device):
     """A Pretrainer for a row of METHODS, or for lmim with a teacher, from a fixed seed."""
     torch.manual_seed(0)
-    teacher, method = None, kind
+    teacher = None
     if kind == WITH_TEACHER:
-        method = "lmim"
         teacher = ViT(**MODELS[model]["encoder"]).to(device)
-    return Pretrainer(method, model, teacher=teacher).to(device)
-
-
-def make_inputs(net, images, step):
-    """What pretrain.py gives its model at a step: crop, guide, nsp's views, ids_keep, ids_mask."""
-    device, grid, patch = images.device, net.encoder.grid, net.encoder.patch
-    flags = SimpleNamespace(seed=0, mask="random")
-    numbers = pretrain.draw_numbers(step, len(images), net.method, flags, grid)
-    guide, coarse = pretrain.make_views(images, net.method, net.scales, numbers, 1.0)
-    hidden = common.to_device(numbers["mask"], device)
-    ids_keep, ids_mask = pretrain.make_mask(hidden, flags.mask, bench.MASK_RATIO, grid, patch)
-    return normalize_pixels(images), guide, coarse, ids_keep, ids_mask
+    return Pretrainer(method_of(kind), model, teacher=teacher).to(device)
 
 
 def make_step(kind, images, args, compiled=False):
     """-> a call that is one step of pretrain.py on these crops, in bfloat16."""
-    device = images.device
-    net = build(kind, sizes_of(args).model, device)
-    if compiled:
-        compile_net(net, args)
-    groups = common.weight_groups(net, 0.05)
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    steps_done = 0
-
-    def step():
-        nonlocal steps_done
-        inputs = make_inputs(net, images, steps_done)
-        with common.autocast(device, torch.bfloat16):
-            loss, _, _ = net(*inputs)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        steps_done += 1
-    return step
-
-
-def compile_net(net, args):
+    flags = bench_args(args, teacher=kind == WITH_TEACHER)
     with quick_compiler(args):
-        compile_layers(net)
-        if net.teacher is not None:
-            compile_layers(net.teacher)
+        return bench.make_training_step(method_of(kind), images, flags, compiled)
 
 
 @contextlib.contextmanager
@@ -213,8 +185,8 @@ def losses(args):
     for kind in METHODS:
         net = build(kind, sizes.model, "cpu").eval()        # no dropout, whose numbers differ
         there = copy.deepcopy(net).to(args.device)
-        inputs = make_inputs(net, images, 0)
-        inputs_there = make_inputs(there, images.to(args.device), 0)
+        inputs = bench.make_inputs(net, images, 0)
+        inputs_there = bench.make_inputs(there, images.to(args.device), 0)
         views = 0.0
         for a, b in zip([inputs[1], *inputs[2]], [inputs_there[1], *inputs_there[2]]):
             if a is not None:
@@ -299,7 +271,7 @@ def as_rank(args):
     """The one rank: loss and gradient with DDP and collectives, and without."""
     device = common.pick_device(args.device)
     net = build("mnsp", sizes_of(args).model, device).eval()
-    inputs = make_inputs(net, noise(sizes_of(args).crops, device), 0)
+    inputs = bench.make_inputs(net, noise(sizes_of(args).crops, device), 0)
     loss, grad = loss_and_gradient(net, inputs, torch.float32)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend)
@@ -409,8 +381,8 @@ def timed_steps(args, makers, crops, flops, product):
 
 def count_flops(kind, args):
     """Of a step, for one crop, see bench.py."""
-    method = "lmim" if kind == WITH_TEACHER else kind
-    return bench.count_flops(method, bench_args(args, teacher=kind == WITH_TEACHER, device="cpu"))
+    flags = bench_args(args, teacher=kind == WITH_TEACHER, device="cpu")
+    return bench.count_flops(method_of(kind), flags)
 
 
 def train(args, compiled=False):
