@@ -6,6 +6,7 @@
     checkpoints         read_checkpoint, load_state, find_checkpoint, check_resume,
                         resume_training, training_state, save_checkpoint
     steps               count_steps, peak_learning_rate, learning_rate, weight_groups, wrap_model,
+                        join_gradients, average_over_ranks, is_recorded, Replayed,
                         step_unless_not_finite
     log                 say, Log
 
@@ -13,6 +14,7 @@ A checkpoint is one dict of plain types and tensors: model, optimizer, scaler, s
 args, order and damage; a recognizer's also holds charset and best.
 """
 import argparse
+import collections
 import contextlib
 import ctypes
 import datetime
@@ -735,6 +737,79 @@ def wrap_model(model):
     if "forward_sync_buffers" in names:
         send_buffers = "forward_sync_buffers"
     return ddp(model, gradient_as_bucket_view=True, **{send_buffers: False})
+
+
+def join_gradients(model):
+    """Gives every trained weight a gradient of zeros, all parts of one tensor -> that tensor. One
+    call averages it over the ranks, and a recorded step finds the gradients in their place."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    total = sum(parameter.numel() for parameter in trained)
+    gradients = torch.zeros(total, device=trained[0].device)
+    pieces = gradients.split([parameter.numel() for parameter in trained])
+    for parameter, piece in zip(trained, pieces):
+        parameter.grad = piece.view_as(parameter)
+    return gradients
+
+
+def average_over_ranks(gradients):
+    """Sums the tensor over the ranks and divides it by their number, in place: what DDP does."""
+    if world_size() > 1:
+        dist.all_reduce(gradients)
+        gradients /= world_size()
+
+
+def is_recorded(args, device):
+    """True if a step's work is recorded and replayed, see Replayed: with --compile, on a GPU."""
+    return args.compile and device.type == "cuda"
+
+
+class Replayed:
+    """A function of tensors whose work on a GPU is recorded once, as a CUDA graph, then replayed.
+    The host launches one thing, where it launched thousands of small ones and the GPU waited.
+
+    The function takes tensors by name and returns tensors. It may not ask the device for a number,
+    nor copy from the host. What else it reads or writes, weights and gradients, must stay where
+    it is. The first calls for each set of shapes run as usual, since libraries are loaded and
+    kernels are compiled in them. What a replay returns is overwritten by the next call."""
+
+    def __init__(self, function, eager_calls=3):
+        self.function, self.eager_calls = function, eager_calls
+        self.calls = collections.Counter()      # of each set of shapes
+        self.recorded = {}                      # shapes: graph, inputs, outputs
+        self.stream = torch.cuda.Stream()       # recording may not be on the usual stream
+        self.pool = torch.cuda.graph_pool_handle()      # memory that all graphs share
+
+    def __call__(self, **tensors):
+        shapes = tuple((name, x.shape, x.dtype) for name, x in tensors.items())
+        if shapes not in self.recorded:
+            self.calls[shapes] += 1
+            if self.calls[shapes] <= self.eager_calls:
+                return self.run_eagerly(tensors)
+            self.recorded[shapes] = self.record(tensors)
+        graph, inputs, outputs = self.recorded[shapes]
+        for name, x in tensors.items():
+            inputs[name].copy_(x)
+        graph.replay()
+        return outputs
+
+    def run_eagerly(self, tensors):
+        """On the stream of the recording: autograd remembers on which a weight was first used."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            outputs = self.function(**tensors)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return outputs
+
+    def record(self, tensors):
+        """-> the graph, and the tensors that it reads and writes. Nothing is computed yet."""
+        inputs = {name: x.clone() for name, x in tensors.items()}
+        graph = torch.cuda.CUDAGraph()
+        torch.clear_autocast_cache()            # weights are cast in each replay
+        # other threads, such as NCCL's, may go on calling CUDA
+        with torch.cuda.graph(
+                graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            outputs = self.function(**inputs)
+        return graph, inputs, outputs
 
 
 def step_generator(seed, step, stream):

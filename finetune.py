@@ -25,13 +25,13 @@ import torch.nn.functional as F
 
 import evaluate
 from common import (
-    Log, Parser, StopSignal, UserError, add_training_flags, autocast, check_ranks_agree,
-    check_resume, check_training_flags, count_steps, find_checkpoint, is_rendered,
-    join_ranks, learning_rate, load_state, number_in, parse_with_recipe,
-    peak_learning_rate, pick_device, pick_dtype, rank, read_checkpoint, resume_training,
-    run_main, save_checkpoint, say, seed_dropout, step_generator,
-    step_unless_not_finite, stop_if_not_finite, to_device, to_unit, training_state,
-    typed_flags, weight_groups, world_size, wrap_model,
+    Log, Parser, Replayed, StopSignal, UserError, add_training_flags, autocast,
+    average_over_ranks, check_ranks_agree, check_resume, check_training_flags, count_steps,
+    find_checkpoint, is_recorded, is_rendered, join_gradients, join_ranks, learning_rate,
+    load_state, number_in, parse_with_recipe, peak_learning_rate, pick_device, pick_dtype,
+    rank, read_checkpoint, resume_training, run_main, save_checkpoint, say, seed_dropout,
+    step_generator, step_unless_not_finite, stop_if_not_finite, to_device, to_unit,
+    training_state, typed_flags, weight_groups, world_size, wrap_model,
 )
 from data import (
     AUGMENT_NUMBERS, Damaged, DamageCount, Parts, Subset, augment_from_numbers, batches,
@@ -47,7 +47,7 @@ from model import (
 RECIPES = {
     "vit_nano": dict(batch_size=64, max_steps=9000, blr=4e-3, warmup_epochs=0.3, clip_grad=20.0,
                      layer_decay=1.0, drop_path=0.0, dropout=0.0, spell=10.0, save_every=1000),
-    "vit_mini": dict(batch_size=64, max_steps=40000, blr=6e-3, warmup_epochs=0.3, clip_grad=20.0,
+    "vit_mini": dict(batch_size=256, max_steps=12500, blr=2e-3, warmup_epochs=0.1, clip_grad=20.0,
                      layer_decay=1.0, drop_path=0.0, dropout=0.0, spell=10.0, save_every=1000),
     "vit_tiny": dict(blr=4e-4),
     "vit_small": dict(blr=1e-4),
@@ -364,9 +364,14 @@ def main():
         checkpoint = None                           # frees its memory
     check_ranks_agree(group, step, len(source))
 
+    model, gradients = raw_model, None
+    recorded = is_recorded(args, device)
     if args.compile:
         compile_layers(raw_model)
-    model = wrap_model(raw_model)
+    if recorded:
+        gradients = join_gradients(raw_model)
+    else:
+        model = wrap_model(raw_model)
     stream = batches(source, args.batch_size, args.seed, step * crops_per_step,
                      rank(), world_size(), args.workers, char_maps=args.spell > 0)
     n_parameters = sum(parameter.numel() for parameter in raw_model.parameters())
@@ -380,6 +385,18 @@ def main():
             args, step, raw_model, optimizer, scaler, skipped, damage, order, group)
         state.update(charset=charset, best=best)
         return save_checkpoint(os.path.join(args.out_dir, name), state, group)
+
+    def forward_backward(images, targets, chars_under=None):
+        """Adds a micro-batch's gradient to the weights' -> its loss, its terms and accuracy."""
+        with autocast(device, dtype):
+            loss, terms, logits = model(normalize_pixels(images), targets, chars_under)
+        scaler.scale(loss / args.accum_iter).backward()
+        right = (logits.argmax(-1) == targets) | (targets == raw_model.pad)         # (B, T)
+        terms["accuracy"] = right.all(1).float().mean()
+        return loss.detach(), {name: term.detach() for name, term in terms.items()}
+
+    if recorded:
+        forward_backward = Replayed(forward_backward)
 
     stop = StopSignal()
     log = Log(args, step, total_steps, crops_per_step, device, group)
@@ -400,27 +417,26 @@ def main():
             targets = to_device(encode_labels(words, raw_model), device)    # (B, T)
             images = to_unit(to_device(batch.images, device))               # (B, 3, 32, 128)
             keep = torch.zeros(len(images), dtype=torch.bool)   # these are not augmented
-            chars_under = None
+            inputs = dict(targets=targets)
             if args.spell:
                 # rendered words are kept: a word that is moved no longer fits its map
                 keep = (batch.char_maps > 0).flatten(1).any(1)
                 char_maps = to_device(batch.char_maps, device)
-                chars_under = under_patches(char_maps, targets, raw_model)  # (B, N)
-            images = augment_crops(images, numbers[rows], keep)
+                inputs["chars_under"] = under_patches(char_maps, targets, raw_model)
+            inputs["images"] = augment_crops(images, numbers[rows], keep)
 
             if world_size() > 1:                            # ranks share gradients once a step
                 model.require_backward_grad_sync = micro_step == args.accum_iter - 1
-            with autocast(device, dtype):
-                loss, terms, logits = model(normalize_pixels(images), targets, chars_under)
-            scaler.scale(loss / args.accum_iter).backward()
-            right = (logits.argmax(-1) == targets) | (targets == raw_model.pad)     # (B, T)
-            log.add(loss, dict(terms, accuracy=right.all(1).float().mean()))
+            loss, terms = forward_backward(**inputs)
+            log.add(loss, terms)
 
+        if recorded:
+            average_over_ranks(gradients)
         scaler.unscale_(optimizer)
         max_norm = args.clip_grad or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm)
         step_unless_not_finite(optimizer, scaler, grad_norm, skipped)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not recorded)
         step += 1
 
         val_due = val is not None and (step % args.sample_every == 0 or step == total_steps)

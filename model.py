@@ -30,7 +30,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import H, W, UserError, load_state, read_checkpoint, to_device, to_unit
+from common import (
+    H, W, Replayed, UserError, autocast, load_state, read_checkpoint, to_device, to_unit,
+)
 
 # encoder   the ViT; a patch has (p, q) pixels, height first. Where it is as high as the crop, a
 #           crop is one row of patches: few tokens, and it begins to read after far fewer steps
@@ -42,7 +44,7 @@ MODELS = {
         decoder=dict(layers=2, width=128, heads=4, ffn=256, dropout=0.0),
         reader=dict(layers=2, width=128, heads=4, ffn=256)),
     "vit_mini": dict(
-        encoder=dict(depth=6, width=192, heads=6, patch=(32, 4)),
+        encoder=dict(depth=8, width=192, heads=6, patch=(8, 4)),
         decoder=dict(layers=2, width=192, heads=6, ffn=384, dropout=0.0),
         reader=dict(layers=2, width=192, heads=6, ffn=384)),
     "vit_tiny": dict(
@@ -762,6 +764,7 @@ class Recognizer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.classifier = nn.Linear(width, n_classes)
         self.char_head = nn.Linear(encoder.width, n_classes) if spell else None
+        self.recordings = {}                                            # see decode_recorded
         for part in (self.proj, self.layers, self.classifier):
             init_weights(part)
         nn.init.normal_(self.embed.weight, std=width ** -0.5)
@@ -769,6 +772,10 @@ class Recognizer(nn.Module):
     @property
     def device(self):
         return self.pos.device
+
+    def __getstate__(self):
+        """What is copied or pickled: all but recordings, which belong to these very weights."""
+        return dict(self.__dict__, recordings={})
 
     def encode(self, images):
         """(B, 3, H, W) -> patch tokens (B, N, D), and for each layer the keys and values of its
@@ -818,10 +825,10 @@ class Recognizer(nn.Module):
         return F.cross_entropy(logits, targets, ignore_index=self.pad, reduction="none")
 
     @torch.no_grad()
-    def decode(self, images):
+    def decode(self, images, stop=True):
         """Greedy reading. images (B, 3, H, W) in [-1, 1] -> classes (B, T), and the probability of
         each (B, T). A word that has ended goes on with `end` at probability 1. T is the longest of
-        the batch, its end included."""
+        the batch, its end included; with stop=False, max_length + 1."""
         _, crop_kvs = self.encode(images)
         B, device = images.shape[0], images.device
         character = torch.full((B, 1), self.start, device=device)
@@ -843,9 +850,23 @@ class Recognizer(nn.Module):
             confidences.append(confidence.where(going, 1.0))
             going = going & (chosen != self.end)
             character = chosen[:, None]
-            if not going.any():
+            if stop and not going.any():
                 break
         return torch.stack(characters, dim=1), torch.stack(confidences, dim=1)
+
+    def decode_recorded(self, images, dtype):
+        """`decode` on a GPU, to the last place, as one recording for each size of a batch: letter
+        by letter, launching takes ten times as long as the work. The first batch of a size runs
+        as usual."""
+        # a recording reads the weights where they lay, and they may have been moved since
+        key = (dtype, self.embed.weight.data_ptr())
+        if key not in self.recordings:
+            def decode(images):
+                with autocast(images.device, dtype):
+                    return self.decode(images, stop=False)
+            self.recordings.clear()
+            self.recordings[key] = Replayed(decode, eager_calls=1)
+        return self.recordings[key](images=images)
 
     @torch.inference_mode()
     def read(self, images, batch_size=128, dtype=torch.float32):
@@ -853,14 +874,18 @@ class Recognizer(nn.Module):
         probabilities of its characters, end included. In float32 a reading does not depend on its
         batch; half precision gives no such promise."""
         check_crops(images)
-        device, words = self.device, []
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for batch in images.split(batch_size):
-                characters, confidences = self.decode(normalize_pixels(to_device(batch, device)))
-                confidences = confidences.cpu().double().prod(dim=1).tolist()
-                for row, confidence in zip(characters.tolist(), confidences):
-                    text = "".join(self.charset[i] for i in row if i != self.end)
-                    words.append((text, confidence))
+        words = []
+        for batch in images.split(batch_size):
+            batch = normalize_pixels(to_device(batch, self.device))
+            if self.device.type == "cuda":
+                characters, confidences = self.decode_recorded(batch, dtype)
+            else:
+                with autocast(self.device, dtype):
+                    characters, confidences = self.decode(batch)
+            confidences = confidences.cpu().double().prod(dim=1).tolist()
+            for row, confidence in zip(characters.tolist(), confidences):
+                text = "".join(self.charset[i] for i in row if i != self.end)
+                words.append((text, confidence))
         return words
 
 

@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    H, W, Log, Parser, StopSignal, UserError, add_training_flags, autocast,
-    check_ranks_agree, check_resume, check_training_flags, count_steps, find_checkpoint,
-    join_ranks, learning_rate, number_in, parse_size, parse_with_recipe,
-    peak_learning_rate, pick_device, pick_dtype, rank, resume_training, run_main,
-    save_checkpoint, say, seed_dropout, step_generator, step_unless_not_finite,
-    stop_if_not_finite, to_device, tolerate_full_disk, training_state, typed_flags,
-    weight_groups, world_size, wrap_model,
+    H, W, Log, Parser, Replayed, StopSignal, UserError, add_training_flags, autocast,
+    average_over_ranks, check_ranks_agree, check_resume, check_training_flags, count_steps,
+    find_checkpoint, is_recorded, join_gradients, join_ranks, learning_rate, number_in,
+    parse_size, parse_with_recipe, peak_learning_rate, pick_device, pick_dtype, rank,
+    resume_training, run_main, save_checkpoint, say, seed_dropout, step_generator,
+    step_unless_not_finite, stop_if_not_finite, to_device, tolerate_full_disk,
+    training_state, typed_flags, weight_groups, world_size, wrap_model,
 )
 from data import (
     GREY, VIEW_NUMBERS, DamageCount, batches, coarse_view, draw_sheet, next_batch,
@@ -50,7 +50,7 @@ from model import (
 RECIPES = {
     "vit_nano": dict(batch_size=64, max_steps=2000, blr=6e-3, warmup_epochs=0.5, clip_grad=1.0,
                      mask_ratio=0.6),
-    "vit_mini": dict(batch_size=64, max_steps=8000, blr=6e-3, warmup_epochs=0.5, clip_grad=1.0,
+    "vit_mini": dict(batch_size=256, max_steps=1000, blr=2e-3, warmup_epochs=0.1, clip_grad=1.0,
                      mask_ratio=0.6),
     "vit_tiny": dict(blr=5e-4),
 }
@@ -186,9 +186,14 @@ def main():
         checkpoint = None                           # frees its memory
     check_ranks_agree(group, step, len(source))
 
+    model, gradients = raw_model, None
+    recorded = is_recorded(args, device)
     if args.compile:
         compile_layers(raw_model)
-    model = wrap_model(raw_model)
+    if recorded:
+        gradients = join_gradients(raw_model)
+    else:
+        model = wrap_model(raw_model)
     stream = batches(source, args.batch_size, args.seed, step * crops_per_step,
                      rank(), world_size(), args.workers)
     # up to 8 sound crops for the pictures, of the first 64
@@ -204,6 +209,21 @@ def main():
             args, step, raw_model, optimizer, scaler, skipped, damage, order, group)
         return save_checkpoint(os.path.join(args.out_dir, name), state, group)
 
+    def forward_backward(images, **numbers):
+        """Adds a micro-batch's gradient to the weights' -> its loss, its terms. images are uint8
+        (B, 3, 32, 128) on the device, and so are the random numbers."""
+        guide, coarse = make_views(
+            images, method, raw_model.scales, numbers, args.guidance_strength)
+        ids_keep, ids_mask = make_mask(
+            numbers["mask"], args.mask, args.mask_ratio, grid, patch)
+        with autocast(device, dtype):
+            loss, terms, _ = model(normalize_pixels(images), guide, coarse, ids_keep, ids_mask)
+        scaler.scale(loss / args.accum_iter).backward()
+        return loss.detach(), {name: term.detach() for name, term in terms.items()}
+
+    if recorded:
+        forward_backward = Replayed(forward_backward)
+
     stop = StopSignal()
     log = Log(args, step, total_steps, crops_per_step, device, group)
     while step < total_steps and not stop.came(group):
@@ -217,26 +237,20 @@ def main():
         for micro_step in range(args.accum_iter):
             batch = next_batch(stream, damage, log)
             rows = rows_in_step(micro_step, args.batch_size)
-            mine = {name: drawn[rows] for name, drawn in numbers.items()}   # these crops' numbers
             images = to_device(batch.images, device)                # uint8 (B, 3, 32, 128)
-            guide, coarse = make_views(
-                images, method, raw_model.scales, mine, args.guidance_strength)
-            ids_keep, ids_mask = make_mask(
-                to_device(mine["mask"], device), args.mask, args.mask_ratio, grid, patch)
-
+            mine = {name: to_device(drawn[rows], device) for name, drawn in numbers.items()}
             if world_size() > 1:                            # ranks share gradients once a step
                 model.require_backward_grad_sync = micro_step == args.accum_iter - 1
-            with autocast(device, dtype):
-                loss, terms, _ = model(
-                    normalize_pixels(images), guide, coarse, ids_keep, ids_mask)
-            scaler.scale(loss / args.accum_iter).backward()
+            loss, terms = forward_backward(images=images, **mine)
             log.add(loss, terms)
 
+        if recorded:
+            average_over_ranks(gradients)
         scaler.unscale_(optimizer)
         max_norm = args.clip_grad or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm)
         step_unless_not_finite(optimizer, scaler, grad_norm, skipped)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not recorded)
         step += 1
 
         line_due = step % args.log_every == 0 or step in (1, total_steps)

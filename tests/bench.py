@@ -111,12 +111,19 @@ def load_peers(images, names, args):
 
 def make_inputs(net, images, step):
     """What pretrain.py gives its model at a step: crop, guide, nsp's views, ids_keep, ids_mask."""
-    grid, patch = net.encoder.grid, net.encoder.patch
+    return inputs_from_numbers(net, images, draw_numbers(net, len(images), step))
+
+
+def draw_numbers(net, n_crops, step):
     flags = SimpleNamespace(seed=0, mask="random")
-    numbers = pretrain.draw_numbers(step, len(images), net.method, flags, grid)
+    return pretrain.draw_numbers(step, n_crops, net.method, flags, net.encoder.grid)
+
+
+def inputs_from_numbers(net, images, numbers):
     guide, coarse = pretrain.make_views(images, net.method, net.scales, numbers, 1.0)
     mask_numbers = common.to_device(numbers["mask"], images.device)
-    ids_keep, ids_mask = pretrain.make_mask(mask_numbers, flags.mask, MASK_RATIO, grid, patch)
+    ids_keep, ids_mask = pretrain.make_mask(
+        mask_numbers, "random", MASK_RATIO, net.encoder.grid, net.encoder.patch)
     return normalize_pixels(images), guide, coarse, ids_keep, ids_mask
 
 
@@ -134,15 +141,26 @@ def make_training_step(method, images, args, compiled=False):
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
     steps_done = 0
 
-    def step():
-        nonlocal steps_done
-        inputs = make_inputs(raw_model, images, steps_done)
+    def forward_backward(images, **numbers):
+        inputs = inputs_from_numbers(raw_model, images, numbers)
         with common.autocast(device, dtype):
             loss, _, _ = raw_model(*inputs)
         loss.backward()
+        return loss.detach()
+
+    recorded = compiled and device.type == "cuda"
+    if recorded:
+        common.join_gradients(raw_model)
+        forward_backward = common.Replayed(forward_backward)
+
+    def step():
+        nonlocal steps_done
+        numbers = draw_numbers(raw_model, len(images), steps_done)
+        numbers = {name: common.to_device(drawn, device) for name, drawn in numbers.items()}
+        forward_backward(images=images, **numbers)
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not recorded)
         steps_done += 1
     return step
 
@@ -300,6 +318,14 @@ def make_reading_step(read_ids, images, dtype):
     def step():
         with torch.inference_mode(), common.autocast(images.device, dtype):
             return read_ids(normalize_pixels(images))
+    return step
+
+
+def make_recorded_reading_step(net, images, dtype):
+    """The same as `Recognizer.read` does it on a GPU."""
+    def step():
+        with torch.inference_mode():
+            return net.decode_recorded(normalize_pixels(images), dtype)
     return step
 
 

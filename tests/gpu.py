@@ -44,6 +44,7 @@ from model import METHODS, MODELS, Pretrainer, Recognizer, ViT
 SECONDS = 540                   # for all parts together
 WITH_TEACHER = "lmim with a teacher"
 KINDS = [*METHODS, WITH_TEACHER]
+RECORDED = 5                    # steps, after which all are replayed, see common.Replayed
 fork = multiprocessing.get_context("fork")              # a child need not import torch again
 
 
@@ -70,7 +71,7 @@ def sizes_of(args):
     if args.tiny:
         return SimpleNamespace(model="vit_nano", crops=4, batches=[4], rounds=1, n=64, words=[4], steps=4, curve=4,
                                workers=0)
-    return SimpleNamespace(model="vit_small", crops=16, batches=[64, 256], rounds=8, n=8192, words=[128, 512],
+    return SimpleNamespace(model="vit_small", crops=16, batches=[256, 64], rounds=8, n=8192, words=[128, 512],
                            steps=20, curve=200, workers=12)
 
 
@@ -210,9 +211,11 @@ def readings(args):
     net = random_reader(sizes.model).eval()
     images = data.read_batch(range(4 * sizes.crops), data.open_sources(["synth:100"])).images
     expected = [text for text, _ in net.read(images)]
-    found = [text for text, _ in copy.deepcopy(net).to(args.device).read(images)]
-    same = sum(a == b for a, b in zip(found, expected))
-    check("readings", same == len(expected) and len(set(expected)) > 1, same=same, of=len(expected))
+    there = copy.deepcopy(net).to(args.device)
+    for turn in ("launched", "recorded", "replayed"):           # on a GPU, see Recognizer.decode_recorded
+        found = [text for text, _ in there.read(images)]
+        same = sum(a == b for a, b in zip(found, expected))
+        check("readings", same == len(expected) and len(set(expected)) > 1, turn=turn, same=same, of=len(expected))
 
 
 def random_reader(model):
@@ -275,15 +278,36 @@ def as_rank(args):
     loss, grad = loss_and_gradient(net, inputs, torch.float32)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend)
+    net_to_record = copy.deepcopy(net)                      # DDP leaves hooks at a network's weights
     ddp = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     found, _, _ = ddp(*inputs)
     found.backward()
+    check_gradient("one rank", net, found.item(), loss, grad, backend=backend)
+
+    if device.type == "cuda":                               # the gathering amid a recording
+        gradients = common.join_gradients(net_to_record)
+
+        def forward_backward():
+            found, _, _ = net_to_record(*inputs)
+            found.backward()
+            return found.detach()
+
+        step = common.Replayed(forward_backward)
+        for _ in range(5):
+            gradients.zero_()
+            found = step()
+            dist.all_reduce(gradients)
+        check_gradient("one rank, recorded", net_to_record, found.item(), loss, grad, backend=backend)
+    dist.destroy_process_group()
+
+
+def check_gradient(name, net, found, loss, grad, **more):
+    """Of net's weights, beside a loss and gradient made another way."""
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     found_grad = torch.cat([parameter.grad.flatten().cpu() for parameter in parameters])
     grad_rel = ((found_grad - grad).norm() / grad.norm()).item()
-    check("one rank", abs(found.item() - loss) < 1e-5 * loss and grad_rel < 1e-4, backend=backend,
-          loss=found.item(), alone=loss, gradient=grad_rel)
-    dist.destroy_process_group()
+    check(name, abs(found - loss) < 1e-5 * loss and grad_rel < 1e-4, loss=found, alone=loss, gradient=grad_rel,
+          **more)
 
 
 def resume(args):
@@ -358,21 +382,26 @@ def graphs(args):
 
 # ---- fast
 
-def timed_steps(args, makers, crops, flops, product):
+def timed_steps(args, makers, crops, flops, product, compiled):
     """Times each step alone and shows its figures: {name: a function that makes the step}."""
     device = args.device
     for name, make in makers.items():
+        torch.compiler.reset()                              # so many shapes and no more are kept of a layer
         began = time.perf_counter()
         step = make()
         step()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         first_step_s = time.perf_counter() - began
+        if compiled and device.startswith("cuda"):
+            for _ in range(RECORDED):
+                step()
+        ready_s = time.perf_counter() - began
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
         seconds = median(bench.take_turns({name: step}, bench_args(args))[name])
         row = dict(speed=name, crops=crops, ms=1000 * seconds, crops_per_s=crops / seconds,
-                   first_step_s=first_step_s, peak_gb=common.peak_memory(torch.device(device)))
+                   first_step_s=first_step_s, ready_s=ready_s, peak_gb=common.peak_memory(torch.device(device)))
         if name in flops:
             row.update(tflops=1e-12 * flops[name] * crops / seconds)
             row.update(of_product=row["tflops"] / product)
@@ -394,15 +423,18 @@ def train(args, compiled=False):
     product = 2e-12 * sizes.n ** 3 / median(times["product"])
     for crops in sizes.batches:
         images = noise(crops, args.device)
+        kinds = KINDS
+        if compiled and crops != sizes.batches[0]:
+            kinds = [WITH_TEACHER]                          # compiling the others anew takes too long
         makers = {}
-        for kind in KINDS:
+        for kind in kinds:
             makers[kind] = partial(make_step, kind, images, args, compiled)
         for name, make in bench.load_peers(images, METHODS, bench_args(args)).items():
             if not compiled:
                 makers[name] = make
             elif "compiled" in inspect.signature(make).parameters:
                 makers[name] = partial(make, compiled=True)
-        timed_steps(args, makers, crops, flops, product)
+        timed_steps(args, makers, crops, flops, product, compiled)
 
 
 def read(args):
@@ -413,8 +445,10 @@ def read(args):
         images = noise(words, args.device)
         net = bench.make_recognizers(["word"] * words, flags)["random"]
         ways = {"cached": net.decode, "whole prefixes": partial(bench.prefixes, net)}
-        for name, read_ids in ways.items():
-            step = bench.make_reading_step(read_ids, images, torch.bfloat16)
+        steps = {name: bench.make_reading_step(read_ids, images, torch.bfloat16) for name, read_ids in ways.items()}
+        if images.is_cuda:
+            steps["recorded"] = bench.make_recorded_reading_step(net, images, torch.bfloat16)
+        for name, step in steps.items():
             seconds = median(bench.take_turns({name: step}, flags)[name])
             show(speed=f"read, {name}", words=words, ms=1000 * seconds, words_per_s=words / seconds)
 
@@ -422,7 +456,7 @@ def read(args):
 def run(args):
     """pretrain.py itself with its loader, of rendered words and of an LMDB: how long it waits."""
     sizes = sizes_of(args)
-    crops = sizes.batches[-1]
+    crops = sizes.batches[0]
     with tempfile.TemporaryDirectory() as folder:
         sources = {"rendered": "synth"}
         if importlib.util.find_spec("lmdb"):
@@ -443,11 +477,11 @@ def run(args):
 
 def profile(args):
     """The twenty dearest kernels of a step of --profile, or on a CPU the dearest operations."""
-    images = noise(sizes_of(args).batches[-1], args.device)
-    step = make_step(args.profile, images, args)
-    for _ in range(bench.WARM_UP):
-        step()
+    images = noise(sizes_of(args).batches[0], args.device)
     on_gpu = images.is_cuda
+    step = make_step(args.profile, images, args, compiled=on_gpu)
+    for _ in range(RECORDED):
+        step()
     with torch.profiler.profile() as found:
         step()
         if on_gpu:

@@ -209,6 +209,9 @@ JOBS = {                                            # all without dropout
 }
 
 
+RECORDED = ("lmim", "finetune")         # jobs that run again as on a GPU with --compile
+
+
 def job(name, many):
     script, flags = JOBS[name]
     return script, *[many if flag == "MANY" else flag for flag in flags]
@@ -229,6 +232,8 @@ def drive_ranks(path):
             keep_what_is_scored(patch, f"{name}.pairs{rank}")
             if rank == 1:
                 plant_mistake(patch, SCRIPTS[script], plant)
+            if plant == "recorded":
+                pretend_to_record(patch, SCRIPTS[script])
             if plant == "fewer" and rank == 1:
                 flags = [*flags, "--data", os.environ["FEWER_CROPS"]]
             patch.setattr(pretrain, "draw_samples", lambda *_: None)
@@ -258,6 +263,13 @@ def keep_what_is_scored(patch, path):
             json.dump(pairs, file)
         return plain(pairs, protocol)
     patch.setattr(evaluate, "score", score)
+
+
+def pretend_to_record(patch, script):
+    """All that goes with a recorded step on a GPU but the recording: gradients in one tensor, which is
+    averaged over the ranks without DDP."""
+    patch.setattr(script, "is_recorded", lambda *_: True)
+    patch.setattr(script, "Replayed", lambda function: function)
 
 
 def plant_mistake(patch, script, plant):
@@ -305,6 +317,8 @@ def two(tmp_path_factory, real, many):
     for name in JOBS:
         flags = ["--batch_size", "4", "--accum_iter", "2"] if name == "lmim" else []
         add(name, "", *job(name, many), *flags)
+    for name in RECORDED:
+        add(f"{name} recorded", "recorded", *job(name, many), "--batch_size", "4", "--accum_iter", "2")
     add("nan in data", "data", pretrain, *MIM)
     add("nan in weights", "weights", pretrain, *MIM, *SAVE, "--max_bad_steps", "2")
     add("stop", "stop", pretrain, *MIM)
@@ -334,11 +348,12 @@ def assert_same_losses(out, expected_out):
     assert len(set(one)) == len(one) == 4
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", [*JOBS, *(f"{name} recorded" for name in RECORDED)])
 def test_two_processes_equal_one(two, whole, many, name):
     """Ranks that draw the same crops, masks or augmentations, InfoNCE without the other rank's negatives,
-    gradients summed and not averaged, or of the last micro-batch alone (lmim has two)."""
-    one, both = whole(*job(name, many)), two.folder / name
+    gradients summed and not averaged, or of the last micro-batch alone (lmim has two, and so have steps that
+    are recorded)."""
+    one, both = whole(*job(name.removesuffix(" recorded"), many)), two.folder / name
     assert_same_losses(both, one)
     for rank in (0, 1):
         assert_same_gradients(f"{both}.gradients{rank}", f"{one}.gradients")
