@@ -149,9 +149,10 @@ def read_pixels(image, rotate_tall):
     """An opened image, of which nothing is read yet -> uint8 (3, 32, 128)."""
     if image.width * image.height > MAX_PIXELS:
         raise Damaged(f"{image.width} x {image.height} pixels: no word, but a decompression bomb")
-    may_be_turned = "exif" in image.info            # then width and height may change places
-    if image.format == "JPEG" and not may_be_turned:
-        image.draft(None, (2 * W, 2 * H))           # the decoder halves what is far too large
+    # A large JPEG can be read at a half, a quarter or an eighth of its size. But EXIF may turn an
+    # image later, and then its width and height change places.
+    if image.format == "JPEG" and "exif" not in image.info:
+        image.draft(None, (2 * W, 2 * H))           # at least as large as this
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
 
@@ -200,7 +201,9 @@ def lay_on_ground(image):
 
 # ---- sources: LMDB
 
-MAX_READS = 1000                        # of the LMDBs that are open; then they are opened anew
+# What was read of an LMDB counts as memory until it is closed. So after this many reads all LMDBs
+# are opened anew.
+MAX_READS = 1000
 
 
 class OpenLmdbs:
@@ -220,7 +223,6 @@ class OpenLmdbs:
         # A forked worker inherits this object, but LMDB forbids it to read through what its
         # parent opened.
         forked = self.process_id != os.getpid()
-        # Pages once read stay mapped, and count as memory until the file is closed.
         read_enough = self.reads == MAX_READS
         if forked or read_enough:
             self.forget_all()
@@ -297,23 +299,24 @@ def count_crops(transaction, folder):
     image. UserError if that cannot be true. Not all keys are read: there may be millions."""
     n_keys = transaction.stat()["entries"]
     last = last_image_number(transaction)
-    count = transaction.get(b"num-samples")
-    if count is None:
-        count = last
-    count = count.strip()
+    stated = transaction.get(b"num-samples")        # bytes too, such as b"3000"
+    if stated is None:
+        stated = last
+    stated = stated.strip()
 
-    is_number = re.fullmatch(b"0*[1-9][0-9]{,8}", count) is not None
+    is_number = re.fullmatch(b"0*[1-9][0-9]{,8}", stated) is not None
     has_images = first_key(transaction, b"image-") is not None
-    if not is_number or not has_images or int(count) > n_keys:
+    if not is_number or not has_images or int(stated) > n_keys:
         raise UserError(
-            f"{folder}: no word crops (num-samples {count[:20]}, {n_keys:,} entries, "
+            f"{folder}: no word crops (num-samples {stated[:20]}, {n_keys:,} entries, "
             f"first key {first_key(transaction, b'')}); expected the keys image-000000001, "
             "label-000000001 and so on, and num-samples")
 
-    if last.isdigit() and int(last) > int(count):
-        say(f"{folder}: num-samples says {int(count):,}; images after that, up to {int(last):,}, "
+    count = int(stated)
+    if last.isdigit() and int(last) > count:
+        say(f"{folder}: num-samples says {count:,}; images after that, up to {int(last):,}, "
             "are not looked at")
-    return int(count)
+    return count
 
 
 def check_first_key(transaction, kind, folder):
@@ -340,12 +343,12 @@ def first_key(transaction, prefix):
 
 
 def last_image_number(transaction):
-    """What follows "image-" in the last key that begins so: digits, as bytes. b"" if none does."""
-    after_last_image = b"image-:"                   # a colon is the character after 9
+    """The number in the last image's key, as bytes: b"000003000". b"" if there is no image."""
+    after_images = b"image-:"                       # keys are sorted; a colon comes after 9
     with transaction.cursor() as cursor:
-        if cursor.set_range(after_last_image):
+        if cursor.set_range(after_images):          # the first key from there on
             found = cursor.prev()
-        else:
+        else:                                       # there is none: images are the last keys
             found = cursor.last()
         if found and cursor.key().startswith(b"image-"):
             return cursor.key().removeprefix(b"image-")
@@ -429,7 +432,7 @@ def read_labels(path):
     MMOCR's entry."""
     kind = suffix_of(path)
     unit = "entry" if kind == ".json" else "line"
-    at = path
+    at = path                                       # where an error is: as yet in no line
     may_be_header = kind in (".txt", ".tsv", ".csv")
     try:
         for number, entry in read_entries(path, kind):
@@ -440,7 +443,7 @@ def read_labels(path):
                 say(f"{at} is taken for a header: {entry}")
             else:
                 yield image_path, label
-            may_be_header = False
+            may_be_header = False                   # the first line alone may be one
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: line {first_line_not_utf8(path)}: expected UTF-8 "
                         f"({error.reason}); save it as UTF-8") from None
@@ -467,16 +470,16 @@ def read_entries(path, kind):
 def parse_entry(entry, kind):
     """A line, or an element of MMOCR's list -> (image path, label)."""
     if kind == ".json":
-        (instance,) = entry["instances"]
+        (instance,) = entry["instances"]            # ValueError unless it is exactly one
         return entry["img_path"], instance["text"]
     if kind == ".jsonl":
         row = json.loads(entry, **NUMBERS_AS_TEXT)
         return row["filename"], row["text"]
     if kind == ".csv":
-        (row,) = csv.reader([entry], strict=True)
-        image_path, label = row
-        return image_path, label
-    image_path, label = entry.split("\t", 1)
+        (fields,) = csv.reader([entry], strict=True)
+    else:
+        fields = entry.split("\t", 1)
+    image_path, label = fields                      # ValueError unless they are two
     return image_path, label
 
 
@@ -531,8 +534,8 @@ def files_under(folder):
 
 # ---- sources: rendered words
 
-# Words in `synth`. Beside 10,000 other crops 99 of a hundred would be rendered: there type fewer,
-# as in synth:20000.
+# How many words `synth` stands for. They would drown a small set of real crops: there type fewer,
+# such as synth:20000.
 SYNTH_N = 1_000_000
 
 
@@ -551,10 +554,12 @@ class Synth(Source):
         if charset is None:
             self.charset = PRINTABLE
             self.fonts = font_files(fonts)
+            return
+        self.charset = "".join(charset.split())             # no blanks
+        if fonts:
+            self.fonts = font_files(fonts, self.charset)
         else:
-            self.charset = "".join(charset.split())         # no blanks
-            # font_files looks into the fonts of a folder alone, fonts_with into the system's too.
-            self.fonts = fonts_with(self.charset, font_files(fonts, self.charset))
+            self.fonts = fonts_with(self.charset, font_files())
 
     def get(self, i):
         image, label, char_map = render_word(self.seed, i, self.fonts, self.charset)
@@ -728,7 +733,7 @@ def open_folder(src, rotate_tall, labels):
     for file in files:
         name = os.path.basename(file)
         if name == "data.mdb":
-            lmdbs.append(os.path.dirname(file))
+            lmdbs.append(os.path.normpath(os.path.dirname(file)))
         elif name.startswith("._"):
             others["._* (a Mac's notes on other files)"] += 1
         elif suffix_of(name) in SUFFIXES:
@@ -761,13 +766,15 @@ def list_counts(counts):
 
 def open_lmdbs(src, folders, rotate_tall, labels):
     """The LMDBs below a folder as one Source."""
+    name = name_of(src)
     if len(folders) == 1:
-        return Lmdb(os.path.normpath(folders[0]), name_of(src), rotate_tall, labels)
+        return Lmdb(folders[0], name, rotate_tall, labels)
     parts = []
     for folder in folders:
-        name = os.path.normpath(os.path.join(name_of(src), os.path.relpath(folder, src)))
-        parts.append(Lmdb(os.path.normpath(folder), name, rotate_tall, labels))
-    return Parts(parts, name_of(src))
+        below = os.path.relpath(folder, src)        # "." is src itself
+        part_name = os.path.normpath(os.path.join(name, below))
+        parts.append(Lmdb(folder, part_name, rotate_tall, labels))
+    return Parts(parts, name)
 
 
 def open_labels_file(src, rotate_tall):
@@ -776,24 +783,31 @@ def open_labels_file(src, rotate_tall):
         raise UserError(f"{src}: expected entries in it, found none")
     first_paths = [source.path(i) for i in range(min(100, len(source)))]
     if not any(os.path.isfile(path) for path in first_paths):
-        hint = "move it to the folder that they start from"
-        if "\\" in first_paths[0]:
-            hint = "write their \\ as /"
-        if os.path.isfile(os.path.join(source.root, source.label(0) or "")):
-            hint = "write the path first, then the label"
         raise UserError(f"{src}: no {first_paths[0]}; image paths are relative to the labels file: "
-                        f"{hint}")
+                        f"{how_to_mend_paths(source)}")
     return source
+
+
+def how_to_mend_paths(source):
+    """What to do with a labels file whose image paths lead nowhere, judged by its first entry."""
+    label = source.label(0) or ""
+    if os.path.isfile(os.path.join(source.root, label)):
+        return "write the path first, then the label"
+    if "\\" in source.path(0):
+        return "write their \\ as /"
+    return "move it to the folder that they start from"
 
 
 def open_sources(srcs, **options):
     """Several SRCs as one Source with .parts. SRC@N stands for N times SRC, to weigh more."""
     parts = []
     for src in srcs:
-        path, times = str(src), 1
+        path = str(src)
+        times = 1
         weighted = re.fullmatch("(.+)@([1-9][0-9]{,5})", path)
         if weighted and not os.path.exists(path):   # a file's own name may hold an @
-            path, times = weighted[1], int(weighted[2])
+            path = weighted[1]
+            times = int(weighted[2])
         parts += [open_source(path, **options)] * times
     return Parts(parts, " ".join(str(src) for src in srcs))
 
@@ -817,7 +831,7 @@ def folds_case(chars):
 
 def read_charset(name):
     """--charset: 36, 62, 94 or a UTF-8 file -> its characters as one string, NFC, line ends
-    left out. UserError if there is none, or one that cannot be a class."""
+    left out. UserError if there is none, one twice, or a control character."""
     if name in CHARSETS:
         return CHARSETS[name]
     try:
@@ -825,26 +839,32 @@ def read_charset(name):
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--charset {name}: expected 36, 62, 94 or a UTF-8 file of characters "
                         f"({error})") from None
-    letters = Counter()                             # as typed, each with its marks
-    chars = ""                                      # NFC: a mark is often a character of its own
-    for line in lines:                              # so that no accent joins the line above
-        letters.update(split_letters(line))
-        chars += unicodedata.normalize("NFC", line)
+    check_typed_once(name, lines)
 
-    for letter, times in letters.items():
-        if times > 1:
-            raise UserError(f"--charset {name}: {letter!r} stands in it twice")
+    # Line by line, or an accent that begins a line would join the line above.
+    chars = "".join(unicodedata.normalize("NFC", line) for line in lines)
     for char in chars:
         if unicodedata.category(char) == "Cc":
             raise UserError(f"--charset {name}: {char!r} is a control character")
     if not chars.strip():
         raise UserError(f"--charset {name}: holds no character")
 
+    # NFC leaves many marks as characters of their own, and one mark may follow two letters.
     repeated = [char for char, times in Counter(chars).items() if times > 1]
     if repeated:
         say(f"--charset {name}: once it is NFC, some characters stand in it more than once; "
             f"{' '.join(repeated)} became one class each")
     return "".join(dict.fromkeys(chars))
+
+
+def check_typed_once(name, lines):
+    """UserError for a letter, with its marks, that stands in a charset's lines twice."""
+    letters = Counter()
+    for line in lines:
+        letters.update(split_letters(line))
+    for letter, times in letters.items():
+        if times > 1:
+            raise UserError(f"--charset {name}: {letter!r} stands in it twice")
 
 
 def split_letters(line):
@@ -905,7 +925,8 @@ def fit_labels(source, chars, max_length):
     report += [f"{n:,} {problem}" for problem, n in problems.items()]
     line = ", ".join(report)
     if unknown:
-        line += f" ({', '.join(f'{char!r} {n:,}' for char, n in unknown.most_common(8))})"
+        commonest = [f"{char!r} {n:,}" for char, n in unknown.most_common(8)]
+        line += f" ({', '.join(commonest)})"
     return Subset(source, fits.nonzero()[0]), line
 
 
@@ -925,13 +946,15 @@ def fit_part(part, chars, max_length):
         if fit.problem:
             fits[i] = False
             problems[fit.problem] += 1
-            unknown.update(char for char in dict.fromkeys(fit.text) if char not in chars)
+            for char in dict.fromkeys(fit.text):    # each once, in the label's order
+                if char not in chars:
+                    unknown[char] += 1
     return fits, problems, unknown
 
 
 def all_drawn_labels_fit(part, chars, max_length):
     """True for rendered words if each character that is drawn is known: a million words need not
-    be asked one by one. False, to be sure, where characters change when they are normalized."""
+    be asked one by one. Where NFC may change a label, False: then they are asked."""
     if not isinstance(part, Synth) or max_length < MAX_LENGTH:
         return False
     drawn = part.charset
@@ -1015,7 +1038,8 @@ MOVED_VIEW = CHOICE_COLUMNS | POINT_COLUMNS | MOVE_COLUMNS | LOOK_COLUMNS | dict
 # A view that stays in place has no points to move, and 40 columns are not used. Leave them: were
 # they taken out, every seed would give other views.
 STILL_VIEW = CHOICE_COLUMNS | dict(not_used=40) | LOOK_COLUMNS | NOISE_COLUMNS
-# The first fourteen of AUGMENT_CHANCES have `chances`, those that are added have `more_chances`.
+# AUGMENT_CHANCES' first fourteen read their numbers in `chances`, what you add after them in
+# `more_chances`.
 AUGMENTATION = dict(chances=14, changed=1) | POINT_COLUMNS | MOVE_COLUMNS | LOOK_COLUMNS
 AUGMENTATION |= NOISE_COLUMNS | dict(more_chances=4)
 
@@ -1099,8 +1123,8 @@ def in_range(drawn, name):
 
 def choose_operations(drawn, strength):
     """What a view does to each crop -> {operation: (B,)}: `strength`, or 0 where it does not."""
-    # The columns of `order` shuffle the ten: sorting twice says when each of them has its turn.
-    turn = drawn["order"].argsort(1).argsort(1)
+    shuffled = drawn["order"].argsort(1)            # (B, 10): the operations in their turn
+    turn = shuffled.argsort(1)                      # (B, 10): when each operation comes
     choices = len(OPERATIONS) - LEAST_OPERATIONS + 1
     how_many = LEAST_OPERATIONS + (choices * drawn["how_many"]).floor()
     chosen = torch.where(turn < how_many[:, None], strength, 0.0)
@@ -1161,8 +1185,9 @@ def move_and_bend(images, strengths, drawn):
     bottom = strengths["vertical"] * in_range(drawn, "bottom")
     before = torch.stack([left, top], 1)[:, None]                               # (B, 1, 2)
     after = torch.stack([right, bottom], 1)[:, None]
-    # What remains has half the side 1 - before - after, and its middle is at before - after.
-    corners = corners * (1 - before - after) + before - after
+    # What remains goes from -1 + 2 before to 1 - 2 after. Its middle is before - after.
+    half_length = 1 - before - after
+    corners = corners * half_length + before - after
 
     # 4 x 4 points move in x and y. `bend` is the standard deviation of the moves, in shares of a
     # side.
@@ -1240,9 +1265,9 @@ def turned(angle, aspect, corners=None):
     x = x * growth_x
     y = y * growth_y
 
-    # Then it turns, clockwise: what is seen through it turns the other way. In pixels (x, y)
-    # goes to (x cos - y sin, x sin + y cos), and y goes down. But here x is in half widths and
-    # y in half heights: `aspect` half heights are a half width.
+    # Then it turns, clockwise: what is seen through it turns the other way. x counts half widths
+    # and y half heights, so in half heights the point is (aspect x, y). Turned, it is
+    # (cos aspect x - sin y, sin aspect x + cos y). The first is then divided by aspect.
     turned_x = cos * x - sin * y / aspect
     turned_y = sin * aspect * x + cos * y
     return torch.stack([turned_x, turned_y], -1)
@@ -1291,8 +1316,8 @@ def warp(images, corners, moves=None):
     ones = torch.ones(height, width, device=device)
     points = torch.stack([u.expand(height, width), v[:, None].expand(height, width), ones])
 
-    # (a u + b v + c), (d u + e v + f) and (g u + h v + 1) of every pixel and crop, in one product.
-    products = homography(corners).reshape(-1, 3) @ points.flatten(1)
+    # (a u + b v + c), (d u + e v + f) and (g u + h v + 1) of every crop and pixel.
+    products = homography(corners) @ points.flatten(1)              # (B, 3, H * W)
     products = products.view(b, 3, height, width)
     grid = products[:, :2].div_(products[:, 2:])
     if moves is not None:
@@ -1362,8 +1387,8 @@ def recolour(images, saturation, hue, brightness, contrast, haze):
     luma = copy_once(LUMA, images.device)
     quarter = copy_once(QUARTER_TURN, images.device)
 
-    # A colour is its grey and a rest, which turns: cos * rest + sin * the rest turned by 90
-    # degrees.
+    # A colour is its grey and a rest. The grey stays. The rest turns as a vector does in a plane:
+    # cos times itself, plus sin times itself turned by 90 degrees.
     to_grey = luma.expand(3, 3)
     to_rest = torch.eye(3, device=images.device) - to_grey
     cos = for_matrices(torch.cos(2 * math.pi * hue))
@@ -1371,9 +1396,14 @@ def recolour(images, saturation, hue, brightness, contrast, haze):
     turned_rest = cos * to_rest + sin * quarter
     matrix = to_grey + for_matrices(saturation) * turned_rest                   # (B, 3, 3)
 
-    # Then a colour c becomes brightness * c; that becomes contrast * c + (1 - contrast) * mean;
-    # that becomes keep * c + (1 - keep) / 2. The mean is the brightened crop's: brightness *
-    # mean_grey, since saturation and hue have left the grey as it was.
+    # Then three more changes of a colour c, one after the other:
+    #
+    #     brightness   c  ->  brightness * c
+    #     contrast     c  ->  contrast * c + (1 - contrast) * mean
+    #     haze         c  ->  keep * c + (1 - keep) * 0.5
+    #
+    # The mean is the brightened crop's, brightness * mean_grey: saturation and hue leave a grey as
+    # it is. All in all c -> keep * contrast * brightness * c + offset.
     keep = 1 - haze
     matrix = for_matrices(keep * contrast * brightness) * matrix
     mean_grey = images.mean((2, 3)) @ luma                                      # (B,)
@@ -1468,8 +1498,8 @@ def loader(source, index_lists, workers, char_maps=False):
     """Lists of indices -> an iterator over their Batches. Worker processes are handed indices
     alone."""
     if workers:
-        # What is registered last runs first: before multiprocessing's own end, which would wait.
-        # Unregistered before, or it would run once for every loader.
+        # When a process ends, what was registered last runs first. end_workers has to run before
+        # multiprocessing's own end, which would wait, and once, not once for every loader.
         atexit.unregister(end_workers)
         atexit.register(end_workers)
     with warnings.catch_warnings():
@@ -1520,6 +1550,7 @@ def crop_order(n, batch_size, seed, position=0, rank=0, world=1):
         for p in range(first, first + batch_size):
             if p // n != epoch:
                 epoch = p // n
+                # Within a million epochs no two seeds come to the same number here.
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
                 permutation = torch.randperm(n, generator=generator)
             indices.append(int(permutation[p % n]))
@@ -1556,14 +1587,19 @@ def fill_places(batch):
     ranks could not gather their rows. Each sound crop keeps its own place."""
     sound = len(batch.images)
     size = sound + len(batch.damaged)
-    crops = torch.arange(size) % sound              # which crop stands in each place
-    crops[batch.places] = torch.arange(sound)
+    # For each place the sound crop that stands in it: one after the other, but in its own place
+    # each crop itself.
+    chosen = torch.arange(size) % sound
+    chosen[batch.places] = torch.arange(sound)
     maps = None
     if batch.char_maps is not None:
-        maps = batch.char_maps[crops]
-    labels = [batch.labels[k] for k in crops]
-    indices = [batch.indices[k] for k in crops]
-    return Batch(batch.images[crops], labels, maps, batch.damaged, indices, list(range(size)))
+        maps = batch.char_maps[chosen]
+    return batch._replace(
+        images=batch.images[chosen],
+        labels=[batch.labels[k] for k in chosen],
+        char_maps=maps,
+        indices=[batch.indices[k] for k in chosen],
+        places=list(range(size)))
 
 
 def read_all(source, batch_size, workers=0):
@@ -1620,10 +1656,12 @@ MARGIN_X, MARGIN_Y = 6, 4               # around it
 CELL_W = PICTURE_W + 2 * MARGIN_X
 NO_PICTURE_H = 22                       # of a row without pictures
 TEXT_H = 18                             # is added to a row with text
-# The base line of text is so far below its picture. Of text alone it is so far below the top of
-# the row, but in a low row so far above the bottom.
-BELOW_PICTURE, BELOW_TOP, ABOVE_BOTTOM = 16, 46, 12
-CAPTION_SIZE, TITLE_SIZE, LEAST_SIZE = 14, 24, 7
+CAPTION_BELOW_PICTURE = 16              # from a picture down to the base line of its caption
+TITLE_BELOW_TOP = 46                    # from the row's top down to the base line of text alone,
+TITLE_ABOVE_BOTTOM = 12                 # which in a low row is this far above the bottom
+CAPTION_SIZE = 14
+TITLE_SIZE = 24
+LEAST_SIZE = 7                          # of text that would not fit into its cell
 
 MAX_LETTERS = 200                       # of a piece of text
 
@@ -1643,10 +1681,10 @@ def draw_sheet(rows, path):
         for column, (picture, pieces) in enumerate(row):
             x = column * CELL_W + MARGIN_X
             if picture is None:
-                base = min(BELOW_TOP, height - ABOVE_BOTTOM)
+                base = min(TITLE_BELOW_TOP, height - TITLE_ABOVE_BOTTOM)
                 draw_text(sheet, pieces, x, y + base, TITLE_SIZE, files)
             else:
-                base = MARGIN_Y + PICTURE_H + BELOW_PICTURE
+                base = MARGIN_Y + PICTURE_H + CAPTION_BELOW_PICTURE
                 paste_crop(sheet, picture, x, y + MARGIN_Y)
                 draw_text(sheet, pieces, x, y + base, CAPTION_SIZE, files)
         y += height
@@ -1680,7 +1718,7 @@ def draw_text(sheet, pieces, x, y, size, files):
     if room < 1:
         font = find_font(line, max(LEAST_SIZE, int(size * room)), files)
     for text, colour in pieces:
-        ImageDraw.Draw(sheet).text((x, y), text, colour, font, "ls")
+        ImageDraw.Draw(sheet).text((x, y), text, colour, font, anchor="ls")     # on the base line
         x += font.getlength(text)
 
 
@@ -1707,11 +1745,11 @@ def show(args):
     views = make_views(batch.images, generator, args)
     cells = []
     for k, label in enumerate(batch.labels):
-        text = [(label or "", BLACK)]
-        for view in views:
-            cells.append(((255 * view[k]).byte(), text))
-            text = []                               # below the crop itself alone
-    across = len(views) * max(1, 4 // len(views))
+        crop, *others = [(255 * view[k]).byte() for view in views]
+        cells.append((crop, [(label or "", BLACK)]))
+        cells += [(other, []) for other in others]
+    crops_in_row = max(1, 4 // len(views))          # four pictures, or one crop with all its views
+    across = crops_in_row * len(views)
     rows = [cells[k:k + across] for k in range(0, len(cells), across)]
     draw_sheet(rows, args.out)
 
@@ -1802,7 +1840,7 @@ class Counts:
             if label is not None:
                 self.lengths.append(len(label))
                 self.chars.update(label)
-                if re.fullmatch('".*"".*"', label):
+                if re.fullmatch('".*"".*"', label):         # such as "a 6"" pipe"
                     self.quoted += 1
 
     def report(self, source):
@@ -1859,8 +1897,8 @@ class KnownCrops:
         self.prints = torch.cat(prints)
 
     def find(self, files, images, least_alike):
-        """-> for each crop (number, why) of the test crop with the same bytes, else of the most
-        alike if its likeness is above `least_alike`, else (None, "")."""
+        """-> for each crop the number of a test crop, and why: it has the same bytes, or it is the
+        most alike and its likeness is above `least_alike`. (None, "") if neither is there."""
         likeness, nearest = (fingerprint(images) @ self.prints.T).max(1)
         matches = []
         for file, alike, k in zip(files, likeness.tolist(), nearest.tolist()):
@@ -1967,10 +2005,11 @@ def write_lmdb(folder, source, skip, workers):
                 for i, label, file in zip(batch.indices, batch.labels, files):
                     if i in skip:
                         continue
+                    has_label = label is not None
                     if not kept:
-                        labelled = label is not None
-                    if labelled != (label is not None):
-                        has = "no" if label is None else "a"
+                        labelled = has_label
+                    if has_label != labelled:
+                        has = "a" if has_label else "no"
                         raise UserError(f"{source.where(i)}: {has} label, unlike those before it; "
                                         "pack labelled and unlabelled crops apart")
                     kept.append(i)

@@ -171,7 +171,8 @@ def score(pairs, protocol):
     Only parseq36 drops labels. In waics a label without letters and digits stays, as in LMIM's
     code, and a reading without any is right. Where all labels are such (another script, say),
     the figures would mean nothing, and are None."""
-    n, right, letters = 0, 0, 0
+    n, right = 0, 0
+    any_label_counts = False            # one label at least has what the protocol counts
     dropped = Counter()                         # {reason: how often}
     nearness = []                               # 1 - distance / length of the longer word
     for label, text in pairs:
@@ -183,7 +184,8 @@ def score(pairs, protocol):
 
         truth = normalize(label, protocol)
         answer = normalize(text, protocol)
-        letters += len(truth)
+        if truth != "":
+            any_label_counts = True
         if truth == answer:
             right += 1
             nearness.append(1)                  # two empty words are equal as well
@@ -193,7 +195,7 @@ def score(pairs, protocol):
 
     evaluated = len(nearness)
     accuracy, ned = None, None
-    if letters > 0:
+    if any_label_counts:
         accuracy = 100 * right / evaluated
         ned = 100 * sum(nearness) / evaluated
     return {"n": n, "evaluated": evaluated, "dropped": dict(dropped),
@@ -230,7 +232,7 @@ def parse_predictions(path):
         if len(columns) == 1:
             raise UserError(f"--score {path}: line {number} has no tab; {expected}")
         label, prediction = columns[:2]
-        if columns[2:3] == ["damaged"]:
+        if len(columns) > 2 and columns[2] == "damaged":
             prediction = None
         pairs.append((label, prediction))
     if not pairs:
@@ -248,17 +250,16 @@ def is_incomplete(name):
 def summarize(sets, protocol):
     """{set: its score} -> what --json holds. `average` is the mean over sets, `weighted` the mean
     over their words. A set without an accuracy is in neither."""
-    accuracies, words = [], []
+    averaged = []
     for name, row in sets.items():
         if row["accuracy"] is not None and not is_incomplete(name):
-            accuracies.append(row["accuracy"])
-            words.append(row["evaluated"])
+            averaged.append(row)
 
     average, weighted = None, None
-    if accuracies:
-        average = sum(accuracies) / len(accuracies)
-        total = sum(n * accuracy for n, accuracy in zip(words, accuracies))
-        weighted = total / sum(words)
+    if averaged:
+        average = sum(row["accuracy"] for row in averaged) / len(averaged)
+        n_words = sum(row["evaluated"] for row in averaged)
+        weighted = sum(row["evaluated"] * row["accuracy"] for row in averaged) / n_words
     return {"protocol": protocol, "sets": sets, "average": average, "weighted": weighted}
 
 
@@ -282,35 +283,38 @@ def set_lines(result, width):
     lines.append(table_row(width, "set", "n", "evaluated", "accuracy", "1-NED", "seconds"))
     for name, row in result["sets"].items():
         cells = [row[key] for key in ("n", "evaluated", "accuracy", "ned", "seconds")]
-        lines.append(table_row(width, name, *cells, *table_notes(name, row)))
+        lines.append(table_row(width, name, *cells) + table_notes(name, row))
     lines.append(table_row(width, "average", "", "", result["average"]))
     lines.append(table_row(width, "weighted", "", "", result["weighted"]))
     return lines
 
 
 def table_notes(name, row):
-    """What has to be said at the end of a set's row."""
-    notes = [f"   {n:,} dropped: {reason}" for reason, n in row["dropped"].items()]
+    """What has to be said at the end of a set's row, one thing after the other."""
+    notes = [f"{n:,} dropped: {reason}" for reason, n in row["dropped"].items()]
     if is_incomplete(name):
-        notes.append("   not averaged")
+        notes.append("not averaged")
     if row["accuracy"] is None and row["evaluated"] > 0:
-        notes.append("   no label has what counts")
-    return notes
+        notes.append("no label has what counts")
+    return "".join(f"   {note}" for note in notes)
 
 
 def difference_lines(summary, plain, width):
     """One row per set of changed crops: its accuracy, and by how much it differs from that of
     plain crops. Then a row of the averages."""
-    pairs = [(name, row["accuracy"], plain["sets"][name]["accuracy"])
-             for name, row in summary["sets"].items()]
-    pairs.append(("average", summary["average"], plain["average"]))
     lines = []
-    for name, accuracy, plain_accuracy in pairs:
-        difference = None
-        if accuracy is not None and plain_accuracy is not None:
-            difference = f"{accuracy - plain_accuracy:+.2f}"
-        lines.append(table_row(width, name, "", "", accuracy, difference))
+    for name, row in summary["sets"].items():
+        plain_accuracy = plain["sets"][name]["accuracy"]
+        lines.append(difference_row(width, name, row["accuracy"], plain_accuracy))
+    lines.append(difference_row(width, "average", summary["average"], plain["average"]))
     return lines
+
+
+def difference_row(width, name, accuracy, plain_accuracy):
+    difference = None
+    if accuracy is not None and plain_accuracy is not None:
+        difference = f"{accuracy - plain_accuracy:+.2f}"
+    return table_row(width, name, "", "", accuracy, difference)
 
 
 def table_row(width, name, *cells):
@@ -410,9 +414,9 @@ def gather_readings(readings, damaged, group):
     of_ranks = [None] * world_size()
     dist.all_gather_object(of_ranks, (readings, damaged), group=group)
     all_readings, all_damaged = {}, []
-    for readings, damaged in of_ranks:
-        all_readings.update(readings)
-        all_damaged += damaged
+    for rank_readings, rank_damaged in of_ranks:
+        all_readings.update(rank_readings)
+        all_damaged += rank_damaged
     return all_readings, all_damaged
 
 
@@ -545,6 +549,7 @@ def read_images(net, args, group):
     if rank() == 0 and net.rotate_tall:
         print(ROTATE_TALL, file=sys.stderr)
 
+    only_prints = not args.json and not args.predictions
     readings, damaged = {}, []
     for words, lines in read_image_batches(net, source, args, group):
         readings.update(words)
@@ -556,8 +561,8 @@ def read_images(net, args, group):
             path = image_path(source, index)
             printed.append(f"{path}\t{text}\t{math.prod(confidences):.6g}\n")
         heard = print_at_once("".join(printed))
-        if not heard and not (args.json or args.predictions):
-            return                              # other ranks then fail as they gather, and end
+        if only_prints and not heard and group is None:     # other ranks would wait for this one
+            return
     if rank() == 0:
         write_images(source, readings, args)
         if damaged:
@@ -684,7 +689,7 @@ def report_attention(net, source, path):
     batch = data.read_batch(first, source, char_maps=True)
     rendered = bool(batch.char_maps.any())      # other crops have no map of their characters
     images = batch.images
-    if not rendered:                            # nothing to measure
+    if not rendered:                            # nothing to measure: what is drawn is enough
         images = images[:N_DRAWN]
     if len(images) == 0:                        # all of them are damaged
         return None
@@ -740,9 +745,9 @@ def paint_red(image, heat):
 def attention_on_text(net, char_maps, ids, encoder, decoder, name):
     """How much of the attention falls on text, and how widely it is spread -> a dict.
 
-    char_maps (B, H, W) is above 0 on text; encoder (B, 1+N, N), decoder (B, T, N). Within a patch
-    attention counts as even. So attention that is spread evenly over the picture has the share
-    `text_area`. The entropy is divided by log N: 1 is all over the picture, 0 is on one patch."""
+    char_maps (B, H, W) is above 0 on text; encoder (B, 1+N, N), decoder (B, T, N). Of a patch's
+    attention as much falls on text as text has of the patch. An even spread over the picture has
+    the share `text_area`. The entropy is divided by log N: 1 is an even spread, 0 is one patch."""
     on_text = (char_maps > 0).float().unsqueeze(1)              # (B, 1, H, W)
     text_share = F.avg_pool2d(on_text, net.encoder.patch)       # (B, 1, h, w), of each patch
     text_share = text_share.flatten(2).to(encoder.device)       # (B, 1, N)
@@ -922,9 +927,11 @@ def open_sets(args, charset):
     for src in args.data:
         source = data.open_source(
             src, fonts=args.fonts, rotate_tall=args.rotate_tall, chars=charset)
-        for name in (source.name, src.rstrip("/"), os.path.abspath(src)):
-            if name not in sources:             # the first that is free
-                break
+        name = source.name
+        if name in sources:
+            name = src.rstrip("/")
+        if name in sources:
+            name = os.path.abspath(src)
         sources[name] = source
     return sources
 

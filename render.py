@@ -89,17 +89,17 @@ TURN = (0.0, 0.03)              # radians (normal)
 P_STEEP_TURN = 0.2
 STEEP_TURN = (-0.26, 0.26)      # radians
 STEEP_LENGTH = 3                # a word twice as long as this turns half as much, and so on
-MARGIN = (0.06, 0.08)           # between the word and a rim of the crop (normal)
+MARGIN = (0.08, 0.12)           # between the word and a rim of the crop (normal)
 MIN_MARGIN = -0.05              # below 0: letters are cut
 
 # The colours. Lightness goes from 0, black, to 1, white.
-CONTRAST = (0.3, 0.9)           # difference in lightness between ground and letters
-P_FAINT = 0.15
+CONTRAST = (0.25, 0.9)          # difference in lightness between ground and letters
+P_FAINT = 0.25
 FAINT_CONTRAST = (0.15, 0.3)
 P_DARK_GROUND = 0.5
 VIVIDNESS = [0.03, 0.06, 0.12, 0.25, 0.5]    # deviation of red and blue: mostly near grey
 GREEN_VIVIDNESS = 0.3           # of green, as a share: green and pink are rare among signs
-GROUNDS = {"plain": 0.30, "shaded": 0.42, "two colours": 0.28}
+GROUNDS = {"plain": 0.35, "shaded": 0.50, "two colours": 0.15}
 SHADE = (0.75, 1.2)             # factor on the colour of a shaded ground
 SECOND_GROUND_LIGHTNESS = (-0.6, 0.4)   # 0 is the ground's, 1 the letters'
 P_SECOND_INK = 0.3              # letters of two colours
@@ -114,14 +114,14 @@ DIM = (0.4, 1.0)                # factor on the picture where the light is weake
 BRIGHT = (0.9, 1.4)             # and where it is strongest
 
 # The wear: what a camera leaves of it.
-NOISE_DEVIATION = (0, 7)        # grey levels of 255 (normal; below 0: no noise)
-P_FEW_PIXELS = 0.35
-FEW_PIXELS = (10, 24)           # height of the crop, whose width follows
+NOISE_DEVIATION = (0, 5)        # grey levels of 255 (normal; below 0: no noise)
+P_FEW_PIXELS = 0.5
+FEW_PIXELS = (9, 26)            # height of the crop, whose width follows
 MIN_FEW_WIDTH = 12
-P_JPEG = 0.15
-JPEG_QUALITY = (15, 60)
-P_BLUR = 0.12
-BLUR = (0.4, 1.4)               # radius, in pixels of the crop
+P_JPEG = 0.4
+JPEG_QUALITY = (20, 75)
+P_BLUR = 0.35
+BLUR = (0.4, 1.6)               # radius, in pixels of the crop
 
 # Textures, which colours are mixed with: grids of random cells, enlarged.
 N_TEXTURES = 192
@@ -307,12 +307,12 @@ NO_CHARACTER = "\U0010fffe"     # Unicode will never give it a meaning, so no fo
 LETTERS_AND_DIGITS = LOWER_CASE + LOWER_CASE.upper() + "0123456789"
 
 
-def font_files(folder=None, needed=LETTERS_AND_DIGITS):
-    """A list of fonts. With a folder: its TrueType and OpenType files that have all the
-    characters in `needed`, and nothing else, so that pictures are the same on every machine.
-    UserError if there is none. Without one: None, then the files of the system."""
+def font_files(folder=None, charset=None):
+    """A list of fonts. With a folder: its TrueType and OpenType files that have all of charset
+    (None: all letters and digits), and nothing else, so that pictures are the same on every
+    machine. UserError if there is none. Without a folder: None, then the files of the system."""
     if folder:
-        return list(usable_fonts(folder, needed))
+        return list(usable_fonts(folder, charset))
     fonts = [None]
     for system_folder in FONT_FOLDERS:
         for path in font_files_under(system_folder):
@@ -325,19 +325,21 @@ def font_files(folder=None, needed=LETTERS_AND_DIGITS):
 def font_files_under(folder):
     """The font files of a folder and of the folders in it, in the same order on every system."""
     folder = os.path.expanduser(os.path.expandvars(folder))
-    found = pathlib.Path(folder).rglob("*.[oOtT][tT][cCfF]")
+    found = pathlib.Path(folder).rglob("*.[oOtT][tT][cCfF]")    # .otf, .ttf, .ttc
     # As texts: paths themselves are compared without regard to case on Windows.
     return sorted(path.as_posix() for path in found)
 
 
 @functools.lru_cache
-def usable_fonts(folder, needed):
-    """The fonts under a folder that have all the characters in `needed`. How many are left out,
-    and why, is said, but once: the answer is kept."""
+def usable_fonts(folder, charset):
+    """font_files of a folder. How many are left out, and why, is said, but once: the answer is
+    kept."""
     paths = font_files_under(folder)
     if not paths:
         raise UserError(f"--fonts {folder}: no .ttf, .otf or .ttc file in it; "
                         "give a folder that holds some")
+    # Without a charset all of a keyboard is drawn, but few fonts have all of its signs.
+    needed = charset or LETTERS_AND_DIGITS
     usable = []
     left_out = Counter()
     for path in paths:
@@ -354,9 +356,7 @@ def usable_fonts(folder, needed):
     if left_out:
         n_left_out = len(paths) - len(usable)
         say(f"--fonts {folder}: {n_left_out} of {len(paths)} fonts are left out ({reasons})")
-    # Without --charset only letters and digits are needed, but all of a keyboard is drawn.
-    no_charset = needed == LETTERS_AND_DIGITS
-    if no_charset and not any(has_all(path, PRINTABLE) for path in usable):
+    if charset is None and not any(has_all(path, PRINTABLE) for path in usable):
         say(f"--fonts {folder}: no font has all of a keyboard's signs; labels that none can "
             "write are drawn in Pillow's own font")
     return usable
@@ -512,14 +512,17 @@ def set_letters(rng, label, fonts):
     right = max(x + glyph.ink.shape[1] for (x, y), glyph in zip(corners, glyphs))
     bottom = max(y + glyph.ink.shape[0] for (x, y), glyph in zip(corners, glyphs))
 
+    inked_w = right - left
+    inked_h = bottom - top
+
     # A lone "." must not fill its crop: a word counts as half a letter size at least.
     # An empty pixel at each rim lets the letters fade out when the drawing is resized.
     rim = stroke + 1
-    w = max(right - left, LETTER_SIZE // 2) + 2 * rim
-    h = max(bottom - top, LETTER_SIZE // 2) + 2 * rim
+    w = max(inked_w, LETTER_SIZE // 2) + 2 * rim
+    h = max(inked_h, LETTER_SIZE // 2) + 2 * rim
     # From the pen's coordinates to the drawing's, where the letters are in the middle.
-    move_right = (w - (right - left)) // 2 - left
-    move_down = (2 * h - (bottom - top)) // 2 - top
+    move_right = (w - inked_w) // 2 - left
+    move_down = (2 * h - inked_h) // 2 - top
 
     coverage = np.zeros((2 * h, w), np.uint8)
     char_map = np.zeros((2 * h, w), np.uint8)
@@ -527,13 +530,12 @@ def set_letters(rng, label, fonts):
         glyph_h, glyph_w = glyph.ink.shape
         rows = slice(y + move_down, y + move_down + glyph_h)
         columns = slice(x + move_right, x + move_right + glyph_w)
-        place = coverage[rows, columns]
-        np.maximum(place, glyph.ink, out=place)
+        coverage[rows, columns] = np.maximum(coverage[rows, columns], glyph.ink)
         char_map[rows, columns][glyph.ink > MIN_INK] = k
 
     for _ in range(stroke):
-        coverage = widen(coverage, ALL_AROUND)
-        char_map = widen(char_map, ALL_AROUND)
+        coverage = add_copies(coverage, ALL_AROUND)
+        char_map = add_copies(char_map, ALL_AROUND)
     return coverage, char_map
 
 
@@ -588,21 +590,22 @@ def add_neighbours(coverage):
     h, w = coverage.shape[0] // 2, coverage.shape[1]
     distance = round(NEIGHBOUR_DISTANCE * h)
     shift = round(NEIGHBOUR_SHIFT * w)
-    return widen(coverage, [(-distance, shift), (distance, -shift)])
+    return add_copies(coverage, [(-distance, shift), (distance, -shift)])
 
 
-def widen(drawing, moves):
-    """The drawing (h, w) under copies of itself, each moved (down, right) by so many pixels: a
+def add_copies(drawing, moves):
+    """The drawing (h, w) with copies of itself, each moved (down, right) by so many pixels: a
     pixel keeps its largest value. What comes in at the rims is 0."""
     h, w = drawing.shape
     rim = np.abs(moves).max()
     padded = np.zeros((h + 2 * rim, w + 2 * rim), drawing.dtype)
     padded[rim:rim + h, rim:rim + w] = drawing
-    wider = drawing
+    result = drawing
     for down, right in moves:
-        top, left = rim - down, rim - right
-        wider = np.maximum(wider, padded[top:top + h, left:left + w])
-    return wider
+        top = rim - down
+        left = rim - right
+        result = np.maximum(result, padded[top:top + h, left:left + w])
+    return result
 
 
 # ---- the bend
@@ -746,7 +749,9 @@ def bend_mesh(bend, crop, drawing_size):
 
     def drawn_at(x, y):
         u, v = unbend_point(bend, x, y)
-        return drawing_w / 2 * (1 + u), drawing_h / 2 + word_h / 2 * v
+        right = drawing_w / 2 * (1 + u)
+        down = drawing_h / 2 + word_h / 2 * v
+        return right, down
 
     mesh = []
     for k in range(strips):
@@ -775,17 +780,16 @@ def colour_word(rng, coverage):
     ground = colour_ground(rng, ground_light, ink_light)
     ink = colour_ink(rng, ground_light, ink_light)
 
+    inked = coverage
     relief = choose(rng, RELIEFS)
     if relief != "none":
-        wider = widen(coverage, relief_moves(rng, relief))
+        wider = add_copies(coverage, relief_moves(rng, relief))
         lightness = mix(ground_light, ink_light, rng.uniform(*RELIEF_LIGHTNESS))
         colour = draw_colour(rng, lightness)
         ground = mix(ground, colour, wider * rng.uniform(*RELIEF_OPACITY))
+        if relief == "hollow":
+            inked = wider - coverage    # the outline alone has the letters' colour
 
-    if relief == "hollow":
-        inked = wider - coverage        # the outline alone has the letters' colour
-    else:
-        inked = coverage
     image = mix(ground, ink, inked)
     if rng.random() < P_UNEVEN_LIGHT:
         dim = rng.uniform(*DIM)
@@ -862,18 +866,18 @@ def draw_texture(rng):
 
 
 TEXTURE_H, TEXTURE_W = 64, 192      # pixels, larger than a crop: a window is cut out
-CELLS_SIZE = 256                    # pixels of the square that they are cut from
+SQUARE_SIDE = 256                   # pixels, of the square that a texture is cut from
 
 
 @functools.cache
 def textures():
     """float32 (N_TEXTURES, TEXTURE_H, TEXTURE_W) in [0, 1]. A grid of few or many random cells,
     smooth or with edges, upright or turned, soft or hard, looks like light, clouds, cloth,
-    planks."""
+    planks. Of four textures one has edges, one is smooth, and two are smooth and turned."""
     numpy_rng = np.random.default_rng(0)
     # The middle of the square: there a turned one has no empty corners.
-    left = (CELLS_SIZE - TEXTURE_W) // 2
-    top = (CELLS_SIZE - TEXTURE_H) // 2
+    left = (SQUARE_SIDE - TEXTURE_W) // 2
+    top = (SQUARE_SIDE - TEXTURE_H) // 2
     middle = (left, top, left + TEXTURE_W, top + TEXTURE_H)
 
     maps = []
@@ -885,7 +889,7 @@ def textures():
             resample = Image.Resampling.NEAREST         # cells with edges
         else:
             resample = Image.Resampling.BICUBIC
-        square = cells.resize((CELLS_SIZE, CELLS_SIZE), resample)
+        square = cells.resize((SQUARE_SIDE, SQUARE_SIDE), resample)
         if k % 2 == 1:
             square = square.rotate(numpy_rng.uniform(0, 360), resample)
 

@@ -944,17 +944,14 @@ def test_words_of_an_accented_alphabet(monkeypatch):
 def test_fonts_of_rendered_words(monkeypatch):
     """A charset that is drawn in a font without it; fonts sorted out for nothing where no charset is asked
     for."""
-    asked = []
-
-    def fonts_with(charset, files):
-        asked.append((charset, files))
-        return ["chosen"]
-    monkeypatch.setattr(data, "font_files", lambda folder, needed=None: [None, folder])
-    monkeypatch.setattr(data, "fonts_with", fonts_with)
+    monkeypatch.setattr(data, "font_files", lambda folder=None, charset=None: [folder, charset])
+    monkeypatch.setattr(data, "fonts_with", lambda charset, files: ["chosen", charset, files])
     plain = data.open_source("synth:3", fonts="mine")
-    assert plain.fonts == [None, "mine"] and plain.charset == data.PRINTABLE and asked == []
+    assert plain.fonts == ["mine", None] and plain.charset == data.PRINTABLE
+    assert data.open_source("synth:3").fonts == [None, None]
     some = data.open_source("synth:3", fonts="mine", chars="a b")
-    assert some.fonts == ["chosen"] and asked == [("ab", [None, "mine"])] and set(some.label(0)) <= set("ab")
+    assert some.fonts == ["mine", "ab"] and set(some.label(0)) <= set("ab")
+    assert data.open_source("synth:3", chars="a b").fonts == ["chosen", "ab", [None, None]]
 
 
 def test_charset(tmp_path):

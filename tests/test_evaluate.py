@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -706,6 +707,26 @@ def test_a_closed_pipe_does_not_cost_a_file(bench, call, tmp_path, monkeypatch):
     call("--ckpt", bench / "tiny.pt", "--workers", 0, "--batch_size", 1, "--json", tmp_path / "r.json",
          "--images", *names)
     assert len(json.loads((tmp_path / "r.json").read_text())["images"]) == 4
+
+
+def test_a_closed_pipe_leaves_no_rank_waiting(monkeypatch):
+    """Rank 0 that goes away when nobody listens, while the others gather: they would fail, with an error."""
+    made = []
+
+    def batches(*_):
+        for index in range(3):
+            made.append(index)
+            yield {index: ("a", [0.5])}, []
+    monkeypatch.setattr(evaluate, "open_images", lambda _: range(3))
+    monkeypatch.setattr(evaluate, "prepare_files", lambda _: None)
+    monkeypatch.setattr(evaluate, "image_path", lambda _, index: str(index))
+    monkeypatch.setattr(evaluate, "read_image_batches", batches)
+    monkeypatch.setattr(evaluate, "print_at_once", lambda _: False)
+    args = SimpleNamespace(json=None, predictions=None)
+    for group, n in (("of ranks", 3), (None, 1)):
+        made.clear()
+        evaluate.read_images(SimpleNamespace(rotate_tall=False), args, group)
+        assert len(made) == n
 
 
 def test_files_of_images(bench, call, tmp_path):

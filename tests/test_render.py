@@ -342,12 +342,12 @@ def test_a_shadow_ends_at_the_rim():
     coverage[-1, -1] = 1
     coverage[10, 20] = .5
     for down, right in (0, 1), (1, 0), (2, 2), (1, -2), (-1, 1):
-        wider = render.widen(coverage, [(down, right)])
+        wider = render.add_copies(coverage, [(down, right)])
         assert wider.shape == coverage.shape and wider.dtype == np.float32
         assert wider[10, 20] == wider[10 + down, 20 + right] == .5 and wider[-1, -1] == 1
         assert not wider[0].any() and not wider[:, 0].any()
         assert np.count_nonzero(wider) == (3 if max(down, right) > 0 else 4)
-    assert np.count_nonzero(render.widen(coverage, render.ALL_AROUND)) == 5 + 3
+    assert np.count_nonzero(render.add_copies(coverage, render.ALL_AROUND)) == 5 + 3
 
 
 def test_a_colour_has_the_lightness_asked_for():
@@ -413,7 +413,7 @@ def test_unusable_fonts_are_counted(tmp_path, capsys):
     assert capsys.readouterr().out == ""                                # --val asks again
 
     # Another alphabet: what is needed is the charset, not a to z.
-    fonts = render.font_files(str(tmp_path), needed="ABC")
+    fonts = render.font_files(str(tmp_path), charset="ABC")
     assert [os.path.basename(path) for path in fonts] == ["capitals.ttf", "few.ttf", "good.ttf"]
     capsys.readouterr()
 
