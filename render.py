@@ -89,17 +89,17 @@ TURN = (0.0, 0.03)              # radians (normal)
 P_STEEP_TURN = 0.2
 STEEP_TURN = (-0.26, 0.26)      # radians
 STEEP_LENGTH = 3                # a word twice as long as this turns half as much, and so on
-MARGIN = (0.08, 0.12)           # between the word and a rim of the crop (normal)
+MARGIN = (0.06, 0.08)           # between the word and a rim of the crop (normal)
 MIN_MARGIN = -0.05              # below 0: letters are cut
 
 # The colours. Lightness goes from 0, black, to 1, white.
-CONTRAST = (0.25, 0.9)          # difference in lightness between ground and letters
-P_FAINT = 0.25
+CONTRAST = (0.3, 0.9)           # difference in lightness between ground and letters
+P_FAINT = 0.15
 FAINT_CONTRAST = (0.15, 0.3)
 P_DARK_GROUND = 0.5
 VIVIDNESS = [0.03, 0.06, 0.12, 0.25, 0.5]    # deviation of red and blue: mostly near grey
 GREEN_VIVIDNESS = 0.3           # of green, as a share: green and pink are rare among signs
-GROUNDS = {"plain": 0.35, "shaded": 0.50, "two colours": 0.15}
+GROUNDS = {"plain": 0.30, "shaded": 0.42, "two colours": 0.28}
 SHADE = (0.75, 1.2)             # factor on the colour of a shaded ground
 SECOND_GROUND_LIGHTNESS = (-0.6, 0.4)   # 0 is the ground's, 1 the letters'
 P_SECOND_INK = 0.3              # letters of two colours
@@ -114,14 +114,14 @@ DIM = (0.4, 1.0)                # factor on the picture where the light is weake
 BRIGHT = (0.9, 1.4)             # and where it is strongest
 
 # The wear: what a camera leaves of it.
-NOISE_DEVIATION = (0, 5)        # grey levels of 255 (normal; below 0: no noise)
-P_FEW_PIXELS = 0.5
-FEW_PIXELS = (9, 26)            # height of the crop, whose width follows
+NOISE_DEVIATION = (0, 7)        # grey levels of 255 (normal; below 0: no noise)
+P_FEW_PIXELS = 0.35
+FEW_PIXELS = (10, 24)           # height of the crop, whose width follows
 MIN_FEW_WIDTH = 12
-P_JPEG = 0.4
-JPEG_QUALITY = (20, 75)
-P_BLUR = 0.35
-BLUR = (0.4, 1.6)               # radius, in pixels of the crop
+P_JPEG = 0.15
+JPEG_QUALITY = (15, 60)
+P_BLUR = 0.12
+BLUR = (0.4, 1.4)               # radius, in pixels of the crop
 
 # Textures, which colours are mixed with: grids of random cells, enlarged.
 N_TEXTURES = 192
