@@ -75,8 +75,8 @@ def line_for_user(error):
     """The line that tells the user what to mend, or None: then the program is to be mended."""
     text = str(error).strip().split("\n")[-1]               # a loader sends a whole traceback
     advice = "if memory ran out, lower --workers; training goes on with --resume"
-    # of a loader's process that was killed. (A broken pipe is another thing: nobody listens to
-    # what is printed.)
+    # these come when a loader's process was killed. BrokenPipeError does not belong here: it comes
+    # when nobody listens to what is printed
     if isinstance(error, (EOFError, ConnectionResetError, ConnectionRefusedError)):
         return f"a process that reads crops has ended; {advice}"
     if isinstance(error, FileNotFoundError) and not error.filename:
@@ -187,7 +187,8 @@ def add_training_flags(parser, models):
         help="of matrix products; auto: bfloat16 where the device has it, else float16 on a GPU, "
         "float32 on a CPU")
     add("--compile", action="store_true",
-        help="a wait at the start, then faster; a CPU gains little, and needs a C++ compiler")
+        help="half a minute at the start, then a GPU is 1.3 to 3 times as fast: layers are compiled, "
+        "and a step is recorded as a whole; a CPU gains little, and needs a C++ compiler")
     add("--device", default="auto",
         help="cpu, cuda, cuda:1; auto takes a CUDA GPU if there is one")
     add("--resume", action="store_true",
@@ -201,13 +202,15 @@ def add_training_flags(parser, models):
 def parse_with_recipe(parser, recipes, stored_model=None):
     """Parses with the defaults of --model's row of `recipes`, so that --help shows them too.
     `stored_model`, the size that a checkpoint was made with, stands in for an untyped --model."""
+    # --model is read alone first: the other flags' defaults go by it
     first = Parser(add_help=False)
     first.add_argument("--model", default=stored_model or "vit_small")
-    model = first.parse_known_args()[0].model
-    recipe = dict(recipes.get(model, {}))
-    if "epochs" in typed_flags():
+    known, _ = first.parse_known_args()
+
+    recipe = dict(recipes.get(known.model, {}))
+    if "epochs" in typed_flags():           # a recipe's max_steps would win over typed --epochs
         recipe.pop("max_steps", None)
-    parser.set_defaults(model=model, **recipe)
+    parser.set_defaults(model=known.model, **recipe)
     return parser.parse_args()
 
 
@@ -264,11 +267,12 @@ def pick_device(name):
 def keep_memory():
     """Tells glibc to keep the memory it has. Else it gives each large block back, and Linux
     clears it anew: half of a step's time."""
-    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1           # names and numbers of glibc's malloc.h
     # other systems and other C libraries have no mallopt
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)                 # no block is asked of Linux by itself
+        libc.mallopt(M_TRIM_THRESHOLD, -1)          # free memory at the heap's end is kept
 
 
 def pick_dtype(name, device):
@@ -300,9 +304,9 @@ def autocast(device, dtype):
 def to_device(x, device):
     """A tensor on the device. From the host it goes by pinned memory, so that nothing waits
     for the copy (but not to MPS, which would read too late: pytorch issue 139550)."""
-    if not x.is_cpu or torch.device(device).type in ("cpu", "mps"):
-        return x.to(device)
-    return x.contiguous().pin_memory().to(device, non_blocking=True)
+    if x.is_cpu and torch.device(device).type not in ("cpu", "mps"):
+        return x.contiguous().pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def to_unit(images):
@@ -338,8 +342,18 @@ def join_ranks(device):
 
 def meet_ranks():
     """torchrun's store, under a prefix that no earlier start has used. Without one, ranks that
-    start again would find the addresses of ranks that were killed (pytorch issue 135712)."""
-    store = next(dist.rendezvous("env://"))[0]
+    start again would find the addresses of ranks that were killed (pytorch issue 135712).
+
+    Rank 0 makes up the prefix. The others ask for it. What rank 0 answered at an earlier start is
+    still in the store, so each asks with a random ticket of its own, and waits for the answer to
+    that very ticket. A worker that was killed and restarted asks with another ticket.
+
+        key in the store    value       written by
+        ticket/RANK         a ticket    the rank that asks
+        prefix/TICKET       a prefix    rank 0, the answer
+        PREFIX/RANK         "here"      the rank that got the answer
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
     if rank() == 0:
         prefix = hand_out_prefix(store)
     else:
@@ -348,26 +362,24 @@ def meet_ranks():
 
 
 def ask_for_prefix(store):
-    """Leaves a random ticket, waits for rank 0's answer to that very ticket, and signs in.
-
-    A worker that was killed and restarted leaves a new ticket. So it gets the new prefix, and
-    never talks to ranks of the run before."""
     ticket = uuid.uuid4().hex
     store.set(f"ticket/{rank()}", ticket)
-    prefix = store.get(f"prefix/{ticket}").decode()             # waits
+    prefix = store.get(f"prefix/{ticket}").decode()             # waits for the answer
     store.set(f"{prefix}/{rank()}", "here")
     return prefix
 
 
 def hand_out_prefix(store):
-    """Answers tickets with a new prefix until all ranks have signed in under it. Some tickets may
-    be of ranks that are dead: these are answered in vain."""
-    prefix, began = uuid.uuid4().hex, time.time()
+    """Answers tickets until all ranks are here. Some tickets may be of ranks that are dead: these
+    are answered in vain."""
+    prefix = uuid.uuid4().hex
+    began = time.time()
     others = range(1, world_size())
-    while not store.check([f"{prefix}/{r}" for r in others]):
-        for r in others:
-            if store.check([f"ticket/{r}"]):
-                ticket = store.get(f"ticket/{r}").decode()
+    all_here = [f"{prefix}/{other}" for other in others]
+    while not store.check(all_here):
+        for other in others:
+            if store.check([f"ticket/{other}"]):
+                ticket = store.get(f"ticket/{other}").decode()
                 store.set(f"prefix/{ticket}", prefix)
         if time.time() - began > 1800:
             raise UserError(f"rank 0 waited half an hour for the other {len(others)}; "
@@ -390,7 +402,8 @@ def leave_ranks(status):
     is left alone: it would wait for ranks that go on."""
     if not dist.is_available() or not dist.is_initialized():
         return
-    if status in (0, 130) or dist.get_backend() != "nccl":
+    all_end = status in (0, 130)            # they are done, or were stopped by a signal
+    if all_end or dist.get_backend() != "nccl":
         gc.collect()                        # what still holds a group keeps its threads alive
         dist.destroy_process_group()
 
@@ -483,7 +496,7 @@ def plain_names(state):
             while name.startswith(("module.", "model.")):
                 name = name.split(".", 1)[1]
         plain[name] = value
-    if len(plain) < len(state):             # two tensors would have one name
+    if len(plain) < len(state):             # two tensors would have one name: as they were
         return state
     return plain
 
@@ -549,22 +562,23 @@ def find_checkpoint(out_dir, resume):
     return None
 
 
-# flags that a run must be resumed with: they change the model, or the data and their order, or
-# the words on which best.pt is chosen
-CHANGE_MODEL = """
-    model method scales teacher spell charset max_length init dropout drop_path freeze_encoder
-    """.split()
-CHANGE_DATA = """
-    data fonts rotate_tall seed mask mask_ratio guidance_strength label_fraction val
-    """.split()
-# and flags of which the checkpoint's value would win, the typed one being ignored in silence
-STORED = ["weight_decay", "layer_decay", "dtype"]
+# flags that --resume needs as they were
+UNCHANGED = [
+    # they change the model,
+    "model", "method", "scales", "teacher", "spell", "charset", "max_length", "init", "dropout",
+    "drop_path", "freeze_encoder",
+    # the data, their order, or the words that choose best.pt,
+    "data", "fonts", "rotate_tall", "seed", "mask", "mask_ratio", "guidance_strength",
+    "label_fraction", "val",
+    # or the arithmetic. (The stored optimizer would keep its own decays, whatever is typed.)
+    "weight_decay", "layer_decay", "dtype",
+]
 
 
 def check_resume(checkpoint, args, crops_per_step, n_crops):
     """UserError that lists what differs between the run that was stopped and this one."""
     stored, now, differ = checkpoint["args"], vars(args), []
-    for name in CHANGE_MODEL + CHANGE_DATA + STORED:
+    for name in UNCHANGED:
         if stored.get(name) != now.get(name):
             differ.append(f"--{name} {stored.get(name)} there, {now.get(name)} here")
 
@@ -627,7 +641,9 @@ def training_state(args, step, model, optimizer, scaler, skipped, damage, order,
 
 def save_checkpoint(path, state, group):
     """Rank 0 writes; False, on every rank, if that failed."""
-    failed = rank() == 0 and not write_checkpoint(path, state)
+    failed = False
+    if rank() == 0:
+        failed = not write_checkpoint(path, state)
     return sum_over_ranks(group, failed)[0] == 0
 
 
@@ -647,7 +663,7 @@ def write_checkpoint(path, state):
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:
         cause = error
-        if isinstance(error, RuntimeError):                     # torch.save's, for the disk's
+        if isinstance(error, RuntimeError):                 # torch.save's, in place of the disk's
             cause = error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -698,9 +714,9 @@ def learning_rate(step, total_steps, warmup_steps, lr, min_lr):
 
 
 def weight_groups(model, weight_decay, layer_decay=1.0):
-    """AdamW's groups. Matrices decay; biases, norms, tokens and the embedding of letters do
-    not (MAE). Encoder block i of n, counted from 1, learns at layer_decay^(n + 1 - i) of the rate,
-    the patch embedding as block 0, and all that is above the blocks at the full rate (BEiT)."""
+    """AdamW's groups. Matrices decay; biases, norms, tokens and the embedding of letters do not
+    (MAE). Encoder layer i learns at layer_decay^(n + 1 - i) of the rate (BEiT): of n blocks, block
+    1 to n, the patch embedding as layer 0, and all that is above the blocks as layer n + 1."""
     groups, n = {}, len(model.encoder.blocks)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -709,13 +725,13 @@ def weight_groups(model, weight_decay, layer_decay=1.0):
         if name.startswith(("encoder.cls_token", "encoder.patch_embed")):
             layer = 0
         elif name.startswith("encoder.blocks"):
-            layer = int(name.split(".")[2]) + 1
+            layer = int(name.split(".")[2]) + 1             # encoder.blocks.0 is block 1
         lr_scale = layer_decay ** (n + 1 - layer)
 
         decay = weight_decay
         if parameter.dim() < 2 or name.endswith(("cls_token", "mask_token", "scale_embed")):
             decay = 0.0
-        if name == "embed.weight":
+        if name == "embed.weight":                          # a recognizer's, of letters
             decay = 0.0
 
         if (lr_scale, decay) not in groups:
@@ -728,20 +744,19 @@ def wrap_model(model):
     """The model to call in training: under DDP if there are several ranks."""
     if world_size() == 1:
         return model
-    # the model's buffers, position codes and drop_path's shares, never change: no rank need
-    # send them
-    # (torch 2.13 renamed the argument)
     ddp = torch.nn.parallel.DistributedDataParallel
-    names = inspect.signature(ddp.__init__).parameters
+    # no rank need send its buffers, since none ever changes: position codes, drop_path's shares.
+    # torch 2.13 gave the argument that says so another name
     send_buffers = "broadcast_buffers"
-    if "forward_sync_buffers" in names:
+    if "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters:
         send_buffers = "forward_sync_buffers"
     return ddp(model, gradient_as_bucket_view=True, **{send_buffers: False})
 
 
 def join_gradients(model):
-    """Gives every trained weight a gradient of zeros, all parts of one tensor -> that tensor. One
-    call averages it over the ranks, and a recorded step finds the gradients in their place."""
+    """Gives every trained weight a gradient of zeros, each a part of one long tensor -> that
+    tensor. So one call averages all gradients over the ranks, and they stay in their place, where
+    a recorded step reads and writes them."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in trained)
     gradients = torch.zeros(total, device=trained[0].device)
@@ -793,7 +808,8 @@ class Replayed:
         return outputs
 
     def run_eagerly(self, tensors):
-        """On the stream of the recording: autograd remembers on which a weight was first used."""
+        """Calls the function on the stream that the recording will use: autograd remembers on which
+        stream a weight was first used, and goes back to it."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             outputs = self.function(**tensors)
@@ -804,7 +820,7 @@ class Replayed:
         """-> the graph, and the tensors that it reads and writes. Nothing is computed yet."""
         inputs = {name: x.clone() for name, x in tensors.items()}
         graph = torch.cuda.CUDAGraph()
-        torch.clear_autocast_cache()            # weights are cast in each replay
+        torch.clear_autocast_cache()            # so that weights are cast anew in each replay
         # other threads, such as NCCL's, may go on calling CUDA
         with torch.cuda.graph(
                 graph, self.pool, self.stream, capture_error_mode="thread_local"):
@@ -812,16 +828,22 @@ class Replayed:
         return graph, inputs, outputs
 
 
+def step_number(seed, step):
+    """No other step has this number, nor has one of another seed: runs are shorter than 1,000,003
+    steps."""
+    return seed * 1_000_003 + step
+
+
 def step_generator(seed, step, stream):
     """Random numbers of one step, the same on every rank. What must not have the same numbers,
     such as views and masks, has a `stream` of its own, 0 to 15."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + stream)
+    return torch.Generator().manual_seed(step_number(seed, step) * 16 + stream)
 
 
 def seed_dropout(seed, step):
     """Dropout and drop-path draw from torch's own generator: new numbers every step, others
     on each rank."""
-    torch.manual_seed((seed * 1_000_003 + step) * 4096 + rank())
+    torch.manual_seed(step_number(seed, step) * 4096 + rank())      # for up to 4096 ranks
 
 
 def step_unless_not_finite(optimizer, scaler, grad_norm, skipped):
@@ -832,11 +854,11 @@ def step_unless_not_finite(optimizer, scaler, grad_norm, skipped):
     alone where its found_inf is 1. With float16, scaler.step sets found_inf to what it finds."""
     if not optimizer.defaults.get("fused"):
         raise ValueError("expected an optimizer with fused=True: others do not look at found_inf")
-    skip = (~torch.isfinite(grad_norm)).float()
+    skip = (~torch.isfinite(grad_norm)).float()             # 1 or 0, on the device
     optimizer.found_inf = skip                              # optimizer.step() looks at found_inf
     scaler.step(optimizer)                                  # calls optimizer.step()
     scaler.update()
-    skipped[0] = (skipped[0] + 1) * skip                    # back to 0 after a good step
+    skipped[0] = (skipped[0] + 1) * skip                    # 1 more, or 0 after a good step
     skipped[1] += skip
 
 
@@ -899,16 +921,17 @@ class Log:
     def read_losses(self):
         sums = torch.stack(list(self.sums.values())).tolist()
         sums = sum_over_ranks(self.group, *sums)
-        steps = self.steps + 1                                  # this one has not ended yet
+        steps = self.steps + 1                                  # with this one, which goes on
         for name, total in zip(self.sums, sums):
-            self.means[name] = total / (world_size() * steps)
+            self.means[name] = total / (steps * world_size())
 
     def end_step(self):
         self.steps += 1
         self.seconds += time.perf_counter() - self.began
 
     def write(self, step, lr, skipped, damaged, **more):
-        """skipped: see step_unless_not_finite; damaged: this rank's count; more: for log.jsonl."""
+        """skipped: see step_unless_not_finite; damaged: this rank's count; more: for log.jsonl.
+        Every rank must call this: damage is counted over all of them."""
         step_seconds = self.seconds / self.steps
         row = dict(
             self.means,
@@ -966,7 +989,7 @@ def finite_or_null(row):
 def cut_log(path, step):
     """Lines after the checkpoint's step belong to steps that are run again: they are cut
     off, as are torn ones."""
-    whole_line = re.compile(r'{"step": (\d+), [^{}]*}\n')
+    whole_line = re.compile(r'{"step": (\d+), [^{}]*}\n')      # [1] is its step
     with tolerate_full_disk(path, step):
         with open(path, errors="replace") as old, open(path + ".tmp", "w") as new:
             for line in old:

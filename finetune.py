@@ -71,10 +71,11 @@ def encode_labels(labels, model):
 def under_patches(char_maps, targets, model):
     """The class of the character under each patch (B, N); padding where there is none, or where it
     is not known, as on real crops. char_maps (B, 32, 128): 0, or n on the pixels of a word's n-th
-    character. Of two characters under a patch the later one counts."""
+    character. Of two characters under a patch the later one, the larger n, counts."""
     n_th = F.max_pool2d(char_maps.float()[:, None], model.encoder.patch)    # (B, 1, h, w)
     n_th = n_th.flatten(1).long()                                           # (B, N)
-    classes = targets.gather(1, (n_th - 1).clamp(min=0))
+    places = (n_th - 1).clamp(min=0)                # in targets; any will do where there is none
+    classes = targets.gather(1, places)
     return torch.where(n_th > 0, classes, model.pad)
 
 
@@ -107,18 +108,19 @@ def label_fraction(source, share, seed):
 def build_recognizer(args, charset):
     """-> Recognizer, and a line that says where its tensors came from. --init may be an encoder
     (ours or MAE's) or a whole recognizer; without it all weights are random."""
-    dropout, drop_path = args.dropout, args.drop_path
-    if args.freeze_encoder:
-        dropout, drop_path = 0.0, 0.0
-    encoder = ViT(**MODELS[args.model]["encoder"], dropout=dropout, drop_path=drop_path)
-    sizes = MODELS[args.model]["reader"]
-    model = Recognizer(
-        encoder, charset, args.max_length, dropout=args.dropout, spell=args.spell, **sizes)
-    if args.freeze_encoder:
+    sizes = MODELS[args.model]
+    if args.freeze_encoder:                             # what does not learn needs no dropout
+        encoder = ViT(**sizes["encoder"])
         encoder.requires_grad_(False)
+    else:
+        encoder = ViT(**sizes["encoder"], dropout=args.dropout, drop_path=args.drop_path)
+    model = Recognizer(
+        encoder, charset, args.max_length, dropout=args.dropout, spell=args.spell,
+        **sizes["reader"])
     if not args.init:
         return model, "from scratch"
 
+    # load_encoder finds the encoder in a file of any kind; what else it holds is looked at below
     stored = load_encoder(args.init).state_dict()
     hint = f"; name the --model it was made with, not {args.model}"
     matched = load_state(encoder, stored, f"--init {args.init}", hint)
@@ -132,24 +134,21 @@ def load_recognizer_tensors(model, checkpoint, path):
     """Takes every tensor that fits from a recognizer; with another charset, the rows of the
     characters that both have. -> a line that says what was taken."""
     own, stored = model.state_dict(), checkpoint["model"]   # own's tensors are the model's, to fill
-    shared = shared_rows(model, checkpoint["charset"])
-    taken, anew = 0, []
-    for name in own:
-        row_a_character = name.startswith(("embed.", "classifier.", "char_head."))
-        if name not in stored or stored[name].shape[1:] != own[name].shape[1:]:
+    pairs = shared_rows(model, checkpoint["charset"])
+    anew = []
+    for name, tensor in own.items():
+        row_a_class = name.startswith(("embed.", "classifier.", "char_head."))
+        if not fits(tensor, stored.get(name), row_a_class):
             anew.append(name)
-        elif row_a_character:
-            for new_row, old_row in shared:
-                if new_row < len(own[name]):                # embed alone has a row for start
-                    own[name][new_row] = stored[name][old_row]
-            taken += 1
-        elif stored[name].shape == own[name].shape:
-            own[name] = stored[name]
-            taken += 1
+        elif row_a_class:
+            for row, stored_row in pairs:
+                if row < len(tensor):                       # embed alone has a row for start
+                    tensor[row] = stored[name][stored_row]
         else:
-            anew.append(name)
+            own[name] = stored[name]
     load_state(model, own, path)
 
+    taken = len(own) - len(anew)
     said = f"--init {path}: a recognizer; {taken} of {len(own)} tensors loaded"
     if checkpoint["charset"] != model.charset:
         both = set(checkpoint["charset"]) & set(model.charset)
@@ -159,15 +158,25 @@ def load_recognizer_tensors(model, checkpoint, path):
     return said
 
 
-def shared_rows(model, old_charset):
-    """[(row, row in a recognizer of old_charset)] of the classes that both have: characters, and
-    end, padding, unknown, start, which come after the characters."""
+def fits(tensor, stored, row_a_class):
+    """True if a stored tensor, or None, has the shape of ours; of classes the rows alone count."""
+    if stored is None:
+        return False
+    if row_a_class:
+        return stored.shape[1:] == tensor.shape[1:]
+    return stored.shape == tensor.shape
+
+
+def shared_rows(model, stored_charset):
+    """[(row, row in a recognizer of stored_charset)] of the classes that both have: characters, and
+    end, padding, unknown, start, which come after the characters in this order."""
     pairs = []
-    for old_row, character in enumerate(old_charset):
+    for stored_row, character in enumerate(stored_charset):
         if character in model.index:
-            pairs.append((model.index[character], old_row))
-    for k in range(model.start - model.end + 1):
-        pairs.append((model.end + k, len(old_charset) + k))
+            pairs.append((model.index[character], stored_row))
+    specials = range(model.end, model.start + 1)
+    for stored_row, row in enumerate(specials, start=len(stored_charset)):
+        pairs.append((row, stored_row))
     return pairs
 
 
@@ -177,14 +186,15 @@ def open_val(args, charset, protocol, options):
     """--val as one Source. UserError, before any training, if a label is missing, if none fits the
     charset, or if none can be scored. Labels that do not fit stay in it and count as wrong."""
     val = open_sources(args.val, **options)
-    letters = 0
+    can_be_scored = False
     for i in range(len(val)):
         with contextlib.suppress(Damaged):                  # which is counted when it is read
             label = val.label(i)
             if label is None:
                 raise UserError(f"--val {val.where(i)}: no label; expected labelled crops")
-            letters += len(evaluate.normalize(label, protocol))
-    if letters == 0:
+            if evaluate.normalize(label, protocol) != "":
+                can_be_scored = True
+    if not can_be_scored:
         raise UserError(f"--val {val.name}: no label keeps a letter under the protocol {protocol}, "
                         "which goes with --charset")
 
@@ -201,10 +211,10 @@ def open_val(args, charset, protocol, options):
 
 def share_words(src, other):
     """True if two SRCs are one draw of rendered words, one path, or a folder and what is in it."""
-    # equal, or one inside of the other
+    # the separator at the end keeps the folder `ab` apart from what is in the folder `a`
     one = place_of(src) + os.sep
     two = place_of(other) + os.sep
-    return one.startswith(two) or two.startswith(one)
+    return one.startswith(two) or two.startswith(one)       # equal, or one inside of the other
 
 
 def place_of(src):
@@ -212,15 +222,15 @@ def place_of(src):
     src = re.sub("@[0-9]+$", "", src)
     if not is_rendered(src):
         return os.path.realpath(src)
-    seed = src.split(":")[2] if src.count(":") == 2 else "0"
+    seed = src.split(":")[2] if src.count(":") == 2 else "0"        # synth:N:SEED
     return f"rendered words of seed {int(seed)}"
 
 
 def validate(model, val, protocol, args, dtype, stop, group):
     """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first few
-    readings; or None, None if a signal came meanwhile. With stop=None it is not cut short."""
+    readings; or None, None if a signal came meanwhile. With stop=None no signal cuts it short."""
     def read(images):
-        if stop is not None and stop.first is not None:     # be quick: the run is to stop
+        if stop is not None and stop.first is not None:     # a signal came: hurry to the end
             return [("", 0.0)] * len(images)
         return model.read(images, len(images), dtype)
 
@@ -291,13 +301,14 @@ def parse_args():
 
 
 def model_of_init():
-    """The --model that --init was made with, if it is one of ours, or None."""
+    """The --model that --init was made with, if it is one of ours, or None. It is asked before the
+    flags are parsed, since their defaults go by the model."""
     first = Parser(add_help=False)
     first.add_argument("--init")
-    named, rest = first.parse_known_args()
-    if named.init is None or "-h" in rest or "--help" in rest:
+    known, rest = first.parse_known_args()
+    if known.init is None or "-h" in rest or "--help" in rest:      # --help reads no file
         return None
-    stored = read_checkpoint(named.init).get("args")
+    stored = read_checkpoint(known.init).get("args")
     if isinstance(stored, dict) and stored.get("model") in list(MODELS):
         return stored["model"]
     return None
@@ -364,11 +375,13 @@ def main():
         checkpoint = None                           # frees its memory
     check_ranks_agree(group, step, len(source))
 
-    model, gradients = raw_model, None
-    recorded = is_recorded(args, device)
     if args.compile:
         compile_layers(raw_model)
+    # who averages the gradients over the ranks: the loop, where a step's work is recorded, or else
+    # DDP, which does so within backward()
+    recorded = is_recorded(args, device)
     if recorded:
+        model = raw_model
         gradients = join_gradients(raw_model)
     else:
         model = wrap_model(raw_model)
@@ -425,7 +438,7 @@ def main():
                 inputs["chars_under"] = under_patches(char_maps, targets, raw_model)
             inputs["images"] = augment_crops(images, numbers[rows], keep)
 
-            if world_size() > 1:                            # ranks share gradients once a step
+            if world_size() > 1 and not recorded:           # DDP shares gradients once a step
                 model.require_backward_grad_sync = micro_step == args.accum_iter - 1
             loss, terms = forward_backward(**inputs)
             log.add(loss, terms)
@@ -436,7 +449,7 @@ def main():
         max_norm = args.clip_grad or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm)
         step_unless_not_finite(optimizer, scaler, grad_norm, skipped)
-        optimizer.zero_grad(set_to_none=not recorded)
+        optimizer.zero_grad(set_to_none=not recorded)       # a recording needs them in their place
         step += 1
 
         val_due = val is not None and (step % args.sample_every == 0 or step == total_steps)
@@ -446,25 +459,25 @@ def main():
         log.end_step()
 
         scores, improved = {}, False
-        result = None
         if val_due:
-            stop_early = stop if step < total_steps else None
-            result, few = validate(raw_model, val, protocol, args, dtype, stop_early, group)
+            cut_by = stop if step < total_steps else None   # no signal cuts the last one short
+            result, few = validate(raw_model, val, protocol, args, dtype, cut_by, group)
             if result is None:
                 say(f"step {step}: the validation was cut short by a signal and is left out")
-        if result is not None:
-            readings = "  ".join(f"{row.label}>{row.text}" for row in few)
-            say(f"step {step}  val {result['accuracy']:.1f} {protocol}  "
-                f"1-NED {result['ned']:.1f}  {readings}")
-            scores = dict(val_accuracy=result["accuracy"], val_ned=result["ned"])
-            improved = result["accuracy"] > best
+            else:
+                readings = "  ".join(f"{row.label}>{row.text}" for row in few)
+                say(f"step {step}  val {result['accuracy']:.1f} {protocol}  "
+                    f"1-NED {result['ned']:.1f}  {readings}")
+                scores = dict(val_accuracy=result["accuracy"], val_ned=result["ned"])
+                improved = result["accuracy"] > best
         if line_due:
             log.write(step, lr, skipped, damage.damaged, **scores)
             stop_if_not_finite(skipped, step, args)
         if improved:
-            before, best = best, result["accuracy"]         # save() stores `best`
+            best_before = best
+            best = result["accuracy"]                       # save() stores `best`
             if not save("best.pt"):
-                best = before
+                best = best_before
         going_well = skipped[0] == 0                        # not amid non-finite steps
         if step % args.save_every == 0 and step < total_steps and going_well:
             save("last.pt")

@@ -34,8 +34,8 @@ from common import (
     H, W, Replayed, UserError, autocast, load_state, read_checkpoint, to_device, to_unit,
 )
 
-# encoder   the ViT; a patch has (p, q) pixels, height first. Where it is as high as the crop, a
-#           crop is one row of patches: few tokens, and it begins to read after far fewer steps
+# encoder   the ViT; patch: height and width in pixels. vit_nano's patches are as high as the crop,
+#           which is one row of them. There are few, and it begins to read after far fewer steps
 # decoder   predicts patches in pre-training
 # reader    the decoder that reads words in fine-tuning
 MODELS = {
@@ -91,16 +91,18 @@ def unpatchify(x, grid, patch):
 
 
 def patch_norm(x):
-    """Pixels x (B, N, 3*p*q) -> (x - mean) / std, mean, std: mean is each channel's in the patch,
-    std is the whole patch's.
+    """Pixels x (B, N, 3*p*q) -> (x - mean) / std, and mean, both (B, N, 3*p*q), and std (B, N, 1).
+    A patch has one mean for each channel, and one std.
 
     MAE takes one mean of all three channels. Then the target of a flat patch is its colour. Most
-    patches of a word are flat ground, and a recoloured view cannot know the colour. 1e-3 is the
-    variance of a contrast of 4 grey levels of 256: a patch with less is noise, not blown up."""
+    patches of a word are flat ground, and a recoloured view cannot know the colour."""
     channels = x.unflatten(-1, (3, -1))                                 # (B, N, 3, p*q)
-    mean = channels.mean(-1, keepdim=True)
+    mean = channels.mean(-1, keepdim=True)                              # (B, N, 3, 1)
     centred = (channels - mean).flatten(-2)                             # (B, N, 3*p*q)
-    std = (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    variance = centred.square().mean(-1, keepdim=True)                  # (B, N, 1)
+    # a patch whose pixels differ by less than 4 levels of 256 is noise, and is not blown up: its
+    # variance, where pixels go from -1 to 1, is below (4 / 128)^2, about 1e-3
+    std = (variance + 1e-3).sqrt()
     return centred / std, mean.expand_as(channels).flatten(-2), std
 
 
@@ -206,20 +208,21 @@ class Block(nn.Module):
     def __init__(self, width, heads, dropout=0.0, drop_path=0.0):
         super().__init__()
         self.drop_path = drop_path
-        # the share of crops that keep a branch. Every block has its own: with a Python float
-        # torch.compile would compile each block anew, with a tensor all share one code
-        share = torch.tensor(1 - drop_path) if drop_path else None
-        self.register_buffer("share", share, persistent=False)
+        # the share of crops that keep a branch. It is a tensor, since it differs from block to
+        # block: with a Python float torch.compile would compile each block anew
+        keep_path = torch.tensor(1 - drop_path) if drop_path else None
+        self.register_buffer("keep_path", keep_path, persistent=False)
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, dropout)
         self.mlp = Mlp(width, 4 * width, dropout)
 
     def leave_out_some(self, branch):
-        if self.share is None or not self.training:
+        if self.keep_path is None or not self.training:
             return branch
-        kept = torch.bernoulli(self.share.expand(branch.shape[0], 1, 1))    # 0 or 1 for each crop
-        kept = kept / self.share                                            # its mean is 1
+        chances = self.keep_path.expand(branch.shape[0], 1, 1)              # (B, 1, 1)
+        kept = torch.bernoulli(chances)                                     # 0 or 1 for each crop
+        kept = kept / self.keep_path                                        # its mean is 1
         return branch * kept.to(branch.dtype)
 
     def forward(self, x):
@@ -379,7 +382,7 @@ class Decoder(nn.Module):
             self.layers.append(DecoderLayer(width, heads, ffn, dropout, cross))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, out)
-        self.n_grids = len(grids)
+        self.fine = len(grids) - 1                          # the fine grid's number
         for i, grid in enumerate(grids):
             codes = sincos_2d(width, grid, grids[-1])
             self.register_buffer(f"pos_{i}", codes[None], persistent=False)
@@ -394,7 +397,7 @@ class Decoder(nn.Module):
         empty; seen (B, 1+K, D') -> (B, M, C), in ids_mask's order.
 
         Tokens need not be put back in order: each has the code of its place."""
-        codes = self.places(self.n_grids - 1).expand(seen.shape[0], -1, -1)     # (B, N, D)
+        codes = self.places(self.fine).expand(seen.shape[0], -1, -1)    # (B, N, D)
         seen_codes = F.pad(take(codes, ids_keep), (0, 0, 1, 0))         # [cls] has no place: zeros
         seen = self.embed(seen) + seen_codes                            # (B, 1+K, D)
         hidden = self.mask_token + take(codes, ids_mask)                # (B, M, D)
@@ -448,19 +451,20 @@ def infonce(a, b, temperature=0.2):
     with torch.autocast(a.device.type, enabled=False):
         a = F.normalize(a.float(), dim=-1)
         b = F.normalize(b.float(), dim=-1)
-        all_a, all_b, first = gather_ranks(a, b)                        # (S, D), (S, D)
+        all_a, all_b, before = gather_ranks(a, b)           # (S, D) each: S crops on all ranks
         a_to_b = a @ all_b.T / temperature                              # (B, S)
         b_to_a = b @ all_a.T / temperature
-        partner = first + torch.arange(a.shape[0], device=a.device)     # its place among the S
+        partner = before + torch.arange(a.shape[0], device=a.device)    # its place among the S
         return (F.cross_entropy(a_to_b, partner) + F.cross_entropy(b_to_a, partner)) / 2
 
 
 def gather_ranks(a, b):
-    """a, b (B, D) of this rank -> those of all ranks (S, D) each, and where this rank's begin. All
-    ranks have as many rows: next_batch in data.py fills the places of damaged crops.
+    """a, b (B, D) of this rank -> those of all ranks, (S, D) each, and how many of the S stand
+    before this rank's. All ranks have as many rows: next_batch in data.py fills the places of
+    damaged crops.
 
-    draw_samples in pretrain.py runs on rank 0 alone, without gradients: then nothing is gathered,
-    or rank 0 would wait for the others for ever."""
+    Without gradients nothing is gathered. That is how draw_samples in pretrain.py calls the model,
+    on rank 0 alone, which would wait for the others for ever."""
     if not dist.is_initialized() or not torch.is_grad_enabled():
         return a, b, 0
     both = GatherRows.apply(torch.cat([a, b], dim=1))                   # (S, 2*D), S = ranks * B
@@ -480,7 +484,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
+        grad = grad.clone(memory_format=torch.contiguous_format)    # all_reduce writes into it
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -502,7 +506,8 @@ def half_size(patch):
 
 
 def coarse_sizes(method, scales):
-    """Which of --scales a row of METHODS uses: nsp all of them, a coarse guide the finest."""
+    """Those of `scales` at which a row of METHODS has a view. nsp has one at each of them. A coarse
+    guide is of the last, the finest, with nsp or without."""
     if method["nsp"]:
         return [tuple(size) for size in scales]
     if method["guide"] == "coarse":
@@ -533,8 +538,8 @@ class Pretrainer(nn.Module):
             teacher.eval()
             out = teacher.width
 
-        # each scale is predicted from the coarser ones: all but the coarsest are targets. mim has
-        # no coarse scale, and the crop itself is its target
+        # the fine scale is always a target. nsp predicts each scale from coarser ones, so that all
+        # but the coarsest are targets too
         self.target_sizes = [*self.scales[1:], self.encoder.size]
         self.target_grids = [self.encoder.grid_of(size) for size in self.target_sizes]
         self.decoder = Decoder(
@@ -578,8 +583,8 @@ class Pretrainer(nn.Module):
 
     def disagreement(self, cls):
         """How far neighbours in a list of [cls] tokens (B, D) are from agreeing, mean over the
-        pairs. The list's order makes them: (guide, nsp's view) and (nsp's view, masked crop) in
-        mnsp of one coarse scale, (guide, masked crop) in lmim."""
+        pairs. lmim's list is guide, masked crop: one pair. mnsp's is guide, nsp's view, masked
+        crop: two pairs, each with nsp's view."""
         losses = []
         for a, b in zip(cls, cls[1:]):
             if self.method["form"] == "mse":
@@ -593,7 +598,8 @@ class Pretrainer(nn.Module):
         make_views in pretrain.py makes them; ids_keep (B, K), ids_mask (B, M)
         -> loss; a dict of its weighted terms, and of spread, which is only logged; a dict of
         what is predicted of the fine scale: "mim" (B, M, C), "nsp" (B, N, C)."""
-        weight, terms, pred = self.method, {}, {}
+        weight = self.method                            # of each term
+        terms, pred = {}, {}
         targets = self.targets(image)                   # (B, N, C) each, the fine scale last
         guide, coarse, seen = self.encode(image, guide_view, coarse_views, ids_keep)
         cls = [tokens[:, 0] for tokens in [*guide, *coarse, *seen]]     # (B, D) each
@@ -604,17 +610,18 @@ class Pretrainer(nn.Module):
 
         if weight["nsp"]:           # every patch of a scale, from coarser scales alone
             losses = []
-            for i, target in enumerate(targets):            # one scale finer than coarse[i]
-                coarser = coarse[:i + 1]
-                pred["nsp"] = self.decoder.predict_all(coarser, i)      # the fine one's is kept
-                losses.append(mse(pred["nsp"], target))
+            for i, target in enumerate(targets):
+                coarser = coarse[:i + 1]            # the last is one scale below the target's
+                predicted = self.decoder.predict_all(coarser, i)
+                losses.append(mse(predicted, target))
+            pred["nsp"] = predicted                 # of the fine scale, which comes last
             terms["nsp"] = weight["nsp"] * sum(losses) / len(losses)
 
         if weight["align"]:         # [cls] of neighbouring views agree: MLA
             terms["align"] = weight["align"] * self.disagreement(cls)
 
         loss = sum(terms.values())
-        terms["spread"] = spread(cls[-1])
+        terms["spread"] = spread(cls[-1])               # after the sum: logged, not minimised
         return loss, terms, pred
 
 
@@ -638,8 +645,14 @@ def compile_layers(network):
 
 # ---- loading an encoder
 
-# what may stand before an encoder's names. "" is last, since every name starts with it
-ENCODER_PREFIXES = ("model_maeenc.", "encoder.", "backbone.", "")
+# what may stand before an encoder's names
+ENCODER_PREFIXES = (
+    "model_maeenc.",            # LMIM's
+    "encoder.",                 # ours
+    "backbone.",                # MMOCR's
+    "",                         # MAE's and timm's. It is last, since every name starts with it
+)
+# names that begin so, the prefix taken off, are left behind: other networks, our coarse scales
 NOT_ENCODER = (
     "decoder", "mask_token", "scale_embed", "model_maeenc_momentum", "head", "fc_norm",
     "linear_norm")
@@ -678,18 +691,17 @@ def encoder_tensors(checkpoint, path):
         if isinstance(name, str) and torch.is_tensor(x):
             tensors[name] = x
 
-    first = "blocks.0.attn.qkv.weight"
-    found = [prefix for prefix in ENCODER_PREFIXES if prefix + first in tensors]
+    needed = "blocks.0.attn.qkv.weight"         # every encoder has it, after the prefix
+    found = [prefix for prefix in ENCODER_PREFIXES if prefix + needed in tensors]
     if not found:
-        raise UserError(f"{path}: no {first} in it; expected the encoder of a ViT with MAE's or "
+        raise UserError(f"{path}: no {needed} in it; expected the encoder of a ViT with MAE's or "
                         "timm's names")
     prefix = found[0]
     encoder = {}
     for name, x in tensors.items():
-        if name.startswith(prefix):
-            name = name.removeprefix(prefix)
-            if not name.startswith(NOT_ENCODER):
-                encoder[name] = x
+        short = name.removeprefix(prefix)
+        if name.startswith(prefix) and not short.startswith(NOT_ENCODER):
+            encoder[short] = x
     return encoder
 
 
@@ -751,8 +763,8 @@ class Recognizer(nn.Module):
         self.end = len(charset)
         self.pad = self.end + 1
         self.unknown = self.end + 2                 # LMIM has it; nothing here is ever unknown
-        self.start = self.end + 3                                       # is given, never predicted
-        n_classes = self.start
+        n_classes = self.end + 3
+        self.start = n_classes                      # no class: it is given, and never predicted
 
         self.proj = nn.Sequential(nn.Linear(encoder.width, width), nn.LayerNorm(width))
         self.embed = nn.Embedding(n_classes + 1, width)
@@ -785,9 +797,11 @@ class Recognizer(nn.Module):
         return tokens, [layer.cross_attn.keys_values(projected) for layer in self.layers]
 
     def logits_after(self, characters, crop_kvs, caches=None):
-        """What follows each of the characters (B, T)? -> logits (B, T, V), and each layer's cache
-        with these characters. Without caches they begin a word, and none sees the next; with
-        caches there is one, T = 1, which follows what the caches hold."""
+        """Characters (B, T) -> logits (B, T, V) of what follows each of them, and each layer's
+        cache, these characters included.
+
+        Without caches the characters begin a word, and none sees the next. With caches there is
+        one, T = 1, which sees all those in the caches and itself."""
         past = 0
         if caches is not None:
             past = caches[0].shape[3]
@@ -832,7 +846,7 @@ class Recognizer(nn.Module):
         _, crop_kvs = self.encode(images)
         B, device = images.shape[0], images.device
         character = torch.full((B, 1), self.start, device=device)
-        # a cache of the letters' keys and values has the shape of the crop's, but no token yet
+        # keys and values of no letter yet, (2, B, heads, 0, d) a layer, as the crop's but for the 0
         caches = [kv[:, :, :, :0] for kv in crop_kvs]
         going = torch.ones(B, dtype=torch.bool, device=device)          # words that have no end yet
         characters, confidences = [], []
@@ -858,7 +872,8 @@ class Recognizer(nn.Module):
         """`decode` on a GPU, to the last place, as one recording for each size of a batch: letter
         by letter, launching takes ten times as long as the work. The first batch of a size runs
         as usual."""
-        # a recording reads the weights where they lay, and they may have been moved since
+        # a recording reads the weights at their addresses. They may have been moved since: then,
+        # as with another dtype, the recordings are thrown away
         key = (dtype, self.embed.weight.data_ptr())
         if key not in self.recordings:
             def decode(images):

@@ -58,7 +58,7 @@ RECIPES = {
 
 # ---- the random numbers of a step, views and masks
 
-CORNER_NUMBERS = 2              # --mask block: as many of a crop's numbers shift its blocks
+SHIFT_NUMBERS = 2               # --mask block: how far a crop's blocks are moved, up and left
 
 
 def draw_numbers(step, n_crops, method, args, grid):
@@ -75,7 +75,7 @@ def draw_numbers(step, n_crops, method, args, grid):
     generator = step_generator(args.seed, step, stream=1)
     n_patches = math.prod(grid)
     if args.mask == "block":
-        numbers["mask"] = torch.rand(n_crops, CORNER_NUMBERS + n_patches, generator=generator)
+        numbers["mask"] = torch.rand(n_crops, SHIFT_NUMBERS + n_patches, generator=generator)
     else:
         numbers["mask"] = torch.rand(n_crops, n_patches, generator=generator)
     return numbers
@@ -83,8 +83,9 @@ def draw_numbers(step, n_crops, method, args, grid):
 
 def make_views(images, method, scales, numbers, strength):
     """The views of a row of METHODS, in [-1, 1]: mim's guide, or None, and a list of nsp's views,
-    coarse to fine. The guide is moved and bent, of full size or of the finest of scales. nsp's
-    views stay in place: moved ones would not tell where the target's letters are."""
+    one of each of `scales`, coarse to fine. The guide is moved and bent, of full size or of the
+    finest of `scales`. nsp's views stay in place: moved ones would not tell where the target's
+    letters are."""
     guide, coarse = None, []
     if method["nsp"]:
         drawn = to_device(numbers["coarse"], images.device)
@@ -114,24 +115,28 @@ def make_mask(numbers, kind, mask_ratio, grid, patch):
 
 
 def block_keys(numbers, grid, patch, block=16):
-    """numbers (B, 2 + N) -> sort keys (B, N). The patches of a block have nearly the same key:
-    sorting the keys sorts whole blocks, so that a block is hidden as a whole, or seen. Only one is
-    hidden in part. Blocks of 16 x 16 pixels tile the
-    crop, and the tiling is moved up and left by a part of a block, drawn anew for each crop."""
+    """numbers (B, 2 + N) -> sort keys (B, N). The patches of a block have nearly the same key, so
+    that sorting keeps them together: a block is hidden as a whole, or seen. Only one is hidden in
+    part.
+
+    Blocks of 16 x 16 pixels tile the crop. The tiling is moved up and left by a part of a block,
+    drawn anew for each crop."""
     h, w = grid
     block_h = max(1, block // patch[0])                                 # in patches
     block_w = max(1, block // patch[1])
-    corner_y = (numbers[:, 0:1] * block_h).long()                       # (B, 1)
-    corner_x = (numbers[:, 1:2] * block_w).long()
-    patch_numbers = numbers[:, CORNER_NUMBERS:]                         # (B, N)
+    shift_y = (numbers[:, 0:1] * block_h).long()                        # (B, 1), in patches
+    shift_x = (numbers[:, 1:2] * block_w).long()
+    patch_numbers = numbers[:, SHIFT_NUMBERS:]                          # (B, N)
 
-    device = numbers.device
-    block_row = (torch.arange(h, device=device) + corner_y) // block_h              # (B, h)
-    block_column = (torch.arange(w, device=device) + corner_x) // block_w           # (B, w)
-    last_column = (w - 1 + block_w - 1) // block_w          # of blocks, moved by the most
-    blocks_across = last_column + 1
-    block_id = block_row[:, :, None] * blocks_across + block_column[:, None, :]     # (B, h, w)
+    # blocks are numbered row by row
+    rows = torch.arange(h, device=numbers.device)
+    columns = torch.arange(w, device=numbers.device)
+    block_row = (rows + shift_y) // block_h                             # (B, h)
+    block_column = (columns + shift_x) // block_w                       # (B, w)
+    most_across = (w - 1 + block_w - 1) // block_w + 1      # blocks, with the largest shift
+    block_id = block_row[:, :, None] * most_across + block_column[:, None, :]       # (B, h, w)
     block_id = block_id.flatten(1)                                      # (B, N)
+
     # a block needs a random number of its own, and there are fewer blocks than patches: block i
     # takes the number of patch i
     block_numbers = patch_numbers.gather(1, block_id)                   # (B, N)
@@ -186,11 +191,13 @@ def main():
         checkpoint = None                           # frees its memory
     check_ranks_agree(group, step, len(source))
 
-    model, gradients = raw_model, None
-    recorded = is_recorded(args, device)
     if args.compile:
         compile_layers(raw_model)
+    # who averages the gradients over the ranks: the loop, where a step's work is recorded, or else
+    # DDP, which does so within backward()
+    recorded = is_recorded(args, device)
     if recorded:
+        model = raw_model
         gradients = join_gradients(raw_model)
     else:
         model = wrap_model(raw_model)
@@ -209,13 +216,13 @@ def main():
             args, step, raw_model, optimizer, scaler, skipped, damage, order, group)
         return save_checkpoint(os.path.join(args.out_dir, name), state, group)
 
-    def forward_backward(images, **numbers):
+    def forward_backward(images, **crop_numbers):
         """Adds a micro-batch's gradient to the weights' -> its loss, its terms. images are uint8
-        (B, 3, 32, 128) on the device, and so are the random numbers."""
+        (B, 3, 32, 128) on the device, and so are the crops' random numbers: draw_numbers'."""
         guide, coarse = make_views(
-            images, method, raw_model.scales, numbers, args.guidance_strength)
+            images, method, scales, crop_numbers, args.guidance_strength)
         ids_keep, ids_mask = make_mask(
-            numbers["mask"], args.mask, args.mask_ratio, grid, patch)
+            crop_numbers["mask"], args.mask, args.mask_ratio, grid, patch)
         with autocast(device, dtype):
             loss, terms, _ = model(normalize_pixels(images), guide, coarse, ids_keep, ids_mask)
         scaler.scale(loss / args.accum_iter).backward()
@@ -236,12 +243,14 @@ def main():
 
         for micro_step in range(args.accum_iter):
             batch = next_batch(stream, damage, log)
-            rows = rows_in_step(micro_step, args.batch_size)
             images = to_device(batch.images, device)                # uint8 (B, 3, 32, 128)
-            mine = {name: to_device(drawn[rows], device) for name, drawn in numbers.items()}
-            if world_size() > 1:                            # ranks share gradients once a step
+            rows = rows_in_step(micro_step, args.batch_size)        # these crops' in numbers
+            crop_numbers = {}
+            for name, drawn in numbers.items():
+                crop_numbers[name] = to_device(drawn[rows], device)
+            if world_size() > 1 and not recorded:           # DDP shares gradients once a step
                 model.require_backward_grad_sync = micro_step == args.accum_iter - 1
-            loss, terms = forward_backward(images=images, **mine)
+            loss, terms = forward_backward(images=images, **crop_numbers)
             log.add(loss, terms)
 
         if recorded:
@@ -250,7 +259,7 @@ def main():
         max_norm = args.clip_grad or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm)
         step_unless_not_finite(optimizer, scaler, grad_norm, skipped)
-        optimizer.zero_grad(set_to_none=not recorded)
+        optimizer.zero_grad(set_to_none=not recorded)       # a recording needs them in their place
         step += 1
 
         line_due = step % args.log_every == 0 or step in (1, total_steps)
@@ -342,8 +351,10 @@ def nsp_columns(model, image, coarse, pred):
 
 def predicted_columns(model, image, ids, pred, name):
     """Pixels are shown twice: as the loss sees them, normalised per patch, and with the true mean
-    and contrast of each patch put back, as MAE draws them. Features cannot be drawn. In their place
-    stands the cosine between prediction and target: black is 0, white 1 or a visible patch."""
+    and contrast of each patch put back, as MAE draws them.
+
+    Features cannot be drawn. In their place stands the cosine between prediction and target:
+    black is 0, white is 1. Patches that were visible are white too."""
     grid, patch = model.encoder.grid, model.encoder.patch
     pixels = patchify(image, patch)
     if model.teacher is None:
@@ -355,7 +366,8 @@ def predicted_columns(model, image, ids, pred, name):
 
     target = take(model.targets(image)[-1], ids)
     cosine = torch.cosine_similarity(pred, target, dim=-1)[..., None]   # (B, M, 1)
-    grey = (2 * cosine - 1).expand(-1, -1, pixels.shape[-1])
+    grey = 2 * cosine - 1                                   # [0, 1] -> [-1, 1], black to white
+    grey = grey.expand(-1, -1, pixels.shape[-1])                        # (B, M, 3*p*q)
     likeness = put_in(torch.ones_like(pixels), ids, grey)
     return [(f"{name}, likeness", unpatchify(likeness, grid, patch))]
 
@@ -423,11 +435,12 @@ def change_method(parser, args):
             method[key] = value
         elif key in ("mim", "nsp", "align"):
             try:
-                method[key] = float(value)
+                weight = float(value)
             except ValueError:
-                method[key] = math.nan
-            if not 0 <= method[key] < math.inf:
+                weight = math.nan                           # which lies in no interval
+            if not 0 <= weight < math.inf:
                 parser.error(f"--set {setting}: expected a weight in [0, inf)")
+            method[key] = weight
         else:
             parser.error(f"--set {setting}: expected guide={'|'.join(GUIDES)}, "
                          f"form={'|'.join(FORMS)}, or a weight of mim, nsp or align")
