@@ -187,8 +187,8 @@ def add_training_flags(parser, models):
         help="of matrix products; auto: bfloat16 where the device has it, else float16 on a GPU, "
         "float32 on a CPU")
     add("--compile", action="store_true",
-        help="half a minute at the start, then a GPU is 1.3 to 3 times as fast: layers are compiled, "
-        "and a step is recorded as a whole; a CPU gains little, and needs a C++ compiler")
+        help="half a minute at the start, then a GPU is 1.3 to 3 times as fast: layers are "
+        "compiled, and a step is recorded; a CPU gains little, and needs a C++ compiler")
     add("--device", default="auto",
         help="cpu, cuda, cuda:1; auto takes a CUDA GPU if there is one")
     add("--resume", action="store_true",
@@ -362,6 +362,7 @@ def meet_ranks():
 
 
 def ask_for_prefix(store):
+    """What the other ranks do: ask, wait, and say that they are here."""
     ticket = uuid.uuid4().hex
     store.set(f"ticket/{rank()}", ticket)
     prefix = store.get(f"prefix/{ticket}").decode()             # waits for the answer
@@ -370,8 +371,8 @@ def ask_for_prefix(store):
 
 
 def hand_out_prefix(store):
-    """Answers tickets until all ranks are here. Some tickets may be of ranks that are dead: these
-    are answered in vain."""
+    """What rank 0 does: answers tickets until all ranks are here. Some tickets may be of ranks that
+    are dead: these are answered in vain."""
     prefix = uuid.uuid4().hex
     began = time.time()
     others = range(1, world_size())
@@ -663,7 +664,8 @@ def write_checkpoint(path, state):
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:
         cause = error
-        if isinstance(error, RuntimeError):                 # torch.save's, in place of the disk's
+        if isinstance(error, RuntimeError):
+            # torch.save raised it while it dealt with the disk's OSError: that is its context
             cause = error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -808,8 +810,8 @@ class Replayed:
         return outputs
 
     def run_eagerly(self, tensors):
-        """Calls the function on the stream that the recording will use: autograd remembers on which
-        stream a weight was first used, and goes back to it."""
+        """Calls the function on the stream that the recording will use. Autograd goes back to the
+        stream on which a weight was first used, and another one would not be recorded."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             outputs = self.function(**tensors)
@@ -851,7 +853,8 @@ def step_unless_not_finite(optimizer, scaler, grad_norm, skipped):
     ranks, so all of them do the same. skipped (2,) counts such steps: in a row, and in all.
 
     The device decides, and the host does not wait: a fused optimizer of torch leaves the weights
-    alone where its found_inf is 1. With float16, scaler.step sets found_inf to what it finds."""
+    alone where its found_inf is 1. With float16 the scaler looks for itself, and sets found_inf to
+    the same."""
     if not optimizer.defaults.get("fused"):
         raise ValueError("expected an optimizer with fused=True: others do not look at found_inf")
     skip = (~torch.isfinite(grad_norm)).float()             # 1 or 0, on the device

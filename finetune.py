@@ -145,7 +145,7 @@ def load_recognizer_tensors(model, checkpoint, path):
                 if row < len(tensor):                       # embed alone has a row for start
                     tensor[row] = stored[name][stored_row]
         else:
-            own[name] = stored[name]
+            tensor.copy_(stored[name])
     load_state(model, own, path)
 
     taken = len(own) - len(anew)
@@ -309,6 +309,7 @@ def model_of_init():
     if known.init is None or "-h" in rest or "--help" in rest:      # --help reads no file
         return None
     stored = read_checkpoint(known.init).get("args")
+    # in a list a foreign file may ask for anything; a dict refuses what has no hash
     if isinstance(stored, dict) and stored.get("model") in list(MODELS):
         return stored["model"]
     return None
@@ -377,8 +378,8 @@ def main():
 
     if args.compile:
         compile_layers(raw_model)
-    # who averages the gradients over the ranks: the loop, where a step's work is recorded, or else
-    # DDP, which does so within backward()
+    # with --compile on a GPU a step is recorded as a CUDA graph, see Replayed in common.py. Then
+    # the loop averages the gradients over the ranks. Else DDP does, within backward()
     recorded = is_recorded(args, device)
     if recorded:
         model = raw_model

@@ -94,8 +94,9 @@ def patch_norm(x):
     """Pixels x (B, N, 3*p*q) -> (x - mean) / std, and mean, both (B, N, 3*p*q), and std (B, N, 1).
     A patch has one mean for each channel, and one std.
 
-    MAE takes one mean of all three channels. Then the target of a flat patch is its colour. Most
-    patches of a word are flat ground, and a recoloured view cannot know the colour."""
+    MAE takes one mean of all three channels. There a flat red patch has a target: red is above that
+    mean, green and blue are below. Here its target is zeros. Most patches of a word are flat
+    ground, and a recoloured view cannot know their colour."""
     channels = x.unflatten(-1, (3, -1))                                 # (B, N, 3, p*q)
     mean = channels.mean(-1, keepdim=True)                              # (B, N, 3, 1)
     centred = (channels - mean).flatten(-2)                             # (B, N, 3*p*q)
@@ -610,8 +611,8 @@ class Pretrainer(nn.Module):
 
         if weight["nsp"]:           # every patch of a scale, from coarser scales alone
             losses = []
-            for i, target in enumerate(targets):
-                coarser = coarse[:i + 1]            # the last is one scale below the target's
+            for i, target in enumerate(targets):    # one for each coarse view, a scale finer
+                coarser = coarse[:i + 1]
                 predicted = self.decoder.predict_all(coarser, i)
                 losses.append(mse(predicted, target))
             pred["nsp"] = predicted                 # of the fine scale, which comes last
@@ -869,9 +870,9 @@ class Recognizer(nn.Module):
         return torch.stack(characters, dim=1), torch.stack(confidences, dim=1)
 
     def decode_recorded(self, images, dtype):
-        """`decode` on a GPU, to the last place, as one recording for each size of a batch: letter
-        by letter, launching takes ten times as long as the work. The first batch of a size runs
-        as usual."""
+        """`decode` on a GPU, to the last place, as a CUDA graph for each size of a batch, see
+        Replayed in common.py: letter by letter, launching takes longer than the work. The first
+        batch of a size runs as usual."""
         # a recording reads the weights at their addresses. They may have been moved since: then,
         # as with another dtype, the recordings are thrown away
         key = (dtype, self.embed.weight.data_ptr())

@@ -119,8 +119,8 @@ def block_keys(numbers, grid, patch, block=16):
     that sorting keeps them together: a block is hidden as a whole, or seen. Only one is hidden in
     part.
 
-    Blocks of 16 x 16 pixels tile the crop. The tiling is moved up and left by a part of a block,
-    drawn anew for each crop."""
+    Blocks of 16 x 16 pixels (or of a patch, where that is larger) tile the crop. The tiling is
+    moved up and left by a part of a block, drawn anew for each crop."""
     h, w = grid
     block_h = max(1, block // patch[0])                                 # in patches
     block_w = max(1, block // patch[1])
@@ -133,8 +133,10 @@ def block_keys(numbers, grid, patch, block=16):
     columns = torch.arange(w, device=numbers.device)
     block_row = (rows + shift_y) // block_h                             # (B, h)
     block_column = (columns + shift_x) // block_w                       # (B, w)
-    most_across = (w - 1 + block_w - 1) // block_w + 1      # blocks, with the largest shift
-    block_id = block_row[:, :, None] * most_across + block_column[:, None, :]       # (B, h, w)
+    largest_shift = block_w - 1
+    last_column = (w - 1 + largest_shift) // block_w                    # of blocks
+    blocks_across = last_column + 1
+    block_id = block_row[:, :, None] * blocks_across + block_column[:, None, :]     # (B, h, w)
     block_id = block_id.flatten(1)                                      # (B, N)
 
     # a block needs a random number of its own, and there are fewer blocks than patches: block i
@@ -193,8 +195,8 @@ def main():
 
     if args.compile:
         compile_layers(raw_model)
-    # who averages the gradients over the ranks: the loop, where a step's work is recorded, or else
-    # DDP, which does so within backward()
+    # with --compile on a GPU a step is recorded as a CUDA graph, see Replayed in common.py. Then
+    # the loop averages the gradients over the ranks. Else DDP does, within backward()
     recorded = is_recorded(args, device)
     if recorded:
         model = raw_model
