@@ -59,6 +59,10 @@ def run_main(main):
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
+        # torch would raise an error of its own amid these lines, when it hears that a process of
+        # the loader was killed (Windows has no such signal)
+        with contextlib.suppress(AttributeError):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         line = line_for_user(error)
         if line is None or os.environ.get("STR_TRACEBACK"):
             raise
@@ -102,6 +106,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
+
+    def parse_args(self):
+        """An empty value, such as that of a shell's variable that is not set, is an error: left
+        out, the flag would have its default."""
+        args = super().parse_args()
+        for name, value in vars(args).items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                self.error(f"--{name} is empty; give it a value, or leave it out")
+        return args
 
     def error(self, message):
         # "argument --lr: 0: expected a number" becomes "--lr 0: expected a number"
@@ -333,6 +346,8 @@ def join_ranks(device):
     for a lone process."""
     if world_size() == 1:
         return None
+    if "RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set and RANK is not; start with torchrun, or unset it")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
@@ -514,7 +529,7 @@ def load_state(module, state, path, hint=""):
         elif own[name].shape != state[name].shape:
             there, here = tuple(state[name].shape), tuple(own[name].shape)
             wrong.append(f"{name} is {there} there and {here} here")
-        elif not state[name].is_floating_point() or not state[name].isfinite().all():
+        elif not holds_finite_numbers(state[name]):
             wrong.append(f"{name} holds other things than finite numbers")
         else:
             fit += 1
@@ -525,11 +540,15 @@ def load_state(module, state, path, hint=""):
     return len(own)
 
 
+def holds_finite_numbers(x):
+    if x.layout != torch.strided or x.is_meta or not x.is_floating_point():
+        return False
+    return x.isfinite().all()
+
+
 def check_out_dir(path):
     """UserError if the folder cannot be made or written. It is made when there is something
     to write."""
-    if path == "":
-        raise UserError("--out_dir is empty; expected a folder")
     place = os.path.abspath(path)
     while not os.path.exists(place):
         place = os.path.dirname(place)

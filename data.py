@@ -149,6 +149,9 @@ def read_pixels(image, rotate_tall):
     """An opened image, of which nothing is read yet -> uint8 (3, 32, 128)."""
     if image.width * image.height > MAX_PIXELS:
         raise Damaged(f"{image.width} x {image.height} pixels: no word, but a decompression bomb")
+    # A phone's photograph (MPO) holds copies of itself. Elsewhere the others may be other words.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise Damaged(f"{image.n_frames} pictures in one file; expected one")
     # A large JPEG can be read at a half, a quarter or an eighth of its size. But EXIF may turn an
     # image later, and then its width and height change places.
     if image.format == "JPEG" and "exif" not in image.info:
@@ -401,8 +404,11 @@ class Files(StoredFiles):
         return os.path.join(self.root, self.row(i)[0])
 
     def file_bytes(self, i):
+        path = self.path(i)
         try:
-            return pathlib.Path(self.path(i)).read_bytes()
+            if not os.path.isfile(path) and os.path.exists(path):
+                raise Damaged("a folder or a pipe; expected a file")    # a pipe may never end
+            return pathlib.Path(path).read_bytes()
         except OSError as error:
             raise Damaged(error.strerror) from None
         except ValueError as error:                 # a path that no file can have
@@ -412,7 +418,12 @@ class Files(StoredFiles):
         return self.row(i)[1]
 
     def where(self, i):
-        return f"{self.name} {self.row(i)[0]}"
+        return one_line(f"{self.name} {self.row(i)[0]}")
+
+
+def one_line(path):
+    """A path as it can stand in a column of a table: some hold a tab or a line end."""
+    return path.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
 
 # What a labels file holds, by its suffix.
@@ -803,12 +814,13 @@ def open_sources(srcs, **options):
     parts = []
     for src in srcs:
         path = str(src)
-        times = 1
-        weighted = re.fullmatch("(.+)@([1-9][0-9]{,5})", path)
-        if weighted and not os.path.exists(path):   # a file's own name may hold an @
-            path = weighted[1]
-            times = int(weighted[2])
-        parts += [open_source(path, **options)] * times
+        times = "1"
+        if "@" in path and not os.path.exists(path):    # a file's own name may hold an @
+            path, times = path.rsplit("@", 1)
+            if not re.fullmatch("[1-9][0-9]{,5}", times):
+                raise UserError(f"{src}: no such file or folder, nor SRC@N with a whole number N "
+                                "from 1 to 999999")
+        parts += [open_source(path, **options)] * int(times)
     return Parts(parts, " ".join(str(src) for src in srcs))
 
 
@@ -1265,9 +1277,9 @@ def turned(angle, aspect, corners=None):
     x = x * growth_x
     y = y * growth_y
 
-    # Then it turns, clockwise: what is seen through it turns the other way. x counts half widths
-    # and y half heights, so in half heights the point is (aspect x, y). Turned, it is
-    # (cos aspect x - sin y, sin aspect x + cos y). The first is then divided by aspect.
+    # Then it turns. y goes down, so (cos x - sin y, sin x + cos y) is (x, y) turned clockwise to
+    # the eye, and what is seen through it turns counter-clockwise. x counts half widths and y half
+    # heights: in half heights the point is (aspect x, y), and turned_x is divided by aspect again.
     turned_x = cos * x - sin * y / aspect
     turned_y = sin * aspect * x + cos * y
     return torch.stack([turned_x, turned_y], -1)
@@ -1498,8 +1510,9 @@ def loader(source, index_lists, workers, char_maps=False):
     """Lists of indices -> an iterator over their Batches. Worker processes are handed indices
     alone."""
     if workers:
-        # When a process ends, what was registered last runs first. end_workers has to run before
-        # multiprocessing's own end, which would wait, and once, not once for every loader.
+        # When a process ends, what was registered last runs first, and end_workers has to run
+        # before multiprocessing's own end, which would wait. So it is registered anew for each
+        # loader. It is taken out before, lest it stand there twice.
         atexit.unregister(end_workers)
         atexit.register(end_workers)
     with warnings.catch_warnings():
@@ -1724,8 +1737,20 @@ def draw_text(sheet, pieces, x, y, size, files):
 
 # ---- the command show
 
+def check_output(path, srcs):
+    """UserError if the file that will be written is one that is read, or is a picture in a folder
+    that is read: the next time it would be one of the crops."""
+    out = os.path.realpath(path)
+    for src in srcs:
+        place = os.path.realpath(src)
+        inside = os.path.isdir(place) and out.startswith(place + os.sep)
+        if out == place or (inside and suffix_of(out) in SUFFIXES):
+            raise UserError(f"{path}: {src} is read, and would be changed; name a file elsewhere")
+
+
 def show(args):
     """Draws crops, and beside each the views that were asked for."""
+    check_output(args.out, args.src)
     chars = None
     if args.charset is not None:
         chars = read_charset(args.charset)
@@ -1788,6 +1813,8 @@ def check(args):
         raise UserError("--write_list is of what --against finds; name test sets with it")
     if "alike" in typed_flags() and not args.against:
         raise UserError("--alike is of what --against finds; name test sets with it")
+    if args.write_list:
+        check_output(args.write_list, args.src + args.against)
     source = open_sources(args.src)
     known = None
     if args.against:
@@ -1972,7 +1999,9 @@ def read_list(path, source):
     try:
         text = pathlib.Path(path).read_bytes().decode("utf-8", "surrogateescape")
         skip = set()
-        for line in text.split("\n")[:-1]:          # not splitlines: a label may hold a \r
+        for line in text.split("\n"):               # not splitlines: a label may hold a \r
+            if line == "":
+                continue
             number, where = line.split("\t")[:2]
             if source.where(int(number)) != where:
                 raise ValueError("it names other entries")

@@ -209,6 +209,11 @@ def timed_score(pairs, protocol, began):
     return row
 
 
+# Both words of a first line of --score that is a header.
+HEADER_WORDS = {"label", "labels", "gt", "truth", "ground_truth", "target", "text", "pred", "preds",
+                "prediction", "predictions", "predicted", "reading"}
+
+
 def parse_predictions(path):
     """A file of lines label<TAB>prediction -> [(label, prediction)]; UserError for any other file.
 
@@ -232,11 +237,21 @@ def parse_predictions(path):
         if len(columns) == 1:
             raise UserError(f"--score {path}: line {number} has no tab; {expected}")
         label, prediction = columns[:2]
+        if "\r" in prediction:
+            raise UserError(f"--score {path}: line {number} goes on after a carriage return; save "
+                            "it with the line ends of Unix or Windows")
+        names = {label.lower(), prediction.lower()}
+        if number == 1 and len(names) == 2 and names <= HEADER_WORDS:
+            say(f"--score {path}: line 1 is taken for a header: {line}")
+            continue
         if len(columns) > 2 and columns[2] == "damaged":
             prediction = None
         pairs.append((label, prediction))
     if not pairs:
         raise UserError(f"--score {path}: no line in it; {expected}")
+    if all(label.lower().endswith(data.SUFFIXES) for label, _ in pairs):
+        raise UserError(f"--score {path}: its labels are names of files, such as {pairs[0][0]}; "
+                        f"{expected}, in this order")
     return pairs
 
 
@@ -379,9 +394,14 @@ def is_recognizer(checkpoint):
     stored = checkpoint.get("args")
     if not isinstance(stored, dict):
         return False
-    if not {"max_length", "spell"} <= set(stored):
+    max_length = stored.get("max_length")
+    if not isinstance(max_length, int) or max_length < 1:
         return False
-    if not {"charset", "model"} <= set(checkpoint):
+    if not isinstance(stored.get("spell"), (int, float)):
+        return False
+    if not isinstance(checkpoint.get("charset"), str):
+        return False
+    if not isinstance(checkpoint.get("model"), dict):
         return False
     # A list, since a dict would raise for what cannot be a key.
     return stored.get("model") in list(model.MODELS)
@@ -558,7 +578,7 @@ def read_images(net, args, group):
             continue
         printed = []
         for index, (text, confidences) in sorted(words.items()):
-            path = image_path(source, index)
+            path = data.one_line(image_path(source, index))
             printed.append(f"{path}\t{text}\t{math.prod(confidences):.6g}\n")
         heard = print_at_once("".join(printed))
         if only_prints and not heard and group is None:     # other ranks would wait for this one
@@ -911,11 +931,25 @@ def check_flags(parser, args):
         parser.error(f"--errors {args.errors}: expected a picture's name, such as errors.png")
     if args.data:
         check_sets(parser, args)
+    check_outputs(parser, args)
+
+
+def check_outputs(parser, args):
+    """The same if a result would be written over what is read, or over another result."""
+    read = [*(args.data or ()), *(args.images or ())]
+    read += [path for path in (args.ckpt, args.score) if path]
+    written = [path for path in (args.json, args.predictions, args.errors) if path]
+    for path in written:
+        data.check_output(path, read)
+    if len(set(map(os.path.realpath, written))) < len(written):
+        parser.error(f"{' '.join(written)}: one file for two results; name one for each")
 
 
 def check_sets(parser, args):
     """The same for what --data names."""
     check_data_flags(parser, args)
+    if "synth" in args.data:
+        parser.error("--data synth: a million words take too long to read; type synth:1000:1")
     if len(set(map(os.path.realpath, args.data))) < len(args.data):
         parser.error(f"--data {' '.join(args.data)}: one set twice; each is one row of the table")
 
@@ -954,6 +988,7 @@ def prepare_files(args):
 
 def prediction_line(reading, where):
     """A line of --predictions. "damaged" stands for the confidence of what could not be decoded."""
+    where = data.one_line(where)
     confidence = "damaged"
     if reading.confidence is not None:
         confidence = f"{reading.confidence:.6g}"

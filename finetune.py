@@ -297,6 +297,8 @@ def parse_args():
     for flag in ("layer_decay", "drop_path"):
         if flag in typed and args.freeze_encoder:
             parser.error(f"--{flag} has no effect with --freeze_encoder; leave one of them out")
+    if args.freeze_encoder and not args.init:
+        parser.error("--freeze_encoder without --init keeps random weights; name a checkpoint")
     return args
 
 
@@ -341,7 +343,7 @@ def main():
     say(report)
     if len(source) == 0:
         raise UserError(f"--data {' '.join(args.data)}: no crop has a label that fits --charset "
-                        f"{args.charset}")
+                        f"{args.charset} and --max_length {args.max_length}")
     val = None
     if args.val:
         val = open_val(args, charset, protocol, options)

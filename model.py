@@ -674,6 +674,8 @@ def load_encoder(path):
         raise UserError(f"{path}: no patch_embed.proj.weight of a convolution, or no pos_embed; "
                         "expected a whole ViT encoder")
     width, _, p, q = patches.shape
+    if p > H or q > W:
+        raise UserError(f"{path}: patches of {p}x{q}; expected at most the crop, {H}x{W}")
     depth = sum(name.endswith(".attn.qkv.weight") for name in state)
     encoder = ViT(depth, width, heads_of(depth, width), patch=(p, q))
     hint = f"; expected 32x128 crops in patches of {p}x{q}"

@@ -708,7 +708,8 @@ def turn(x, y, angle):
 
 
 def n_pieces(bend):
-    """Of how many straight pieces the upper rim of the bent word consists, and the lower one."""
+    """Of how many straight pieces the upper rim of the bent word consists, and the lower one. The
+    word is drawn in as many strips."""
     if bend.sag == 0:
         return 1
     return CURVE_PIECES

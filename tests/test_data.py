@@ -166,8 +166,9 @@ def test_tree_and_several(tmp_path, words):
     assert both.label(52) == "a/y0" and both.parts[1].name == "tree"
     thrice = data.open_sources([f"{words}@3", "synth:2"])
     assert len(thrice) == 152 and thrice[149][1] == "w49" and thrice.where(151) == "synth:2:0 word 1"
-    with pytest.raises(UserError, match="words@0: no such file"):
-        data.open_sources([f"{words}@0"])
+    for wrong in ("0", "-1", "1.5", "ten", ""):
+        with pytest.raises(UserError, match=f"words@{wrong}: no such file or folder, nor SRC@N with a whole"):
+            data.open_sources([f"{words}@{wrong}"])
 
 
 ROWS = [("a.png", "one"), ("sub dir/ü b.jpg", "two words"), ("a.png", "\tthree"), ("sub dir/ü b.jpg", "")]
@@ -542,6 +543,18 @@ def test_transparency_has_a_ground_on_which_letters_show(colour):
     assert data.decode(encode(grey))[0, 16, 10] == 0
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
+def test_a_file_of_several_pictures(kind):
+    """The words of an animation, or of the pages of a scan, that are left out in silence; a phone's
+    photograph refused, which holds a small copy of itself."""
+    file = encode(picture(0), kind, save_all=True, append_images=[picture(1)])
+    if kind == "MPO":
+        assert data.decode(file).shape == (3, 32, 128)
+        return
+    with pytest.raises(Damaged, match="^2 pictures in one file; expected one$"):
+        data.decode(file)
+
+
 def test_turned_images(tmp_path):
     """A photo that lies on its side; rotate_tall turning the other way, or turning what is not tall."""
     upright = Image.new("RGB", (120, 40), "blue")
@@ -613,6 +626,18 @@ def damaged(tmp_path):
     for k, way in enumerate(ways):
         entries[3 * k + 3] = way
     return write_lmdb(tmp_path / "damaged", entries), [3 * k + 3 for k in range(len(ways))]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such pipes here")
+def test_a_pipe_among_crops(tmp_path, monkeypatch):
+    """A pipe in a folder of crops, which is waited for without end."""
+    picture(0).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    source = data.open_source(tmp_path)
+    assert source[0][0].shape == (3, 32, 128)
+    monkeypatch.setattr(data.pathlib.Path, "read_bytes", lambda _: pytest.fail("it waits here"))
+    with pytest.raises(Damaged, match="b.png: a folder or a pipe"):
+        source[1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -1607,6 +1632,38 @@ def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
     with pytest.raises(UserError, match="wrods"):               # `pack --without` would take an empty list
         call(monkeypatch, capsys, "check", "wrods", "--against", test, "--write_list", tmp_path / "none.tsv")
     assert not (tmp_path / "none.tsv").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such names")
+def test_names_that_no_column_holds(tmp_path, monkeypatch, capsys):
+    """A tab or a line end in a file's name that spoils the list, which is then refused; the last line of a
+    list that was edited, passed over for want of a line end."""
+    (tmp_path / "crops").mkdir()
+    for k, name in enumerate(("a\tb.png", "c\nd.png", "e\r.png", "f.png", "g.png")):
+        picture(k).save(tmp_path / "crops" / name)
+    test = write_lmdb(tmp_path / "test", [(encode(picture(k)), b"w") for k in range(4)])
+    lines = tmp_path / "list.tsv"
+    call(monkeypatch, capsys, "check", tmp_path / "crops", "--against", test, "--write_list", lines)
+    assert [line.split("\t")[1] for line in lines.read_text().split("\n")[:-1]] == [
+        "crops a\\tb.png", "crops c\\nd.png", "crops e\\r.png", "crops f.png"]
+    lines.write_text(lines.read_text().rstrip("\n"))
+    call(monkeypatch, capsys, "pack", tmp_path / "crops", tmp_path / "clean", "--without", lines)
+    (kept,) = [crop for crop, _ in data.open_source(tmp_path / "clean")]
+    assert torch.equal(kept, data.decode(encode(picture(4))))
+
+
+def test_nothing_is_written_over_what_is_read(tmp_path, monkeypatch, capsys):
+    """Labels, or a crop, lost for a slip of the pen; a sheet that is one of the crops the next time."""
+    picture(0).save(tmp_path / "a.png")
+    labels = tmp_path / "l.tsv"
+    labels.write_text("a.png\tword\n")
+    for words in (["check", labels, "--against", labels, "--write_list", labels],
+                  ["show", tmp_path, "--out", tmp_path / "a.png"],
+                  ["show", tmp_path, "--out", tmp_path / "new" / "sheet.png"]):
+        with pytest.raises(UserError, match="is read, and would be changed"):
+            call(monkeypatch, capsys, *words)
+    assert labels.read_text() == "a.png\tword\n"
+    call(monkeypatch, capsys, "show", labels, "--out", tmp_path / "sheet.png")
 
 
 def test_check_counts(tmp_path, damaged, monkeypatch, capsys):

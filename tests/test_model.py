@@ -1019,6 +1019,7 @@ def write_bad_checkpoints(folder):
         "part": part,
         "grid": dict(state, pos_embed=state["pos_embed"][:, :65]),
         "flat": dict(state, **{"patch_embed.proj.weight": torch.zeros(64, 48)}),
+        "high": dict(state, **{"patch_embed.proj.weight": torch.zeros(64, 3, 64, 4)}),
         "other": {"a": torch.zeros(1)},
     }
     for name, content in bad.items():

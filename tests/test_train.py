@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.backend_registration
 from PIL import Image
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
@@ -1290,6 +1291,8 @@ def run_on_chip(script, flags, more):
     script.main()
 
 
+@pytest.mark.skipif(not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+                    reason="this torch has no devices written in Python")
 def test_a_step_never_waits_for_the_device(tmp_path):
     """A number asked of the GPU, a tensor made on the host for it, a copy that waits for it or comes from
     memory that is not pinned: each stops the queue of work."""
@@ -1874,7 +1877,8 @@ WRONG = [
     (PRE, "--lr nan", "--lr nan: expected a number in (0, inf)"),
     (PRE, "--min_lr -1", "--min_lr -1: expected a number in [0, inf)"),
     (PRE, "--min_lr 1 --lr 1e-3", "--min_lr 1: expected at most the learning rate, 1.00e-03"),
-    (PRE, "--out_dir=", "--out_dir is empty; expected a folder"),
+    (PRE, "--out_dir=", "--out_dir is empty; give it a value, or leave it out"),
+    (PRE, "--teacher=", "--teacher is empty; give it a value, or leave it out"),
     (PRE, "--max_damaged 1", "--max_damaged 1: expected a number in (0, 1)"),
     (PRE, "--method byol", "byol"),
     (PRE, "--mask_ratio 1.4", "1.4: expected a number in (0, 1)"),
@@ -1903,6 +1907,7 @@ WRONG = [
     (PRE, "--data synth:9 synth@2 --rotate_tall", "--rotate_tall has no effect on rendered words"),
     (FINE, "--sample_every 5", "--sample_every has no effect without --val; name labelled crops"),
     (FINE, "--data REAL --spell 5", "--spell has no effect without rendered words; add synth to --data"),
+    (FINE, "--freeze_encoder", "--freeze_encoder without --init keeps random weights; name a checkpoint"),
     (FINE, "--freeze_encoder --layer_decay 0.5", "--layer_decay has no effect with --freeze_encoder"),
     (FINE, "--freeze_encoder --drop_path 0.5", "--drop_path has no effect with --freeze_encoder"),
     (PRE, "--method mim --scales 16x64", "--scales has no effect with --method mim, which has no coarse"),
@@ -2019,6 +2024,14 @@ def test_a_ranks_device_is_torchruns_to_choose(monkeypatch):
         common.pick_device("cuda:1")
 
 
+def test_a_world_without_ranks_is_one_line(monkeypatch):
+    """WORLD_SIZE left over from another program: a traceback out of torch.distributed."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is set and RANK is not"):
+        common.join_ranks(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_crops_that_are_all_damaged(go, script, tmp_path):
     """Steps on nothing, or an --out_dir that is left behind."""
@@ -2055,7 +2068,7 @@ def test_labels_that_do_not_fit(go, tmp_path, capsys):
     write_crops(crops, "synth:3")
     (crops / "labels.tsv").write_text("00.png\tда\n01.png\tнет\n02.png\tabcdef\n", "utf-8")
     flags = ["--data", str(crops / "labels.tsv"), "--batch_size", "4", "--max_steps", "1", "--max_length"]
-    with pytest.raises(UserError, match="no crop has a label that fits --charset 94"):
+    with pytest.raises(UserError, match="no crop has a label that fits --charset 94 and --max_length 5"):
         go(finetune, *flags, "5")
     assert os.listdir(tmp_path) == ["crops"]
     go(finetune, *flags, "6")
@@ -2153,7 +2166,8 @@ def test_what_another_program_calls_charset_and_model(tmp_path, monkeypatch):
     assert same(network.encoder.state_dict(), encoder)
 
 
-@pytest.mark.parametrize("wrong", [torch.tensor([1, math.nan]), torch.tensor([1, math.inf]), torch.tensor([1, 2])])
+@pytest.mark.parametrize("wrong", [torch.tensor([1, math.nan]), torch.tensor([1, math.inf]), torch.tensor([1, 2]),
+                                   torch.ones(2, device="meta"), torch.ones(2).to_sparse()], ids=repr)
 def test_weights_that_are_not_numbers_are_not_loaded(wrong):
     """Ten steps of nan, and the learning rate is blamed; or quantized weights taken for weights."""
     layer = torch.nn.Linear(2, 2)
