@@ -876,8 +876,8 @@ class Recognizer(nn.Module):
         Replayed in common.py: letter by letter, launching takes longer than the work. The first
         batch of a size runs as usual."""
         # a recording reads the weights at their addresses. They may have been moved since: then,
-        # as with another dtype, the recordings are thrown away
-        key = (dtype, self.embed.weight.data_ptr())
+        # as with another dtype or with dropout, the recordings are thrown away
+        key = (dtype, self.training, self.embed.weight.data_ptr())
         if key not in self.recordings:
             def decode(images):
                 with autocast(images.device, dtype):

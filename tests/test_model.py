@@ -4,6 +4,7 @@ cases, and what must not leak.
 Each test says in its docstring which mistake it catches."""
 import argparse
 import contextlib
+import copy
 import math
 import pathlib
 import pickle
@@ -1057,6 +1058,32 @@ def recognizer(n=8):
     move_weights(m, by=0.2)
     m.classifier.bias.data[m.end] += 5
     return m.eval(), torch.rand(n, 3, 32, 128) * 2 - 1
+
+
+def test_recordings_belong_to_the_weights_as_they_are(monkeypatch):
+    """On a GPU: words read by weights that have been replaced, in another dtype, or with dropout, since those
+    were recorded; a copy that reads with the weights of the original; T other than max_length + 1."""
+    made = []
+
+    def record(function, eager_calls):
+        made.append(function)
+        return function
+    monkeypatch.setattr(model, "Replayed", record)
+    net, images = recognizer()
+    wanted, sure = net.decode(images)
+    for _ in range(2):                                              # recorded once
+        characters, confidences = net.decode_recorded(images, torch.float32)
+        assert characters.shape[1] == net.max_length + 1 and len(made) == 1
+        assert torch.equal(characters[:, :wanted.shape[1]], wanted)
+        assert torch.allclose(confidences[:, :wanted.shape[1]], sure)
+    net.decode_recorded(images, torch.bfloat16)
+    net.train()
+    net.decode_recorded(images, torch.bfloat16)
+    net.embed.weight.data = net.embed.weight.data.clone()
+    net.decode_recorded(images, torch.bfloat16)
+    assert len(made) == 4 and len(net.recordings) == 1
+    twin = copy.deepcopy(net)
+    assert twin.recordings == {} and len(net.recordings) == 1
 
 
 def lengths_of(ids, m):
