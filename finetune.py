@@ -133,20 +133,20 @@ def build_recognizer(args, charset):
 def load_recognizer_tensors(model, checkpoint, path):
     """Takes every tensor that fits from a recognizer; with another charset, the rows of the
     characters that both have. -> a line that says what was taken."""
-    own, stored = model.state_dict(), checkpoint["model"]   # own's tensors are the model's, to fill
+    own, stored = model.state_dict(), checkpoint["model"]
     pairs = shared_rows(model, checkpoint["charset"])
     anew = []
     for name, tensor in own.items():
         row_a_class = name.startswith(("embed.", "classifier.", "char_head."))
         if not fits(tensor, stored.get(name), row_a_class):
             anew.append(name)
-        elif row_a_class:
+        elif row_a_class:                               # the model's own tensor is filled in part
             for row, stored_row in pairs:
                 if row < len(tensor):                       # embed alone has a row for start
                     tensor[row] = stored[name][stored_row]
         else:
-            tensor.copy_(stored[name])
-    load_state(model, own, path)
+            own[name] = stored[name]
+    load_state(model, own, path)                # refuses what is no number
 
     taken = len(own) - len(anew)
     said = f"--init {path}: a recognizer; {taken} of {len(own)} tensors loaded"
