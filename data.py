@@ -668,6 +668,9 @@ it; a folder of images (unlabelled). In a list SRC@N counts N times.
 def open_source(src, fonts=None, rotate_tall=False, chars=None, labels=True):
     """SRC, see SRC_HELP -> Source. UserError for what is missing, empty or foreign.
 
+    To add a format of labels, begin with LABEL_FILES and parse_entry; of images, with FORMATS; for
+    another kind of container write a StoredFiles and open it here.
+
     fonts, a folder, and chars, the characters of a charset, are for rendered words. labels=False
     is for those who need none: a damaged label is then no damage.
     """
@@ -1062,7 +1065,7 @@ def guidance_view(images, generator, moved=True, strength=1.0):
 
     LMIM's list: at least three of ten operations, then colour jitter and loss of colour.
     moved=False is for nsp's coarse views, which must show where the letters are that nsp predicts:
-    every pixel keeps its place, and what is darker than its neighbours stays so. So of the ten
+    every pixel keeps its place, and letters stay darker or lighter than the ground. So of the ten
     the four of LOOK are left, and noise is added. strength scales every range; 0 changes nothing.
     """
     numbers = draw_numbers(len(images), VIEW_NUMBERS, generator, images.device)
@@ -1175,8 +1178,9 @@ def for_matrices(numbers):
 
 
 def move_and_bend(images, strengths, drawn):
-    """All of the geometry becomes four corners and a bend, so that a crop is sampled once.
-    Coordinates run from -1 to 1, so a side is 2 long."""
+    """All of the geometry becomes four corners and a bend, so that a crop is sampled once. The
+    corners say where in the crop the view's corners are read, so what comes last here is what the
+    crop undergoes first. Coordinates run from -1 to 1, so a side is 2 long."""
     b, _, height, width = images.shape
     side = 2
 
@@ -1511,8 +1515,9 @@ def loader(source, index_lists, workers, char_maps=False):
     alone."""
     if workers:
         # When a process ends, what was registered last runs first, and end_workers has to run
-        # before multiprocessing's own end, which would wait. So it is registered anew for each
-        # loader. It is taken out before, lest it stand there twice.
+        # before multiprocessing's own end, which would wait. That is registered when somebody first
+        # needs it, perhaps only now. So ours is registered anew, and taken out before, lest it
+        # stand there twice.
         atexit.unregister(end_workers)
         atexit.register(end_workers)
     with warnings.catch_warnings():

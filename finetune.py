@@ -311,9 +311,11 @@ def model_of_init():
     if known.init is None or "-h" in rest or "--help" in rest:      # --help reads no file
         return None
     stored = read_checkpoint(known.init).get("args")
-    # in a list a foreign file may ask for anything; a dict refuses what has no hash
-    if isinstance(stored, dict) and stored.get("model") in list(MODELS):
-        return stored["model"]
+    if not isinstance(stored, dict):
+        return None
+    model = stored.get("model")
+    if isinstance(model, str) and model in MODELS:          # a foreign file may hold anything there
+        return model
     return None
 
 

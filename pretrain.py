@@ -139,7 +139,7 @@ def block_keys(numbers, grid, patch, block=16):
     block_id = block_row[:, :, None] * blocks_across + block_column[:, None, :]     # (B, h, w)
     block_id = block_id.flatten(1)                                      # (B, N)
 
-    # a block needs a random number of its own, and there are fewer blocks than patches: block i
+    # a block needs a random number of its own, and there are no more blocks than patches: block i
     # takes the number of patch i
     block_numbers = patch_numbers.gather(1, block_id)                   # (B, N)
     return block_numbers + 1e-4 * patch_numbers             # within a block any order
