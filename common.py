@@ -761,17 +761,22 @@ def weight_groups(model, weight_decay, layer_decay=1.0):
     return list(groups.values())
 
 
-def wrap_model(model):
-    """The model to call in training: under DDP if there are several ranks."""
+def wrap_model(model, recorded):
+    """-> the model to call in training, and its gradients as one tensor, or None.
+
+    A step that is recorded, see Replayed, needs that tensor, and averages it over the ranks
+    itself. Else DDP does, within backward(), if there are several ranks."""
+    if recorded:
+        return model, join_gradients(model)
     if world_size() == 1:
-        return model
+        return model, None
     ddp = torch.nn.parallel.DistributedDataParallel
     # no rank need send its buffers, since none ever changes: position codes, drop_path's shares.
     # torch 2.13 gave the argument that says so another name
     send_buffers = "broadcast_buffers"
     if "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters:
         send_buffers = "forward_sync_buffers"
-    return ddp(model, gradient_as_bucket_view=True, **{send_buffers: False})
+    return ddp(model, gradient_as_bucket_view=True, **{send_buffers: False}), None
 
 
 def join_gradients(model):
@@ -794,9 +799,9 @@ def average_over_ranks(gradients):
         gradients /= world_size()
 
 
-def is_recorded(args, device):
+def is_recorded(compiled, device):
     """True if a step's work is recorded and replayed, see Replayed: with --compile, on a GPU."""
-    return args.compile and device.type == "cuda"
+    return compiled and device.type == "cuda"
 
 
 class Replayed:
@@ -849,22 +854,22 @@ class Replayed:
         return graph, inputs, outputs
 
 
-def step_number(seed, step):
-    """No other step has this number, nor has one of another seed: runs are shorter than 1,000,003
-    steps."""
+def number_of(seed, step):
+    """No other step (or epoch) has this number, nor has one of another seed: runs are shorter than
+    1,000,003 steps."""
     return seed * 1_000_003 + step
 
 
 def step_generator(seed, step, stream):
     """Random numbers of one step, the same on every rank. What must not have the same numbers,
     such as views and masks, has a `stream` of its own, 0 to 15."""
-    return torch.Generator().manual_seed(step_number(seed, step) * 16 + stream)
+    return torch.Generator().manual_seed(number_of(seed, step) * 16 + stream)
 
 
 def seed_dropout(seed, step):
     """Dropout and drop-path draw from torch's own generator: new numbers every step, others
     on each rank."""
-    torch.manual_seed(step_number(seed, step) * 4096 + rank())      # for up to 4096 ranks
+    torch.manual_seed(number_of(seed, step) * 4096 + rank())        # for up to 4096 ranks
 
 
 def step_unless_not_finite(optimizer, scaler, grad_norm, skipped):

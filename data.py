@@ -1568,8 +1568,7 @@ def crop_order(n, batch_size, seed, position=0, rank=0, world=1):
         for p in range(first, first + batch_size):
             if p // n != epoch:
                 epoch = p // n
-                # Within a million epochs no two seeds come to the same number here.
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                generator = torch.Generator().manual_seed(common.number_of(seed, epoch))
                 permutation = torch.randperm(n, generator=generator)
             indices.append(int(permutation[p % n]))
         yield indices

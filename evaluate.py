@@ -403,8 +403,8 @@ def is_recognizer(checkpoint):
         return False
     if not isinstance(checkpoint.get("model"), dict):
         return False
-    # A list, since a dict would raise for what cannot be a key.
-    return stored.get("model") in list(model.MODELS)
+    name = stored.get("model")
+    return isinstance(name, str) and name in model.MODELS
 
 
 def read_source(read, source, batch_size, workers, group=None):

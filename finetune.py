@@ -27,9 +27,9 @@ import evaluate
 from common import (
     Log, Parser, Replayed, StopSignal, UserError, add_training_flags, autocast,
     average_over_ranks, check_ranks_agree, check_resume, check_training_flags, count_steps,
-    find_checkpoint, is_recorded, is_rendered, join_gradients, join_ranks, learning_rate,
-    load_state, number_in, parse_with_recipe, peak_learning_rate, pick_device, pick_dtype,
-    rank, read_checkpoint, resume_training, run_main, save_checkpoint, say, seed_dropout,
+    find_checkpoint, is_recorded, is_rendered, join_ranks, learning_rate, load_state,
+    number_in, parse_with_recipe, peak_learning_rate, pick_device, pick_dtype, rank,
+    read_checkpoint, resume_training, run_main, save_checkpoint, say, seed_dropout,
     step_generator, step_unless_not_finite, stop_if_not_finite, to_device, to_unit,
     training_state, typed_flags, weight_groups, world_size, wrap_model,
 )
@@ -382,14 +382,9 @@ def main():
 
     if args.compile:
         compile_layers(raw_model)
-    # with --compile on a GPU a step is recorded as a CUDA graph, see Replayed in common.py. Then
-    # the loop averages the gradients over the ranks. Else DDP does, within backward()
-    recorded = is_recorded(args, device)
-    if recorded:
-        model = raw_model
-        gradients = join_gradients(raw_model)
-    else:
-        model = wrap_model(raw_model)
+    # a step may be recorded as a CUDA graph, see Replayed in common.py
+    recorded = is_recorded(args.compile, device)
+    model, gradients = wrap_model(raw_model, recorded)
     stream = batches(source, args.batch_size, args.seed, step * crops_per_step,
                      rank(), world_size(), args.workers, char_maps=args.spell > 0)
     n_parameters = sum(parameter.numel() for parameter in raw_model.parameters())

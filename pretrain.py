@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from common import (
     H, W, Log, Parser, Replayed, StopSignal, UserError, add_training_flags, autocast,
     average_over_ranks, check_ranks_agree, check_resume, check_training_flags, count_steps,
-    find_checkpoint, is_recorded, join_gradients, join_ranks, learning_rate, number_in,
-    parse_size, parse_with_recipe, peak_learning_rate, pick_device, pick_dtype, rank,
-    resume_training, run_main, save_checkpoint, say, seed_dropout, step_generator,
-    step_unless_not_finite, stop_if_not_finite, to_device, tolerate_full_disk,
-    training_state, typed_flags, weight_groups, world_size, wrap_model,
+    find_checkpoint, is_recorded, join_ranks, learning_rate, number_in, parse_size,
+    parse_with_recipe, peak_learning_rate, pick_device, pick_dtype, rank, resume_training,
+    run_main, save_checkpoint, say, seed_dropout, step_generator, step_unless_not_finite,
+    stop_if_not_finite, to_device, tolerate_full_disk, training_state, typed_flags,
+    weight_groups, world_size, wrap_model,
 )
 from data import (
     GREY, VIEW_NUMBERS, DamageCount, batches, coarse_view, draw_sheet, next_batch,
@@ -195,14 +195,9 @@ def main():
 
     if args.compile:
         compile_layers(raw_model)
-    # with --compile on a GPU a step is recorded as a CUDA graph, see Replayed in common.py. Then
-    # the loop averages the gradients over the ranks. Else DDP does, within backward()
-    recorded = is_recorded(args, device)
-    if recorded:
-        model = raw_model
-        gradients = join_gradients(raw_model)
-    else:
-        model = wrap_model(raw_model)
+    # a step may be recorded as a CUDA graph, see Replayed in common.py
+    recorded = is_recorded(args.compile, device)
+    model, gradients = wrap_model(raw_model, recorded)
     stream = batches(source, args.batch_size, args.seed, step * crops_per_step,
                      rank(), world_size(), args.workers)
     # up to 8 sound crops for the pictures, of the first 64

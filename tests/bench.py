@@ -148,7 +148,7 @@ def make_training_step(method, images, args, compiled=False):
         loss.backward()
         return loss.detach()
 
-    recorded = compiled and device.type == "cuda"
+    recorded = common.is_recorded(compiled, device)
     if recorded:
         common.join_gradients(raw_model)
         forward_backward = common.Replayed(forward_backward)

@@ -158,13 +158,18 @@ def largest_difference(rows, others):
 
 def what_it_is(args):
     """The card, and how fast it multiplies matrices."""
+    card = "cpu"
+    if args.device.startswith("cuda"):
+        card = torch.cuda.get_device_name()
+    show(device=card, torch=torch.__version__, product_tflops=tflops_of_product(args))
+
+
+def tflops_of_product(args):
+    """Of a plain product of matrices."""
     n = sizes_of(args).n
     a, b = torch.randn(2, n, n, device=args.device).bfloat16()
     times = bench.take_turns({"product": partial(torch.matmul, a, b)}, bench_args(args))
-    card = "cpu"
-    if a.is_cuda:
-        card = torch.cuda.get_device_name()
-    show(device=card, torch=torch.__version__, product_tflops=2e-12 * n ** 3 / median(times["product"]))
+    return 2e-12 * n ** 3 / median(times["product"])
 
 
 def median(values):
@@ -418,9 +423,7 @@ def train(args, compiled=False):
     """Every method, each beside its peer."""
     sizes = sizes_of(args)
     flops = {kind: count_flops(kind, args) for kind in KINDS}
-    a, b = torch.randn(2, sizes.n, sizes.n, device=args.device).bfloat16()
-    times = bench.take_turns({"product": partial(torch.matmul, a, b)}, bench_args(args))
-    product = 2e-12 * sizes.n ** 3 / median(times["product"])
+    product = tflops_of_product(args)
     for crops in sizes.batches:
         images = noise(crops, args.device)
         kinds = KINDS

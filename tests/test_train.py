@@ -286,9 +286,9 @@ def plant_mistake(patch, script, plant):
             return normalize(images) * math.nan
         return normalize(images)
 
-    def planted_wrap(network):
+    def planted_wrap(network, recorded):
         networks.append(network)
-        return wrap(network)
+        return wrap(network, recorded)
 
     def at_step_3():
         if plant == "weights":
@@ -673,9 +673,9 @@ def test_a_teachers_features_are_the_target(go, whole, monkeypatch):
     teacher = model.load_encoder(path)
     first, wrap = {}, pretrain.wrap_model
 
-    def keep_first_weights(network):
+    def keep_first_weights(network, recorded):
         first.update({name: value.clone() for name, value in network.state_dict().items()})
-        return wrap(network)
+        return wrap(network, recorded)
     monkeypatch.setattr(pretrain, "wrap_model", keep_first_weights)
     calls = record_calls(monkeypatch, Pretrainer)
     out = go(pretrain, "--max_steps", "1", "--teacher", path, out="features")
@@ -1831,9 +1831,9 @@ def test_weights_that_are_not_finite_are_not_saved(go, monkeypatch, tmp_path):
     """A last.pt full of NaN, because the run ended before --max_bad_steps."""
     networks, wrap = [], pretrain.wrap_model
 
-    def keep_network(network):
+    def keep_network(network, recorded):
         networks.append(network)
-        return wrap(network)
+        return wrap(network, recorded)
 
     def spoil():
         for parameter in networks[0].parameters():
