@@ -52,8 +52,8 @@ from tqdm import tqdm
 import common
 from common import H, W, Parser, UserError, number_in, parse_size, run_main
 from common import say, to_device, to_unit, typed_flags
-from render import MAX_LENGTH, PRINTABLE, describe_fonts, find_font, font_files, fonts_with
-from render import render_word, word_label
+from render import MAX_LENGTH, MAX_LINE, PRINTABLE, describe_fonts, find_font, font_files
+from render import font_files_under, fonts_with, render_word, word_label
 
 
 # ---- sources: one crop
@@ -555,13 +555,15 @@ class Synth(Source):
 
     fonts: a folder, whose fonts alone are drawn; None: the system's. charset: the characters to
     draw, in fonts that have them all; None: a keyboard's, in all its fonts. Other fonts, as
-    another machine has, draw other pictures of the same words.
+    another machine has, draw other pictures of the same words. max_length: above MAX_LENGTH it
+    asks for lines too, of so many characters at most; below, nothing changes.
     """
     name = "synth"
 
-    def __init__(self, n=SYNTH_N, seed=0, fonts=None, charset=None):
+    def __init__(self, n=SYNTH_N, seed=0, fonts=None, charset=None, max_length=MAX_LENGTH):
         self.n = n
         self.seed = seed
+        self.max_length = max(max_length, MAX_LENGTH)
         if charset is None:
             self.charset = PRINTABLE
             self.fonts = font_files(fonts)
@@ -573,11 +575,12 @@ class Synth(Source):
             self.fonts = fonts_with(self.charset, font_files())
 
     def get(self, i):
-        image, label, char_map = render_word(self.seed, i, self.fonts, self.charset)
+        image, label, char_map = render_word(
+            self.seed, i, self.fonts, self.charset, self.max_length)
         return Crop(torch.from_numpy(image), label, torch.from_numpy(char_map))
 
     def label(self, i):
-        return word_label(self.seed, i, self.charset)
+        return word_label(self.seed, i, self.charset, self.max_length)
 
     def file_bytes(self, i):
         """A PNG file: nothing is lost."""
@@ -665,18 +668,19 @@ it; a folder of images (unlabelled). In a list SRC@N counts N times.
 """
 
 
-def open_source(src, fonts=None, rotate_tall=False, chars=None, labels=True):
+def open_source(src, fonts=None, rotate_tall=False, chars=None, labels=True,
+                max_length=MAX_LENGTH):
     """SRC, see SRC_HELP -> Source. UserError for what is missing, empty or foreign.
 
     To add a format of labels, begin with LABEL_FILES and parse_entry; of images, with FORMATS; for
     another kind of container write a StoredFiles and open it here.
 
-    fonts, a folder, and chars, the characters of a charset, are for rendered words. labels=False
-    is for those who need none: a damaged label is then no damage.
+    fonts, a folder, chars, the characters of a charset, and max_length are for rendered words, see
+    Synth. labels=False is for those who need none: a damaged label is then no damage.
     """
     src = str(src)
     if src.split(":")[0] == "synth":
-        return open_synth(src, fonts, chars)
+        return open_synth(src, fonts, chars, max_length)
     if os.path.isdir(src):
         return open_folder(src, rotate_tall, labels)
     if os.path.exists(src) and suffix_of(src) in LABEL_FILES:
@@ -701,7 +705,7 @@ def name_of(src):
 JOINING_SCRIPTS = ("MONGOLIAN", "PHAGS-PA")
 
 
-def open_synth(src, fonts, chars):
+def open_synth(src, fonts, chars, max_length):
     if not re.fullmatch("synth(:0*[1-9][0-9]{,8}(:[0-9]+)?)?", src):
         raise UserError(f"{src}: expected synth, synth:N or synth:N:SEED, whole numbers, "
                         "N from 1 to 999999999")
@@ -713,7 +717,7 @@ def open_synth(src, fonts, chars):
             # The label "Word" becomes "word" in training, so the crop may show either.
             chars = CHARSETS["62"]
     numbers = [int(number) for number in src.split(":")[1:]]
-    return Synth(*numbers, fonts=fonts, charset=chars)
+    return Synth(*numbers, fonts=fonts, charset=chars, max_length=max_length)
 
 
 def check_can_be_drawn(src, chars):
@@ -970,7 +974,7 @@ def fit_part(part, chars, max_length):
 def all_drawn_labels_fit(part, chars, max_length):
     """True for rendered words if each character that is drawn is known: a million words need not
     be asked one by one. Where NFC may change a label, False: then they are asked."""
-    if not isinstance(part, Synth) or max_length < MAX_LENGTH:
+    if not isinstance(part, Synth) or max_length < part.max_length:
         return False
     drawn = part.charset
     if folds_case(chars):
@@ -1510,6 +1514,26 @@ class BatchReader(Dataset):
         return read_batch(indices, self.source, self.char_maps)
 
 
+BATCHES_AHEAD = 4                       # how many each worker has ready
+
+
+def check_shared_memory(workers, batch_size, char_maps=False):
+    """UserError if /dev/shm, through which workers hand over what they read, has too little room.
+    The worker would fail, and whoever waits for its batch would wait for ever. Docker gives 64 MB
+    where it is told nothing else."""
+    bytes_a_crop = 3 * H * W
+    if char_maps:
+        bytes_a_crop += H * W
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    need = ranks_here * workers * BATCHES_AHEAD * batch_size * bytes_a_crop
+    with contextlib.suppress(OSError):              # other systems have no such folder
+        free = shutil.disk_usage("/dev/shm").free
+        if free < need:
+            raise UserError(f"--workers {workers}: their batches need {need / 1e6:.0f} MB of "
+                            f"/dev/shm, which has {free / 1e6:.0f} free; start docker with "
+                            "--shm-size=1g, or lower --workers or --batch_size")
+
+
 def loader(source, index_lists, workers, char_maps=False):
     """Lists of indices -> an iterator over their Batches. Worker processes are handed indices
     alone."""
@@ -1525,7 +1549,7 @@ def loader(source, index_lists, workers, char_maps=False):
         warnings.filterwarnings("ignore", "This DataLoader will create")
         return iter(DataLoader(
             BatchReader(source, char_maps), sampler=index_lists, batch_size=None,
-            num_workers=workers, prefetch_factor=4 if workers else None,
+            num_workers=workers, prefetch_factor=BATCHES_AHEAD if workers else None,
             worker_init_fn=start_worker, pin_memory=torch.cuda.is_initialized()))
 
 
@@ -1548,6 +1572,7 @@ def end_workers():
 
 def batches(source, batch_size, seed, position=0, rank=0, world=1, workers=0, char_maps=False):
     """An endless iterator over the Batches of a rank, in the order of crop_order."""
+    check_shared_memory(workers, batch_size, char_maps)
     order = crop_order(len(source), batch_size, seed, position, rank, world)
     return loader(source, order, workers, char_maps)
 
@@ -1622,6 +1647,7 @@ def fill_places(batch):
 def read_all(source, batch_size, workers=0):
     """Yields this rank's share of the crops as Batches, in order: every world_size-th crop. The
     first rank shows how far it is, on a terminal."""
+    check_shared_memory(workers, min(batch_size, len(source)))
     mine = range(common.rank(), len(source), common.world_size())
     index_lists = [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
     hide_bar = True if common.rank() > 0 else None          # None: where there is no terminal
@@ -1683,13 +1709,15 @@ LEAST_SIZE = 7                          # of text that would not fit into its ce
 MAX_LETTERS = 200                       # of a piece of text
 
 
-def draw_sheet(rows, path):
+def draw_sheet(rows, path, fonts=None):
     """Draws rows of cells: (picture uint8 (3, 32, 128) or None, [(text, colour), ...]).
 
-    The text stands below its picture, or alone, in the first font that has all of it. UserError if
-    path is no picture's name.
+    The text stands below its picture, or alone, in the first font that has all of it: the system's
+    are asked, then those of the folder `fonts`. UserError if path is no picture's name.
     """
     files = font_files()
+    if fonts:
+        files += font_files_under(fonts)
     heights = [row_height(row) for row in rows]
     across = max((len(row) for row in rows), default=1)
     sheet = Image.new("RGB", (across * CELL_W, max(1, sum(heights))), "white")
@@ -1755,15 +1783,7 @@ def check_output(path, srcs):
 def show(args):
     """Draws crops, and beside each the views that were asked for."""
     check_output(args.out, args.src)
-    chars = None
-    if args.charset is not None:
-        chars = read_charset(args.charset)
-    source = open_sources(args.src, fonts=args.fonts, chars=chars)
-    rendered = any(isinstance(part, Synth) for part in source.parts)
-    for flag, value in (("--fonts", args.fonts), ("--charset", args.charset)):
-        if value is not None and not rendered:
-            raise UserError(f"{flag} {value}: has no effect without rendered words; "
-                            "add synth to SRC")
+    source = open_to_draw(args)
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(source), generator=generator)[:args.n].tolist()
     batch = read_batch(chosen, source)
@@ -1780,11 +1800,27 @@ def show(args):
     crops_in_row = max(1, 4 // len(views))          # four pictures, or one crop with all its views
     across = crops_in_row * len(views)
     rows = [cells[k:k + across] for k in range(0, len(cells), across)]
-    draw_sheet(rows, args.out)
+    draw_sheet(rows, args.out, args.fonts)
 
     for line in batch.damaged:
         print(f"damaged: {line}")
     print(f"{args.out}: {len(batch.images)} of the {len(source):,} crops of {source.name}")
+
+
+def open_to_draw(args):
+    """SRC as one Source, its rendered words drawn as the flags of add_drawing say. UserError if
+    one of these was typed in vain."""
+    chars = None
+    if args.charset is not None:
+        chars = read_charset(args.charset)
+    source = open_sources(
+        args.src, fonts=args.fonts, chars=chars, max_length=args.max_length)
+    rendered = any(isinstance(part, Synth) for part in source.parts)
+    for flag in ("fonts", "charset", "max_length"):
+        if flag in typed_flags() and not rendered:
+            raise UserError(f"--{flag} {getattr(args, flag)}: has no effect without rendered "
+                            "words; add synth to SRC")
+    return source
 
 
 def make_views(images, generator, args):
@@ -1976,7 +2012,7 @@ def pack(args):
     import lmdb
     out = os.path.normpath(args.out)
     unfinished = out + ".part"
-    source = open_sources(args.src)
+    source = open_to_draw(args)
     if os.path.exists(out):
         raise UserError(f"{out}: exists already; type the name of a new folder")
     skip = read_list(args.without, source) if args.without else set()
@@ -2098,9 +2134,7 @@ def add_show(commands):
         help="how many crops; views need room, so ask for fewer with them")
     add("--seed", type=number_in("[0, 4294967296)", int), default=0,
         help="another one picks other crops and draws other views")
-    add("--fonts", help="a folder of fonts for rendered words, instead of the system's")
-    add("--charset",
-        help="36, 62, 94 or a UTF-8 file: the characters that rendered words are made of")
+    add_drawing(add)
     add("--guidance", action="store_true",
         help="beside each crop mim's kind of guidance view, moved and bent, and nsp's")
     add("--augment", action="store_true",
@@ -2121,9 +2155,18 @@ def add_check(commands):
 def add_pack(commands):
     add = add_command(commands, pack, "Write an LMDB.")
     add_workers(add)
+    add_drawing(add)
     add("out", metavar="OUT", help="a new folder for data.mdb")
     add("--without", metavar="LIST",
         help="leave out the entries of this list, written by check --write_list")
+
+
+def add_drawing(add):
+    add("--fonts", help="a folder of fonts for rendered words, instead of the system's")
+    add("--charset",
+        help="36, 62, 94 or a UTF-8 file: the characters that rendered words are made of")
+    add("--max_length", type=number_in(f"[{MAX_LENGTH}, {MAX_LINE}]", int), default=MAX_LENGTH,
+        help="characters of the longest rendered label; above the default: lines too")
 
 
 def add_workers(add):

@@ -336,7 +336,8 @@ def main():
     # data
     charset = read_charset(args.charset)
     protocol = evaluate.default_protocol(charset)
-    options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall, chars=charset)
+    options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall, chars=charset,
+                   max_length=args.max_length)
     source = open_sources(args.data, **options)
     say_fonts(source)
     if args.label_fraction < 1:

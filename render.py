@@ -25,7 +25,8 @@ from common import H, W, UserError, say
 
 PRINTABLE = "".join(chr(code) for code in range(33, 127))    # a keyboard's 94 characters
 LOWER_CASE = "abcdefghijklmnopqrstuvwxyz"
-MAX_LENGTH = 25                 # characters of the longest label
+MAX_LENGTH = 25                 # characters of the longest label, if no lines are asked for
+MAX_LINE = 40                   # of the longest line, each 3 pixels wide
 
 
 # ---- the table: how often, and how much
@@ -48,6 +49,7 @@ LENGTHS = {                     # characters of a word: per cent
     1: 1, 2: 4, 3: 16, 4: 20, 5: 15, 6: 13, 7: 11,
     8: 7, 9: 5, 10: 3, 11: 2, 12: 1, 13: 1, 14: 1,
 }
+P_LINE = 0.1                    # where lines are asked for: of any length up to MAX_LINE
 CASES = {"STREET": 0.40, "Street": 0.28, "street": 0.32}
 P_PUNCTUATION = 0.12            # of words and of random letters
 COMMON_EXPONENT = 3             # 1: all words come equally often; 3: half are of the first eighth
@@ -132,14 +134,14 @@ TEXTURE_HARDNESS = [1, 1, 3, 20]    # 1: soft; 20: nearly black and white
 
 # ---- a word
 
-def word_label(seed, index, charset):
-    """The label of word `index` of those of `seed`, without its picture: 1 to MAX_LENGTH
+def word_label(seed, index, charset, max_length=MAX_LENGTH):
+    """The label of word `index` of those of `seed`, without its picture: 1 to max_length
     characters of charset, a string without blanks. Words are English if charset has all
-    of a to z and nothing beyond ASCII."""
-    return draw_label(word_rng(seed, index), charset)
+    of a to z and nothing beyond ASCII. A max_length above MAX_LENGTH asks for lines too."""
+    return draw_label(word_rng(seed, index), charset, max_length)
 
 
-def render_word(seed, index, fonts, charset):
+def render_word(seed, index, fonts, charset, max_length=MAX_LENGTH):
     """Word `index` of those of `seed` -> image uint8 (3, 32, 128), label, char_map uint8
     (32, 128): a value k > 0 marks the pixels of the label's k-th character.
 
@@ -147,7 +149,7 @@ def render_word(seed, index, fonts, charset):
     has the label's characters.
     """
     rng = word_rng(seed, index)
-    label = draw_label(rng, charset)
+    label = draw_label(rng, charset, max_length)
 
     coverage, char_map = set_letters(rng, label, fonts)
     if rng.random() < P_NEIGHBOURS:
@@ -173,10 +175,12 @@ def choose(rng, shares):
 
 # ---- the label
 
-def draw_label(rng, charset):
+def draw_label(rng, charset, max_length):
     """What to write: one of LABELS; a word has a case, and now and then punctuation."""
     kind = choose(rng, LABELS)
     length = choose(rng, LENGTHS)       # of all kinds but numbers, which have patterns
+    if max_length > MAX_LENGTH and rng.random() < P_LINE:
+        length = rng.randint(1, min(max_length, MAX_LINE))
     if kind == "english word":
         text = english_word(rng, length, charset)
     elif kind == "random letters":
@@ -191,7 +195,7 @@ def draw_label(rng, charset):
         if rng.random() < P_PUNCTUATION:
             text = rng.choice(PUNCTUATION).replace("*", text)
 
-    label = keep_known(text, charset)[:MAX_LENGTH]
+    label = keep_known(text, charset)[:max_length]
     if label == "":
         return rng.choice(charset)
     return label
@@ -201,7 +205,7 @@ def english_word(rng, length, charset):
     """A word of that length; random letters if charset cannot write it or none is known."""
     words = []
     if can_write_english(charset):
-        words = vocabulary()[length]
+        words = vocabulary().get(length)        # none is as long as a line
     if not words:
         return random_letters(rng, length, charset)
     # Common words stand first. A power of a number between 0 and 1 is nearer to 0.
@@ -310,7 +314,8 @@ LETTERS_AND_DIGITS = LOWER_CASE + LOWER_CASE.upper() + "0123456789"
 def font_files(folder=None, charset=None):
     """A list of fonts. With a folder: its TrueType and OpenType files that have all of charset
     (None: all letters and digits), and nothing else, so that pictures are the same on every
-    machine. UserError if there is none. Without a folder: None, then the files of the system."""
+    machine. UserError if there is none. Without a folder: None, then the files of the system.
+    Of a collection, .ttc, the first font is drawn."""
     if folder:
         return list(usable_fonts(folder, charset))
     fonts = [None]

@@ -16,6 +16,7 @@ import sys
 import time
 import tracemalloc
 import zlib
+from types import SimpleNamespace
 
 import lmdb
 import numpy as np
@@ -25,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import multiprocessing
 
 import data
+import finetune
 from common import to_unit
 from data import Damaged, UserError
 
@@ -576,6 +578,16 @@ def test_turned_images(tmp_path):
     assert torch.equal(data.decode(square, rotate_tall=True), data.decode(square))
 
 
+def test_a_crop_is_resized_as_the_field_does():
+    """Another filter than bicubic: crops would look otherwise than in training."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 70, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    expected = Image.fromarray(pixels).resize((128, 32), Image.Resampling.BICUBIC)
+    expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1)
+    assert torch.equal(data.decode(file.getvalue()), expected)
+
+
 @pytest.mark.parametrize("size", [(1600, 400), (400, 1600), (3000, 3000), (5, 4), (1, 1)])
 def test_sizes(size):
     """Reading a large JPEG at a fraction of its size must keep what the crop needs, whichever side is
@@ -706,6 +718,23 @@ def test_places_of_damaged_crops_are_filled(damaged, char_maps):
         if i >= 30 and char_maps:
             assert torch.equal(filled.char_maps[k], source.get(i).char_map)
     assert char_maps or filled.char_maps is None
+
+
+def test_shared_memory_that_is_too_small(monkeypatch):
+    """Docker's 64 MB: a worker fails, and the script waits for its batch for ever."""
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2 ** 20))
+    data.check_shared_memory(0, 10 ** 6)
+    data.check_shared_memory(4, 256)                                        # 50 MB
+    with pytest.raises(UserError, match="--workers 4: their batches need 67 MB of /dev/shm, which has 67 free"):
+        data.check_shared_memory(4, 257, char_maps=True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="need 101 MB"):
+        data.check_shared_memory(4, 256)
+    source = data.open_source("synth:300")
+    with pytest.raises(UserError, match="--shm-size"):
+        data.batches(source, 256, 0, workers=4)
+    with pytest.raises(UserError, match="--shm-size"):
+        next(data.read_all(source, 300, workers=4))
 
 
 def test_workers_end_with_their_reading(words):
@@ -932,6 +961,32 @@ def test_drawn_words_that_do_not_fit_are_found():
     chars = data.CHARSETS["36"]
     folded, _ = data.fit_labels(data.open_sources(["synth:300"], chars=chars), chars, 25)
     assert len(folded) == 300
+
+
+def test_max_length_reaches_what_is_drawn(tmp_path, monkeypatch):
+    """finetune.py --max_length 40 that trains on words of at most 25; labels of 40 that pass unread where 30
+    are asked for; a max_length of 4 that cuts words, where it should leave them out."""
+    lines = data.open_sources(["synth:300"], chars="xyz", max_length=40)
+    longest = max(range(300), key=lambda i: len(lines.label(i)))
+    assert len(lines.label(longest)) > 30 and lines.get(longest).label == lines.label(longest)
+    fitting, report = data.fit_labels(lines, "xyz", 30)
+    assert 270 < len(fitting) < 300 and "too long" in report
+    short = data.open_source("synth:9", chars="xyz", max_length=4)
+    plain = data.open_source("synth:9", chars="xyz")
+    assert [short.label(i) for i in range(9)] == [plain.label(i) for i in range(9)]
+
+    asked = []
+
+    def open_sources(srcs, **options):
+        asked.append(options["max_length"])
+        return data.open_sources(srcs, **options)
+    monkeypatch.setattr(finetune, "open_sources", open_sources)
+    monkeypatch.setattr(finetune, "build_recognizer", lambda args, charset: 1 / 0)      # far enough
+    flags = f"--max_length 33 --data synth:3 --val synth:3:1 --out_dir {tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *flags.split()])
+    with pytest.raises(ZeroDivisionError):
+        finetune.main()
+    assert asked == [33, 33]
 
 
 def test_letters_that_combine_are_looked_at_one_by_one():
@@ -1602,6 +1657,19 @@ def test_pack_synth(tmp_path, monkeypatch, capsys):
         assert torch.equal(ours[0], theirs[0]) and ours[1] == theirs[1]
 
 
+def test_pack_draws_lines_of_a_charset(tmp_path, words, monkeypatch, capsys):
+    """Another alphabet that pretrain.py, which has no --charset, cannot be given; a flag typed in vain."""
+    (tmp_path / "c.txt").write_text("xyz")
+    flags = ["--charset", tmp_path / "c.txt", "--max_length", 40]
+    call(monkeypatch, capsys, "pack", "synth:30:5", tmp_path / "out", *flags)
+    packed = data.open_source(tmp_path / "out")
+    drawn = data.open_source("synth:30:5", chars="xyz", max_length=40)
+    assert [label for _, label in packed] == [label for _, label in drawn]
+    assert torch.equal(packed[29][0], drawn[29][0])
+    with pytest.raises(UserError, match="--max_length 40: has no effect without rendered words"):
+        call(monkeypatch, capsys, "pack", words, tmp_path / "other", "--max_length", 40)
+
+
 def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
     """Training crops that are also test crops, as they are or coded anew and resized, go unseen; others do
     not."""
@@ -1709,10 +1777,11 @@ def test_show_draws_a_charset(tmp_path, words, monkeypatch, capsys):
     """A charset whose rendered words nobody has seen before training on them; a flag without effect."""
     (tmp_path / "c.txt").write_text("xyz")
     drawn = []
-    monkeypatch.setattr(data, "draw_sheet", lambda rows, path: drawn.extend(rows))
-    call(monkeypatch, capsys, "show", "synth:40", "--n", 40, "--charset", tmp_path / "c.txt")
-    letters = {letter for row in drawn for _, pieces in row for text, _ in pieces for letter in text}
-    assert letters == set("xyz")
+    monkeypatch.setattr(data, "draw_sheet", lambda rows, path, fonts: drawn.extend(rows))
+    flags = ["--n", 60, "--charset", tmp_path / "c.txt", "--max_length", 40]
+    call(monkeypatch, capsys, "show", "synth:60", *flags)
+    labels = [text for row in drawn for _, pieces in row for text, _ in pieces]
+    assert set("".join(labels)) == set("xyz") and max(map(len, labels)) > 25
     with pytest.raises(UserError, match="--charset 94: has no effect without rendered words"):
         call(monkeypatch, capsys, "show", words, "--charset", "94")
 
