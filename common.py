@@ -55,9 +55,12 @@ def run_main(main):
     status = 1
     try:
         main()
+        print(end="", flush=True)       # now, since at its end Python would catch no error of it
         status = 0
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:             # nobody listens any more, as after `| head -1`
+        status = 141                    # which a shell says of other programs then
     except Exception as error:
         # torch would raise an error of its own amid these lines, when it hears that a process of
         # the loader was killed (Windows has no such signal)
@@ -72,7 +75,16 @@ def run_main(main):
         status = 2
     finally:
         leave_ranks(status)
+        try:
+            print(end="", flush=True)
+        except OSError:
+            hush_output()
     sys.exit(status)
+
+
+def hush_output():
+    """What could not be printed, and whatever is printed from now on, goes nowhere, quietly."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def line_for_user(error):
@@ -109,8 +121,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self):
         """An empty value, such as that of a shell's variable that is not set, is an error: left
-        out, the flag would have its default."""
+        out, the flag would have its default. A flag that is typed twice is said, since values
+        are lost: of `--data A --data B` it is A."""
         args = super().parse_args()
+        flags = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+        for flag, times in collections.Counter(flags).items():
+            if times > 1 and rank() == 0:
+                print(f"{self.prog}: {flag} stands there {times} times, and the last counts",
+                      file=sys.stderr)
         for name, value in vars(args).items():
             if value == "" or (isinstance(value, list) and "" in value):
                 self.error(f"--{name} is empty; give it a value, or leave it out")
@@ -333,12 +351,12 @@ def to_unit(images):
 
 def rank():
     """This process's number among all of torchrun's; 0 without it."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK") or 0)
 
 
 def world_size():
     """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def join_ranks(device):
@@ -550,10 +568,11 @@ def check_out_dir(path):
     """UserError if the folder cannot be made or written. It is made when there is something
     to write."""
     place = os.path.abspath(path)
-    while not os.path.exists(place):
+    while not os.path.lexists(place):           # a link that leads nowhere is there, too
         place = os.path.dirname(place)
     if not os.path.isdir(place):
-        raise UserError(f"--out_dir {path}: {place} is a file; expected a folder")
+        kind = "a file" if os.path.exists(place) else "a link that leads nowhere"
+        raise UserError(f"--out_dir {path}: {place} is {kind}; expected a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"--out_dir {path}: {place} cannot be written; name another folder")
 
@@ -900,10 +919,15 @@ def stop_if_not_finite(skipped, step, args):
 # ---- log
 
 def say(text):
-    """Prints on rank 0."""
-    if rank() == 0:
-        with contextlib.suppress(OSError):          # it may go to a file on a disk that is full
-            print(text, flush=True)
+    """Prints on rank 0. Whoever calls this goes on where that is not possible."""
+    if rank() > 0:
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:                         # nobody listens any more
+        hush_output()
+    except OSError:                                 # it goes to a file, and the disk is full
+        pass
 
 
 class Log:

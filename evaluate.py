@@ -37,8 +37,9 @@ from tqdm import tqdm
 import data
 import model
 from common import (
-    H, W, Parser, UserError, autocast, check_data_flags, join_ranks, load_state, number_in,
-    pick_device, rank, read_checkpoint, run_main, say, to_device, to_unit, typed_flags, world_size,
+    H, W, Parser, UserError, autocast, check_data_flags, hush_output, join_ranks, load_state,
+    number_in, pick_device, rank, read_checkpoint, run_main, say, to_device, to_unit, typed_flags,
+    world_size,
 )
 from data import BLACK, GREY, RED, Damaged, draw_sheet
 
@@ -249,10 +250,19 @@ def parse_predictions(path):
         pairs.append((label, prediction))
     if not pairs:
         raise UserError(f"--score {path}: no line in it; {expected}")
-    if all(label.lower().endswith(data.SUFFIXES) for label, _ in pairs):
-        raise UserError(f"--score {path}: its labels are names of files, such as {pairs[0][0]}; "
-                        f"{expected}, in this order")
+    check_columns(path, pairs, expected)
     return pairs
+
+
+def check_columns(path, pairs, expected):
+    """UserError if most labels, or most predictions, are names of files: these are other columns.
+    Not all need be, as the first may be a header."""
+    for column, what in enumerate(["labels", "predictions"]):
+        words = [pair[column] or "" for pair in pairs]
+        files = [word for word in words if word.lower().endswith(data.SUFFIXES)]
+        if len(files) >= len(words) / 2:
+            raise UserError(f"--score {path}: its {what} are names of files, such as {files[0]}; "
+                            f"{expected}, in this order")
 
 
 # ---- table
@@ -351,7 +361,7 @@ def print_at_once(text):
         tqdm.write(text, end="")
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hush_output()
         return False
     return True
 
@@ -907,6 +917,9 @@ def add_flags(parser):
         help="turn crops much taller than wide; for data with vertical words")
 
 
+# What no --json and no --predictions is called: such a name is a slip, and would cost the file.
+NOT_TEXT = (*data.SUFFIXES, ".mdb", ".pt", ".pth")
+
 # Flags that are about labelled sets, and flags about crops of any kind.
 NEED_DATA = ("heights", "rotations", "attention", "errors", "fonts")
 NEED_CROPS = ("ckpt", "batch_size", "workers", "device", "dtype", "rotate_tall")
@@ -941,6 +954,12 @@ def check_outputs(parser, args):
     written = [path for path in (args.json, args.predictions, args.errors) if path]
     for path in written:
         data.check_output(path, read)
+        if path == "-" or path.endswith("/"):
+            parser.error(f"{path}: expected the name of a file; /dev/stdout is the terminal")
+    for path in (args.json, args.predictions):
+        if path and path.lower().endswith(NOT_TEXT):
+            parser.error(f"{path}: expected the name of a text file, such as r.json; this may be "
+                         "a crop or a checkpoint")
     if len(set(map(os.path.realpath, written))) < len(written):
         parser.error(f"{' '.join(written)}: one file for two results; name one for each")
 

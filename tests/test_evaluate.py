@@ -131,9 +131,10 @@ def some_sets(**sizes):
 
 
 def test_averages_and_incomplete():
-    """The average is over sets, the weighted one over words; Union14M's Incomplete, whatever its name's
-    style, is in neither."""
+    """The average is over sets, the weighted one over words that were scored; Union14M's Incomplete, whatever
+    its name's style, is in neither."""
     sets = some_sets(curve=10, general=30, Union14M_Incomplete=60, INCOMPLETE=60)
+    sets["general"]["n"] = 300                                              # of which most were dropped
     sets["curve"]["accuracy"] = 60.0
     sets["Union14M_Incomplete"]["accuracy"] = sets["INCOMPLETE"]["accuracy"] = 1.0
     got = evaluate.summarize(sets, "waics")
@@ -299,6 +300,10 @@ def test_score_refuses_other_columns(call, tmp_path):
     assert re.search(r"^p.tsv +2 +2 +50", call("--score", file)[1], re.M)
     file.write_text("c/0.png\tab\t0.9\nc/1.JPG\tcd\t0.9\n")
     refused(call("--score", file), "its labels are names of files, such as c/0.png")
+    file.write_text("image\tlabel\tprediction\nc/0.png\tab\tab\n")
+    refused(call("--score", file), "its labels are names of files, such as c/0.png")
+    file.write_text("ab\tc/0.png\tab\nno.png\tc/1.png\tab\n\t\tdamaged\n")
+    refused(call("--score", file), "its predictions are names of files, such as c/0.png")
     file.write_bytes(b"ab\tab\rcd\tcd\r")
     refused(call("--score", file), "line 1 goes on after a carriage return")
 
@@ -512,6 +517,7 @@ def test_a_set_of_which_none_can_be_right(bench, call, tmp_path):
     refused(got, "labels.tsv: 0 of 2 labels fit, 2 outside the charset", "read none of them right")
     assert got[1] == ""                                                     # before anything is read
     assert said(own, "STOP", "GO", protocol="ci")[0] == 0
+    assert said(own, "A" * 25, protocol="ci")[0] == 0                       # the longest word
     assert said(own, "stop!", protocol="waics")[0] == 0
     refused(said(own, "stop!", protocol="ci"), "0 of 1 labels fit")
     refused(said(own, "123", "合格", protocol="waics"), "0 of 2 labels fit")
@@ -794,6 +800,8 @@ def test_another_script_is_never_all_right(bench, call, tmp_path):
     """waics keeps nothing of Cyrillic, so that every reading equals every label: a table of 100 % for
     rubbish. So a checkpoint with a charset of its own is scored under exact, and where waics is asked for,
     the table has no accuracy and says why."""
+    protocols = [evaluate.default_protocol(chars) for chars in (*data.CHARSETS.values(), "хлеб")]
+    assert protocols == ["waics", "waics", "waics", "exact"]
     pairs = [("хлеб", "ночь"), ("вода", "вода")]
     assert evaluate.score(pairs, "exact")["accuracy"] == 50
     assert evaluate.score(pairs, "waics") == dict(n=2, evaluated=2, dropped={}, accuracy=None, ned=None)
@@ -913,11 +921,15 @@ def test_refusals(bench, call, tmp_path):
     ("--ckpt x.pt --images a.png --json x.pt", "x.pt: x.pt is read, and would be changed"),
     ("--images a.png --predictions ./a.png", "./a.png: a.png is read, and would be changed"),
     ("--data l.tsv --json r --predictions ./r", "r ./r: one file for two results"),
+    ("--data l.tsv --json -", "-: expected the name of a file; /dev/stdout is the terminal"),
+    ("--data l.tsv --errors e.png --predictions out/", "out/: expected the name of a file"),
+    ("--data l.tsv --predictions c/0.PNG", "c/0.PNG: expected the name of a text file"),
+    ("--data lmdb --json lmdb/data.mdb", "lmdb/data.mdb: expected the name of a text file"),
     ("--ckpt x.pt --data set --fonts f", "--fonts f: has no effect without rendered words"),
     ("--ckpt x.pt --data synth:4 synth:4:1 --rotate_tall", "--rotate_tall has no effect on rendered words"),
 ])
 def test_a_flag_without_effect_is_refused(call, flags, part):
-    """A flag passed over in silence: its user believes that it was heeded."""
+    """A flag passed over in silence: its user believes that it was heeded. A result in the place of a crop."""
     refused(call(*flags.split()), part)
 
 
