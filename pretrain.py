@@ -85,11 +85,12 @@ def make_views(images, method, scales, numbers, strength):
     """The views of a row of METHODS, in [-1, 1]: mim's guide, or None, and a list of nsp's views,
     one of each of `scales`, coarse to fine. The guide is moved and bent, of full size or of the
     finest of `scales`. nsp's views stay in place: moved ones would not tell where the target's
-    letters are."""
+    letters are. Where the row has "every", nsp's views are of every n-th crop alone."""
     guide, coarse = None, []
     if method["nsp"]:
-        drawn = to_device(numbers["coarse"], images.device)
-        view = view_from_numbers(images, drawn, moved=False, strength=strength)     # in [0, 1]
+        every = method.get("every", 1)
+        drawn = to_device(numbers["coarse"], images.device)[::every]
+        view = view_from_numbers(images[::every], drawn, moved=False, strength=strength)
         for size in scales:
             coarse.append(normalize_pixels(coarse_view(view, size)))
     if method["guide"] != "none":
@@ -296,17 +297,19 @@ def draw_samples(model, images, device, dtype, args, path, step):
     grid, patch = model.encoder.grid, model.encoder.patch
     numbers = draw_numbers(0, len(images), model.method, args, grid)
     images = to_device(images, device)
-    guide, coarse = make_views(
-        images, model.method, model.scales, numbers, args.guidance_strength)
+    method = dict(model.method, every=1)                # a picture shows nsp of each crop
+    guide, coarse = make_views(images, method, model.scales, numbers, args.guidance_strength)
     ids_keep, ids_mask = make_mask(
         to_device(numbers["mask"], device), args.mask, args.mask_ratio, grid, patch)
     image = normalize_pixels(images)
 
     model.eval()
+    every, model.every = model.every, 1
     # eager, whatever is compiled: these crops are fewer, and drawn once in a while
     with torch.no_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
         _, _, pred = model(image, guide, coarse, ids_keep, ids_mask)
     model.train()
+    model.every = every
 
     columns = [("crop", image)]
     if "mim" in pred:
@@ -401,8 +404,9 @@ def parse_args():
         help="how much the views differ from the crop: at 0 they are the crop itself, 1 is LMIM's "
         "medium")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE",
-        help="change the method's row of METHODS, for an ablation: guide=none, form=mse, nsp=0.5, "
-        "align=0.1 (InfoNCE compares the crops of a micro-batch on all ranks)")
+        help="change the method's row of METHODS: guide=none, form=mse, nsp=0.5, align=0.1 "
+        "(InfoNCE compares the crops of a micro-batch on all ranks), every=4 (nsp of every fourth "
+        "crop, which is faster)")
     add("--out_dir", help="where to write; left out: out/METHOD")
     args = parse_with_recipe(parser, RECIPES)
     if args.out_dir is None:
@@ -422,14 +426,20 @@ def parse_args():
 def change_method(parser, args):
     """--method's row of METHODS, changed by --set."""
     method = dict(METHODS[args.method])
+    keys = []
     for setting in args.set:
         key, equals, value = setting.partition("=")
+        if key in keys:
+            parser.error(f"--set {' '.join(args.set)}: {key} is set twice; leave one out")
+        keys.append(key)
         if not equals:
             parser.error(f"--set {setting}: expected KEY=VALUE, such as guide=none or align=0.1")
         if key == "guide" and value in GUIDES:
             method[key] = value
         elif key == "form" and value in FORMS:
             method[key] = value
+        elif key == "every" and value.isdecimal() and int(value) > 0:
+            method[key] = int(value)
         elif key in ("mim", "nsp", "align"):
             try:
                 weight = float(value)
@@ -440,7 +450,7 @@ def change_method(parser, args):
             method[key] = weight
         else:
             parser.error(f"--set {setting}: expected guide={'|'.join(GUIDES)}, "
-                         f"form={'|'.join(FORMS)}, or a weight of mim, nsp or align")
+                         f"form={'|'.join(FORMS)}, every=N, or a weight of mim, nsp or align")
     return method
 
 
@@ -470,7 +480,14 @@ def check_method(parser, args, method, scales):
         encoded.append("masked crop")
     if align and len(encoded) < 2:
         parser.error(f"{row}: align needs two [cls] tokens, and there is one; set align=0")
-    if align and method["form"] == "infonce" and args.batch_size * world_size() == 1:
+    every = method.get("every", 1)
+    if every > 1 and not nsp:
+        parser.error(f"{row}: every has no effect without nsp, which it is about; leave it out")
+    if args.batch_size % every != 0:
+        parser.error(f"--batch_size {args.batch_size}: expected a multiple of {every} with {row}, "
+                     "so that all ranks ask nsp of as many crops")
+    compared = args.batch_size * world_size() // every
+    if align and method["form"] == "infonce" and compared == 1:
         parser.error(f"{row}: InfoNCE compares crops, and there is one; raise --batch_size")
     if not align and any(setting.startswith("form=") for setting in args.set):
         parser.error(f"{row}: form has no effect without align; add align=0.02 to --set")

@@ -263,6 +263,29 @@ def test_first_weights():
             assert 0.98 * limit < parameter.abs().max() <= limit, name
 
 
+def test_first_weights_of_a_recognizer():
+    """Letters drawn from another spread, layers that start as torch starts them, characters that are counted
+    from 1."""
+    torch.manual_seed(0)
+    m = Recognizer(ViT(1, 48, 3, (8, 8)), CHARS, 6, 1, 96, 3, 192)
+    assert m.embed.weight.std().item() == pytest.approx(96 ** -0.5, rel=0.05)
+    for layer in (m.proj[0], m.layers[0].mlp.fc1, m.layers[0].cross_attn.kv, m.classifier):
+        limit = math.sqrt(6 / sum(layer.weight.shape))
+        assert 0.98 * limit < layer.weight.abs().max() <= limit
+        assert layer.bias is None or (layer.bias == 0).all()
+    sines = torch.tensor([0, 1, 2, 3, 4, 5, 6.0]).sin()
+    torch.testing.assert_close(m.pos[0, :, 0], sines)
+
+
+def test_norms_add_as_little_as_maes():
+    """torch's own 1e-5 under the root of a norm: MAE's and LMIM's weights were trained with 1e-6."""
+    config = MODELS["vit_square"]
+    recognizer = Recognizer(ViT(**config["encoder"]), CHARS, **config["reader"])
+    for part in (recognizer.encoder, recognizer.layers, recognizer.norm, Pretrainer("mnsp", "vit_square")):
+        norms = [module for module in part.modules() if isinstance(module, torch.nn.LayerNorm)]
+        assert {norm.eps for norm in norms} == {1e-6}
+
+
 # ---- dropout
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -554,6 +577,36 @@ def test_next_scale_loss_is_the_mean_over_scales():
     torch.testing.assert_close(terms["nsp"], 3 * (errors[0] + errors[1]) / 2)
 
 
+def test_nsp_of_every_second_crop():
+    """Views, targets or [cls] tokens of other crops than those that nsp is asked of; mim cut with them."""
+    asked = [0, 2, 4]
+    m, image, guide, (coarse,), ids_keep, ids_mask = batch("mnsp", n=5)
+    _, plain, pred = m(image, guide, [coarse], ids_keep, ids_mask)
+    m.every = 2
+    _, terms, few = m(image, guide, [coarse[asked]], ids_keep, ids_mask)
+
+    torch.testing.assert_close(terms["mim"], plain["mim"])
+    torch.testing.assert_close(few["nsp"], pred["nsp"][asked])
+    errors = few["nsp"] - plain_target(image, m.encoder.patch)[asked]
+    torch.testing.assert_close(terms["nsp"], errors.square().mean())
+    views = [m.encoder(guide), m.encoder(coarse), m.encoder(image, ids_keep)]
+    cls = [tokens[asked, 0] for tokens in views]
+    pairs = [plain_infonce(cls[0], cls[1]), plain_infonce(cls[1], cls[2])]
+    torch.testing.assert_close(terms["align"], METHODS["mnsp"]["align"] * sum(pairs) / 2)
+
+
+def test_views_of_every_second_crop():
+    """nsp's views of other crops, or with the random numbers of others; a guide that is missing."""
+    images = torch.randint(0, 256, (5, 3, 32, 128), dtype=torch.uint8)
+    args = SimpleNamespace(mask="random", seed=0)
+    numbers = pretrain.draw_numbers(0, 5, METHODS["mnsp"], args, (4, 16))
+    guide, (coarse,) = pretrain.make_views(images, METHODS["mnsp"], [(16, 64)], numbers, 1.0)
+    every = dict(METHODS["mnsp"], every=2)
+    same_guide, (few,) = pretrain.make_views(images, every, [(16, 64)], numbers, 1.0)
+    torch.testing.assert_close(same_guide, guide)
+    torch.testing.assert_close(few, coarse[::2])
+
+
 def test_teacher_gets_no_gradient_and_is_not_saved():
     """A teacher that moves with the student, or that doubles every checkpoint."""
     torch.manual_seed(0)
@@ -730,6 +783,7 @@ def test_neighbouring_views_are_aligned(name):
     assert len(pairs) == len(views)
     expected = m.method["align"] * sum(pairs) / len(pairs)
     torch.testing.assert_close(terms["align"], expected)
+    torch.testing.assert_close(terms["spread"], model.spread(cls[-1]))      # of the masked crop
 
     weights = m.encoder.blocks[0].attn.qkv.weight
     grad, = torch.autograd.grad(terms["align"], weights, retain_graph=True)
@@ -1224,6 +1278,7 @@ CROPS = torch.zeros(2, 3, 32, 128)
     (CROPS.long(), "torch.int64"),
     (CROPS + 255, "numbers from 255 to 255"),
     (CROPS - 1, "numbers from -1 to -1"),
+    (CROPS + 1.01, "numbers from 1.01 to 1.01"),
     (CROPS + math.nan, "numbers from nan to nan"),
 ])
 def test_what_is_no_crop_is_not_read(images, said):
