@@ -36,74 +36,46 @@ from data import open_source
 
 SEEDS = (0, 1, 2)
 MODEL = ["--model", "vit_nano"]
-PRETRAINING_STEPS = 4000                        # unless a row of PRETRAINING says otherwise
+HEIGHTS = ["16", "12", "8"]                     # in pixels, to which test crops are reduced
+ROTATIONS = ["15", "30"]                        # in degrees, by which they are turned
+PRETRAINING_STEPS = 2000                        # unless a row of PRETRAINING says otherwise
 
-# A run's name, and its flags of pretrain.py. {run} stands for the checkpoint of that run. A
-# retired run has rows in the tables, but its flags are gone: commit a51d751 makes it.
-RETIRED = "retired"
+# A run's name, and its flags of pretrain.py. {run} stands for the checkpoint of that run.
 PRETRAINING = {
-    # the seven of the first tables
+    # the five methods, with all seeds
     "scratch": None,                            # is not pre-trained
     "mim": "--method mim",
     "nsp": "--method nsp",
-    "lmim": "--method lmim",
+    "lmim": "--method lmim --teacher {mim-s0}",
     "mnsp": "--method mnsp",
-    "mim_.6": "--method mim --mask_ratio 0.6",
-    "mnsp_.6": "--method mnsp --mask_ratio 0.6",
 
-    # twice the steps
-    "mim_x2": "--method mim --max_steps 8000",
-    "mnsp_x2": "--method mnsp --max_steps 8000",
-    "mnsp_none_x2": "--method mnsp --set guide=none --max_steps 8000",
-    "lmim_x2": "--method lmim --max_steps 8000",
-    "nsp_x2": "--method nsp --max_steps 8000",
+    # the steps that mim makes while mnsp makes 2,000, with all seeds; and nsp
+    "mim_long": "--method mim --max_steps 5500",
+    "nsp_long": "--method nsp --max_steps 4300",
 
-    # MLA: without, in another form, with another weight
+    # a cheaper step: no guide, and nsp of every fourth crop; the same for mnsp's time; parts left out
+    "mnsp_light": "--method mnsp --set guide=none every=4",
+    "mnsp_light_long": "--method mnsp --set guide=none every=4 --max_steps 4300",
+    "mnsp_every_4": "--method mnsp --set every=4",
+    "mnsp_no_guide": "--method mnsp --set guide=none",
     "mnsp_no_mla": "--method mnsp --set align=0",
-    "mnsp_mse": "--method mnsp --set form=mse align=1",
-    "mnsp_mse_.1": "--method mnsp --set form=mse align=0.1",
-    "mnsp_infonce_.1": "--method mnsp --set form=infonce align=0.1",
-    "mnsp_infonce_1": "--method mnsp --set form=infonce align=1",
 
-    # what mim's decoder sees, and at which scales
-    "mnsp_still": RETIRED,                      # nsp's own views, in place (--guide still)
-    "mnsp_still_8x32": RETIRED,
-    "mnsp_none": "--method mnsp --set guide=none",
-    "mim_coarse": "--method mim --set guide=coarse",
-    "mnsp_two_scales": "--method mnsp --scales 32x32 32x64",
-    "mnsp_8x32": "--method mnsp --scales 32x32",
-    "mnsp_weak": "--method mnsp --guidance_strength 0.5",
-    "mnsp_strong": "--method mnsp --guidance_strength 1.5",
-
-    # LMIM's alignment
-    "lmim_no_align": "--method lmim --set align=0",
-    "lmim_infonce": "--method lmim --set form=infonce align=0.02",
-    "lmim_mse_.02": "--method lmim --set align=0.02",
-
-    # a teacher's features as target
-    "mim_features": "--method mim --teacher {mim-s0}",
-    "lmim_features": "--method lmim --teacher {mim-s0}",
-    "mnsp_features": "--method mnsp --teacher {mim-s0}",
-    "mim_random_features": "--method mim --teacher {scratch-s0-before}",
-
-    # which patches are hidden
+    # the share that is hidden, three fifths above
     "mim_.4": "--method mim --mask_ratio 0.4",
-    "mim_.9": "--method mim --mask_ratio 0.9",
-    "mim_block": "--method mim --mask block",
-    "mnsp_.9": "--method mnsp --mask_ratio 0.9",
-    "mnsp_block": "--method mnsp --mask block",
+    "mim_.75": "--method mim --mask_ratio 0.75",
+    "mnsp_.4": "--method mnsp --mask_ratio 0.4",
+    "mnsp_.75": "--method mnsp --mask_ratio 0.75",
 }
-MAIN_ROWS = list(PRETRAINING)[:7]               # of the first tables; they get every fine-tuning
-ALL_SEEDS = [*MAIN_ROWS, "mnsp_none"]           # the others are run with the first seed alone
-EQUAL_TIME = ["mim_x2", "nsp_x2", "lmim", "lmim_no_align", "mnsp"]      # took about as long as each other
+METHODS = ["scratch", "mim", "nsp", "lmim", "mnsp"]
+EQUAL_TIME = ["mim_long", "nsp_long", "lmim", "mnsp_light_long", "mnsp"]
+ALL_SEEDS = [*METHODS, "mim_long", "mnsp_light"]              # the others are run with the first seed alone
 
 # steps; how many of the real labels, in words; the part of the split that has them; how often
 # each of its crops counts
 FineTuning = namedtuple("FineTuning", "steps labels part times")
 FINE_TUNING = {
-    "tenth": FineTuning(2000, "a tenth", "tenth", 60),
-    "tenth_long": FineTuning(8000, "a tenth", "tenth", 60),
-    "all": FineTuning(8000, "all", "fit", 6),
+    "all": FineTuning(4000, "all", "fit", 12),
+    "tenth": FineTuning(2000, "a tenth", "tenth", 120),
 }
 
 
@@ -124,23 +96,22 @@ class Job:
         return " && ".join("python " + shlex.join(command) for command in self.commands)
 
 
-def all_jobs(real, out):
-    """{name: Job}, in the order in which they are made: the main rows first, seed by seed."""
-    rows = [(seed, name) for seed in SEEDS for name in ALL_SEEDS]
-    for name, flags in PRETRAINING.items():
-        if name not in ALL_SEEDS and flags != RETIRED:
-            rows.append((0, name))
+def all_jobs(real, out, fonts):
+    """{name: Job}, in the order in which they are made: first what tells most."""
+    rows = [(name, 0) for name in PRETRAINING if name in METHODS]
+    rows += [(name, 0) for name in PRETRAINING if name not in METHODS]
+    rows += [(name, seed) for seed in SEEDS[1:] for name in ALL_SEEDS]
     tests = sorted(open_tests(real))
 
     jobs = [split_job(real, out)]
-    for seed, name in rows:
+    for name, seed in rows:
         if PRETRAINING[name] is not None:
-            jobs.append(pretraining_job(name, seed, out))
-        for length in FINE_TUNING:
-            if length == "tenth" or name in MAIN_ROWS:
-                jobs.append(fine_tuning_job(name, seed, length, tests, out))
-        if name in MAIN_ROWS:
+            jobs.append(pretraining_job(name, seed, out, fonts))
+        jobs.append(fine_tuning_job(name, seed, "all", tests, out, fonts))
+    for seed in SEEDS:
+        for name in METHODS:
             jobs.append(untrained_reader_job(name, seed, out))
+            jobs.append(fine_tuning_job(name, seed, "tenth", tests, out, fonts))
     return {job.name: job for job in jobs}
 
 
@@ -148,7 +119,7 @@ def split_job(real, out):
     return Job("split", [["tests/experiments.py", "split", "--real", real, "--out", out]])
 
 
-def pretraining_job(name, seed, out):
+def pretraining_job(name, seed, out, fonts):
     """Pre-trains by a row of PRETRAINING."""
     run = f"{name}-s{seed}"
     flags, needs = [], ["split"]
@@ -158,22 +129,22 @@ def pretraining_job(name, seed, out):
             needs.append(teacher)
             word = f"{out}/{teacher}/last.pt"
         flags.append(word)
-    command = ["pretrain.py", *MODEL, "--data", "synth:60000", f"{out}/split/fit@4",
+    command = ["pretrain.py", *MODEL, *fonts, "--data", "synth:60000", f"{out}/split/fit@4",
                "--max_steps", str(PRETRAINING_STEPS), *flags,
                "--seed", str(seed), "--resume", "--out_dir", f"{out}/{run}"]
     return Job(run, [command], needs)
 
 
-def fine_tuning_job(name, seed, length, tests, out):
+def fine_tuning_job(name, seed, length, tests, out, fonts):
     """Fine-tunes, reads the test sets once, and draws where the recognizer looks."""
     run = f"{name}-s{seed}-{length}"
     kind, folder = FINE_TUNING[length], f"{out}/{run}"
     init, needs = pretrained(name, seed, out)
-    train = ["finetune.py", *init, *MODEL,
+    train = ["finetune.py", *init, *MODEL, *fonts,
              "--data", "synth:200000", f"{out}/split/{kind.part}@{kind.times}", "--val", f"{out}/split/val",
              "--max_steps", str(kind.steps), "--seed", str(seed), "--resume", "--out_dir", folder]
     read = ["evaluate.py", "--ckpt", f"{folder}/best.pt", "--data", *tests,
-            "--heights", "16", "12", "8", "--rotations", "15", "30", "--json", f"{folder}/real.json"]
+            "--heights", *HEIGHTS, "--rotations", *ROTATIONS, "--json", f"{folder}/real.json"]
     return Job(run, [train, read, attention_command(folder)], needs)
 
 
@@ -320,7 +291,7 @@ def run_logged(job, command, log, lock):
 
 
 def cpu_model():
-    """The processor's name: speeds compare on one kind only."""
+    """The processor's name: another one rounds otherwise, so that a run comes out a little different."""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             found = re.search("model name\\s*: (.*)", file.read())
@@ -362,14 +333,12 @@ def record_readings(real, log):
 
 
 def record_pretraining(log):
-    """Of a pre-training: its last losses, its speed, its memory."""
+    """Of a pre-training: its last losses."""
     found = {}
     for key in ("mim", "nsp", "spread"):
         values = column(log, key)
         if values:
             found[key] = statistics.mean(values[-LAST_LINES:])
-    found["crops_per_s"] = statistics.median(column(log, "crops_per_s"))
-    found["peak_gb"] = max(column(log, "peak_gb"))
     return found
 
 
@@ -440,8 +409,6 @@ def collect_records(jobs, out, path):
 # ---- tables
 
 TEST_SETS = ["IIIT5k_3000", "SVT", "IC13_857", "IC15_2077"]
-HEIGHTS = ["16", "12", "8"]
-ROTATIONS = ["15", "30"]
 NOTHING = "-"                                   # of a run that has not been made
 
 
@@ -450,22 +417,20 @@ def all_tables(found):
     tables = [words_read_table(found, length) for length in FINE_TUNING]
     tables.append(equal_time_table(found))
     tables.append(changes_table(found))
-    tables += [robustness_table(found, length) for length in FINE_TUNING]
+    tables.append(robustness_table(found))
     tables.append(attention_table(found, "before", "before", ["cls", "patches"]))
-    tables.append(attention_table(found, "tenth", "after 2,000 steps of", ["cls", "patches", "decoder"]))
+    tables.append(attention_table(found, "all", "after", ["cls", "patches", "decoder"]))
     return "\n".join(table for table in tables if table) + "\n"
 
 
-def markdown(title, head, rows, folded=False):
-    """A table without the rows that hold nothing. A folded one opens at a click on GitHub."""
+def markdown(title, head, rows):
+    """A table without the rows that hold nothing."""
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         if set(row[1:]) - {NOTHING, "0"}:
             lines.append("| " + " | ".join(row) + " |")
     if len(lines) == 2:
         return ""
-    if folded:
-        return "\n".join(["", f"<details><summary>{title}</summary>", "", *lines, "", "</details>"])
     return "\n".join(["", f"**{title}**", "", *lines])
 
 
@@ -492,6 +457,14 @@ def mean_sd(values, form="{:.1f}"):
     return text
 
 
+def list_seeds(found, run):
+    """The average of each seed, such as "61.2, 60.8, -"."""
+    averages = each_seed(found, run, "average")
+    if averages.count(None) == len(averages):
+        return NOTHING
+    return ", ".join(mean_sd([average]) for average in averages)
+
+
 def count_seeds(found, run):
     values = each_seed(found, run)
     return str(len(values) - values.count(None))
@@ -500,81 +473,67 @@ def count_seeds(found, run):
 def words_read_table(found, length):
     kind = FINE_TUNING[length]
     rows = []
-    for name in MAIN_ROWS:
+    for name in METHODS:
         run = f"{name}-s{{}}-{length}"
-        row = [f"`{name}`"]
+        row = [f"`{name}`", mean_sd(each_seed(found, run, "val"))]
         for test_set in TEST_SETS:
             row.append(mean_sd(each_seed(found, run, "sets", test_set)))
-        averages = each_seed(found, run, "average")
-        row.append(mean_sd(averages))
-        if row[-1] != NOTHING:
-            row.append(", ".join(mean_sd([average]) for average in averages))
+        row.append(mean_sd(each_seed(found, run, "average")))
+        row.append(list_seeds(found, run))
         rows.append(row)
-    title = (f"Words read (%) after {kind.steps:,} steps of fine-tuning on 200,000 rendered words "
+    title = (f"Words read (%) after {kind.steps:,} steps of fine-tuning on rendered words "
              f"and {kind.labels} of the real ones")
-    return markdown(title, ["from", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "each seed"], rows)
+    head = ["from", "validation", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "each seed"]
+    return markdown(title, head, rows)
 
 
 def equal_time_table(found):
     rows = []
     for name in EQUAL_TIME:
-        steps = PRETRAINING_STEPS
-        if name.endswith("_x2"):
-            steps = 2 * steps
-        first_seed = each_seed(found, name + "-s{}-tenth", "average")[:1]
-        if first_seed != [None]:
-            rows.append([f"`{name}`", f"{steps:,}", mean_sd(first_seed)])
-    title = ("Words read (%) after pre-training for about the same time, then 2,000 steps of fine-tuning, "
-             "a tenth of the real words (first seed)")
-    return markdown(title, ["pre-training", "its steps", "average"], rows)
+        run = f"{name}-s{{}}-all"
+        if count_seeds(found, run) == "0":
+            continue
+        rows.append([f"`{name}`", f"{steps_of(name):,}", mean_sd(each_seed(found, run, "val")),
+                     mean_sd(each_seed(found, run, "average")), list_seeds(found, run)])
+    title = "Words read (%) after pre-training for the same time, and the same fine-tuning on all real words"
+    return markdown(title, ["pre-training", "its steps", "validation", "average", "each seed"], rows)
+
+
+def steps_of(name):
+    """How many steps a row of PRETRAINING makes."""
+    found = re.search("--max_steps ([0-9]+)", PRETRAINING[name])
+    if found:
+        return int(found[1])
+    return PRETRAINING_STEPS
 
 
 def changes_table(found):
-    usual = usual_cpu(found)
     rows = []
     for name in PRETRAINING:
-        run, fine = name + "-s{}", name + "-s{}-tenth"
-        row = [f"`{name}`"]
+        run, fine = name + "-s{}", name + "-s{}-all"
+        if count_seeds(found, fine) == "0":
+            continue
+        row = [f"`{name}`", f"`{PRETRAINING[name] or 'no pre-training'}`"]
         for key in ("mim", "nsp", "spread"):
-            row.append(mean_sd(each_seed(found, run, key), "{:.3f}"))
-        row.append(mean_sd(speeds(found, run, usual), "{:.0f}"))
-        row.append(mean_sd(each_seed(found, run, "peak_gb"), "{:.2f}"))
-        row.append(mean_sd(each_seed(found, fine, "average")))
-        row.append(count_seeds(found, fine))
+            row.append(mean_sd(each_seed(found, run, key)[:1], "{:.3f}"))
+        for key in ("val", "average"):
+            row.append(mean_sd(each_seed(found, fine, key)[:1]))
         rows.append(row)
-    head = ["pre-training", "mim", "nsp", "spread", "crops/s, one core", "GB",
-            "words read (%), a tenth of the real", "seeds"]
-    return markdown("What each change does, and costs", head, rows)
+    title = "What each change does: losses of pre-training, words read (%) with all real words; the first seed"
+    head = ["pre-training", "flags", "mim", "nsp", "spread", "validation", "average"]
+    return markdown(title, head, rows)
 
 
-def usual_cpu(found):
-    """The processor of most pre-trainings."""
-    cpus = [row["cpu"] for row in found.values() if "crops_per_s" in row]
-    return max(cpus, key=cpus.count, default=None)
-
-
-def speeds(found, run, cpu):
-    """Each seed's crops a second, or None where it ran on another processor: it compares with nothing."""
-    values = []
-    for speed, its_cpu in zip(each_seed(found, run, "crops_per_s"), each_seed(found, run, "cpu")):
-        if its_cpu != cpu:
-            speed = None
-        values.append(speed)
-    return values
-
-
-def robustness_table(found, length):
-    kind = FINE_TUNING[length]
+def robustness_table(found):
     rows = []
-    for name in MAIN_ROWS:
-        run = f"{name}-s{{}}-{length}"
+    for name in METHODS:
+        run = f"{name}-s{{}}-all"
         row = [f"`{name}`"]
         row += [kept(found, run, "heights", height) for height in HEIGHTS]
         row += [kept(found, run, "rotations", angle) for angle in ROTATIONS]
         rows.append(row)
-    title = (f"Robustness after {kind.steps:,} steps with {kind.labels} of the real words: accuracy on "
-             "reduced or turned crops, in per cent of that on crops as they are")
-    return markdown(title, ["from", "16 px", "12 px", "8 px", "15°", "30°"], rows, folded=True)
+    title = "Accuracy on reduced or turned crops, in per cent of that on crops as they are; all real words"
+    return markdown(title, ["from", "16 px", "12 px", "8 px", "15°", "30°"], rows)
 
 
 def kept(found, run, change, value):
@@ -588,7 +547,7 @@ def kept(found, run, change, value):
 
 def attention_table(found, length, when, who_looks):
     rows = []
-    for name in MAIN_ROWS:
+    for name in METHODS:
         run = f"{name}-s{{}}-{length}"
         row = [f"`{name}`"]
         for who in who_looks:
@@ -601,7 +560,7 @@ def attention_table(found, length, when, who_looks):
         head += ["letters", "entropy"]
     title = (f"Attention {when} fine-tuning, on 256 rendered words: share on text "
              f"(of blind attention: {text_area(found):.3f}) and entropy")
-    return markdown(title, [*head, "seeds"], rows, folded=True)
+    return markdown(title, [*head, "seeds"], rows)
 
 
 def text_area(found):
@@ -634,8 +593,9 @@ def parse_args():
     add = parser.add_argument
     add("what", choices=["list", "split", "run", "table"], help="what to do")
     add("--real", required=True, metavar="DIR", help="the folder of train/ and test/")
+    add("--fonts", metavar="DIR", help="draw rendered words in the fonts of this folder alone")
     add("--out", default="out/experiments", help="where the runs are")
-    add("--only", default="", metavar="REGEX", help="only runs whose whole name matches, and what they need")
+    add("--only", metavar="REGEX", help="only runs whose whole name matches, and what they need")
     add("--record", metavar="FILE", help="the tables show its runs too, and it takes up those of --out")
     add("--write", metavar="FILE", help="write the tables into it, between its marks, see docs/results.md")
     return parser.parse_args()
@@ -644,7 +604,10 @@ def parse_args():
 def main():
     args = parse_args()
     real, out = os.path.abspath(args.real), os.path.abspath(args.out)
-    jobs = all_jobs(real, out)
+    fonts = []
+    if args.fonts:
+        fonts = ["--fonts", os.path.abspath(args.fonts)]
+    jobs = all_jobs(real, out, fonts)
     chosen = [name for name in jobs if re.fullmatch(args.only or ".*", name)]
     if not chosen:
         raise UserError(f"--only {args.only}: matches no run; see list")
