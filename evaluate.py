@@ -973,13 +973,15 @@ def check_sets(parser, args):
         parser.error(f"--data {' '.join(args.data)}: one set twice; each is one row of the table")
 
 
-def open_sets(args, charset):
+def open_sets(args, net):
     """--data -> {name: source}. A set is named by its folder or file; if that name is taken, by its
-    path as it was typed; if that is taken too, by its whole path."""
+    path as it was typed; if that is taken too, by its whole path. Rendered words are those of the
+    recognizer `net`: of its characters, and as long as it reads."""
     sources = {}
     for src in args.data:
         source = data.open_source(
-            src, fonts=args.fonts, rotate_tall=args.rotate_tall, chars=charset)
+            src, fonts=args.fonts, rotate_tall=args.rotate_tall, chars=net.charset,
+            max_length=net.max_length)
         name = source.name
         if name in sources:
             name = src.rstrip("/")
@@ -1063,7 +1065,7 @@ def score_file(args):
 def score_sets(net, args, group):
     """--data: the table of labelled sets, and what else was asked for."""
     protocol = args.protocol or default_protocol(net.charset)
-    sources = open_sets(args, net.charset)
+    sources = open_sets(args, net)
     fit_lines = []
     for name, source in sources.items():
         fit_lines.append(check_labels(name, source, net, protocol, args.predictions))

@@ -264,7 +264,7 @@ def parse_args():
     add("--charset", default="94",
         help="36 (case folded), 62, 94, or a UTF-8 file of the characters of your script")
     add("--max_length", type=number_in("[1, inf)", int), default=25,
-        help="longest word, in characters; 40 for lines of Chinese")
+        help="longest word, in characters; 40 for lines of Chinese: above 25 synth draws lines too")
     add("--layer_decay", type=share, default=0.75,
         help="each encoder layer learns at this share of the next's rate")
     add("--drop_path", type=number_in("[0, 1)"), default=0.1,

@@ -132,11 +132,15 @@ def partial_method(method, **more):
 
 
 def train_by(script, args, out, *flags):
-    """Runs main of pretrain.py or finetune.py in this process -> the rows of its log."""
+    """Runs main of pretrain.py or finetune.py in this process -> the rows of its log. A flag such as
+    --max_steps=200 takes the place of the usual one."""
     sizes = sizes_of(args)
     given = dict(model="vit_nano", data="synth:20000", batch_size=sizes.crops, max_steps=sizes.steps, log_every=1,
                  workers=sizes.workers, device=args.device, out_dir=out)
-    sys.argv = [script.__name__ + ".py", *[f"--{name}={value}" for name, value in given.items()], *flags]
+    usual = [f"--{name}={value}" for name, value in given.items()]
+    typed = [flag.split("=")[0] for flag in flags]
+    usual = [flag for flag in usual if flag.split("=")[0] not in typed]
+    sys.argv = [script.__name__ + ".py", *usual, *flags]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         script.main()
     return read_log(out)

@@ -1187,3 +1187,14 @@ def test_an_exported_reader_reads_the_same(bench):
         assert torch.allclose(confidences[:, :n], sure, rtol=1e-3) and (confidences[:, n:] == 1).all()
         lengths |= set((wanted != net.end).sum(1).tolist())
     assert lengths >= {0, 2, 4}
+
+
+def test_lines_are_drawn_for_who_reads_lines():
+    """Rendered lines that end at 25 characters, for a recognizer that learned to read 40."""
+    args = SimpleNamespace(data=["synth:200"], fonts=None, rotate_tall=False)
+    longest = {}
+    for max_length in (10, 25, 40):
+        net = SimpleNamespace(charset=data.CHARSETS["94"], max_length=max_length)
+        words = evaluate.open_sets(args, net)["synth"]
+        longest[max_length] = max(len(words.label(i)) for i in range(200))
+    assert longest[10] == longest[25] <= 25 < longest[40] <= 40
