@@ -124,10 +124,9 @@ class Parser(argparse.ArgumentParser):
         out, the flag would have its default. A flag that is typed twice is said, since values
         are lost: of `--data A --data B` it is A."""
         args = super().parse_args()
-        flags = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
-        for flag, times in collections.Counter(flags).items():
+        for flag, times in collections.Counter(flags_as_typed()).items():
             if times > 1 and rank() == 0:
-                print(f"{self.prog}: {flag} stands there {times} times, and the last counts",
+                print(f"{self.prog}: --{flag} stands there {times} times, and the last counts",
                       file=sys.stderr)
         for name, value in vars(args).items():
             if value == "" or (isinstance(value, list) and "" in value):
@@ -171,7 +170,12 @@ def parse_size(text):
 
 def typed_flags():
     """Names of the flags on the command line: {"method", "batch_size", ...}."""
-    return {word[2:].split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    return set(flags_as_typed())
+
+
+def flags_as_typed():
+    """The same as a list, in which a flag stands as often as it was typed."""
+    return [word[2:].split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
 
 
 def add_training_flags(parser, models):

@@ -399,11 +399,23 @@ def load_recognizer(path=SHIPPED, device="cpu"):
     return net.to(device).eval()
 
 
-def is_recognizer(checkpoint):
-    """True if a checkpoint holds all that a recognizer is made from."""
+def model_of(checkpoint):
+    """The --model that a checkpoint was made with, if it is one of ours, or None: a foreign file
+    may hold anything there."""
     stored = checkpoint.get("args")
     if not isinstance(stored, dict):
+        return None
+    name = stored.get("model")
+    if isinstance(name, str) and name in model.MODELS:
+        return name
+    return None
+
+
+def is_recognizer(checkpoint):
+    """True if a checkpoint holds all that a recognizer is made from."""
+    if model_of(checkpoint) is None:
         return False
+    stored = checkpoint["args"]
     max_length = stored.get("max_length")
     if not isinstance(max_length, int) or max_length < 1:
         return False
@@ -411,10 +423,7 @@ def is_recognizer(checkpoint):
         return False
     if not isinstance(checkpoint.get("charset"), str):
         return False
-    if not isinstance(checkpoint.get("model"), dict):
-        return False
-    name = stored.get("model")
-    return isinstance(name, str) and name in model.MODELS
+    return isinstance(checkpoint.get("model"), dict)
 
 
 def read_source(read, source, batch_size, workers, group=None):

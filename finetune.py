@@ -310,13 +310,7 @@ def model_of_init():
     known, rest = first.parse_known_args()
     if known.init is None or "-h" in rest or "--help" in rest:      # --help reads no file
         return None
-    stored = read_checkpoint(known.init).get("args")
-    if not isinstance(stored, dict):
-        return None
-    model = stored.get("model")
-    if isinstance(model, str) and model in MODELS:          # a foreign file may hold anything there
-        return model
-    return None
+    return evaluate.model_of(read_checkpoint(known.init))
 
 
 # ---- training

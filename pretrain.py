@@ -89,8 +89,9 @@ def make_views(images, method, scales, numbers, strength):
     guide, coarse = None, []
     if method["nsp"]:
         every = method.get("every", 1)
-        drawn = to_device(numbers["coarse"], images.device)[::every]
-        view = view_from_numbers(images[::every], drawn, moved=False, strength=strength)
+        asked = images[::every]
+        drawn = to_device(numbers["coarse"][::every], images.device)
+        view = view_from_numbers(asked, drawn, moved=False, strength=strength)      # in [0, 1]
         for size in scales:
             coarse.append(normalize_pixels(coarse_view(view, size)))
     if method["guide"] != "none":

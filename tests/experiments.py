@@ -1,15 +1,16 @@
 """The experiments behind the tables of docs/results.md.
 
     python tests/experiments.py list --real DIR        every run, whether it is done, and its command
-    python tests/experiments.py run --real DIR         makes all of them; two cores need a night and a day
+    python tests/experiments.py run --real DIR         makes all of them; two cores need half a day
     python tests/experiments.py run --real DIR --only '.*-s0.*'
                                                        makes those whose names match, and what they need
     python tests/experiments.py table --real DIR --record tests/results.jsonl --write docs/results.md
                                                        writes the tables between the file's two marks
 
 DIR holds train/ and test/, with LMDBs of word crops: IIIT5k, SVT, IC13, IC15, IC03. Validation is split
-off train/ once. `run` skips what is done, and what was cut off goes on. Several processes with the same
---out share the work: start one a core, with OMP_NUM_THREADS=1.
+off train/ once. --fonts FONTS draws the rendered words in a folder's fonts, as the tables' runs did. `run`
+skips what is done, and what was cut off goes on. Several processes with the same --out share the work:
+start one a core, with OMP_NUM_THREADS=1.
 
 A run's folder holds what the scripts write, log.txt, and done.json, by which `run` knows that it is done.
 So when you have changed what a method is, name another --out. The tables show what is in --out, and what
@@ -42,14 +43,14 @@ PRETRAINING_STEPS = 2000                        # unless a row of PRETRAINING sa
 
 # A run's name, and its flags of pretrain.py. {run} stands for the checkpoint of that run.
 PRETRAINING = {
-    # the five methods, with all seeds
+    # the main rows: no pre-training, and the four methods
     "scratch": None,                            # is not pre-trained
     "mim": "--method mim",
     "nsp": "--method nsp",
     "lmim": "--method lmim --teacher {mim-s0}",
     "mnsp": "--method mnsp",
 
-    # the steps that mim makes while mnsp makes 2,000, with all seeds; and nsp
+    # the steps that mim and nsp make while mnsp makes 2,000
     "mim_long": "--method mim --max_steps 5500",
     "nsp_long": "--method nsp --max_steps 4300",
 
@@ -66,9 +67,9 @@ PRETRAINING = {
     "mnsp_.4": "--method mnsp --mask_ratio 0.4",
     "mnsp_.75": "--method mnsp --mask_ratio 0.75",
 }
-METHODS = ["scratch", "mim", "nsp", "lmim", "mnsp"]
+MAIN_ROWS = ["scratch", "mim", "nsp", "lmim", "mnsp"]
 EQUAL_TIME = ["mim_long", "nsp_long", "lmim", "mnsp_light_long", "mnsp"]
-ALL_SEEDS = [*METHODS, "mim_long", "mnsp_light"]              # the others are run with the first seed alone
+ALL_SEEDS = [*MAIN_ROWS, "mim_long", "mnsp_light"]      # the others are run with the first seed alone
 
 # steps; how many of the real labels, in words; the part of the split that has them; how often
 # each of its crops counts
@@ -98,8 +99,7 @@ class Job:
 
 def all_jobs(real, out, fonts):
     """{name: Job}, in the order in which they are made: first what tells most."""
-    rows = [(name, 0) for name in PRETRAINING if name in METHODS]
-    rows += [(name, 0) for name in PRETRAINING if name not in METHODS]
+    rows = [(name, 0) for name in PRETRAINING]
     rows += [(name, seed) for seed in SEEDS[1:] for name in ALL_SEEDS]
     tests = sorted(open_tests(real))
 
@@ -109,7 +109,7 @@ def all_jobs(real, out, fonts):
             jobs.append(pretraining_job(name, seed, out, fonts))
         jobs.append(fine_tuning_job(name, seed, "all", tests, out, fonts))
     for seed in SEEDS:
-        for name in METHODS:
+        for name in MAIN_ROWS:
             jobs.append(untrained_reader_job(name, seed, out))
             jobs.append(fine_tuning_job(name, seed, "tenth", tests, out, fonts))
     return {job.name: job for job in jobs}
@@ -473,7 +473,7 @@ def count_seeds(found, run):
 def words_read_table(found, length):
     kind = FINE_TUNING[length]
     rows = []
-    for name in METHODS:
+    for name in MAIN_ROWS:
         run = f"{name}-s{{}}-{length}"
         row = [f"`{name}`", mean_sd(each_seed(found, run, "val"))]
         for test_set in TEST_SETS:
@@ -526,7 +526,7 @@ def changes_table(found):
 
 def robustness_table(found):
     rows = []
-    for name in METHODS:
+    for name in MAIN_ROWS:
         run = f"{name}-s{{}}-all"
         row = [f"`{name}`"]
         row += [kept(found, run, "heights", height) for height in HEIGHTS]
@@ -547,7 +547,7 @@ def kept(found, run, change, value):
 
 def attention_table(found, length, when, who_looks):
     rows = []
-    for name in METHODS:
+    for name in MAIN_ROWS:
         run = f"{name}-s{{}}-{length}"
         row = [f"`{name}`"]
         for who in who_looks:
