@@ -79,10 +79,10 @@ def under_patches(char_maps, targets, model):
     return torch.where(n_th > 0, classes, model.pad)
 
 
-def augment_crops(images, numbers, keep):
+def augment_crops(images, numbers, untouched):
     """images (B, 3, 32, 128) in [0, 1] -> augmented, each by its numbers (B, AUGMENT_NUMBERS).
-    keep (B,) bool: True is left as it is. numbers and keep are on the host."""
-    chosen = (~keep).nonzero()[:, 0]
+    untouched (B,) bool: True is left as it is. It and the numbers are on the host."""
+    chosen = (~untouched).nonzero()[:, 0]
     if len(chosen) == 0:
         return images
     numbers = to_device(numbers[chosen], images.device)
@@ -137,10 +137,10 @@ def load_recognizer_tensors(model, checkpoint, path):
     pairs = shared_rows(model, checkpoint["charset"])
     anew = []
     for name, tensor in own.items():
-        row_a_class = name.startswith(("embed.", "classifier.", "char_head."))
-        if not fits(tensor, stored.get(name), row_a_class):
+        has_row_per_class = name.startswith(("embed.", "classifier.", "char_head."))
+        if not fits(tensor, stored.get(name), has_row_per_class):
             anew.append(name)
-        elif row_a_class:                               # the model's own tensor is filled in part
+        elif has_row_per_class:                         # the model's own tensor is filled in part
             for row, stored_row in pairs:
                 if row < len(tensor):                       # embed alone has a row for start
                     tensor[row] = stored[name][stored_row]
@@ -158,11 +158,11 @@ def load_recognizer_tensors(model, checkpoint, path):
     return said
 
 
-def fits(tensor, stored, row_a_class):
+def fits(tensor, stored, has_row_per_class):
     """True if a stored tensor, or None, has the shape of ours; of classes the rows alone count."""
     if stored is None:
         return False
-    if row_a_class:
+    if has_row_per_class:
         return stored.shape[1:] == tensor.shape[1:]
     return stored.shape == tensor.shape
 
@@ -249,70 +249,6 @@ def validate(model, val, protocol, args, dtype, stop, group):
     return result, [row for row in rows if row.text is not None][:4]
 
 
-# ---- flags
-
-def parse_args():
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    add, share = parser.add_argument, number_in("(0, 1]")
-    add("--init",
-        help="checkpoint to start from: pretrain.py's, a recognizer's, MAE's, LMIM's; left out: "
-        "from scratch")
-    add_training_flags(parser, MODELS)
-    add("--val", nargs="+", metavar="SRC",
-        help="labelled crops that choose best.pt, read every --sample_every steps; never a test "
-        "set")
-    add("--charset", default="94",
-        help="36 (case folded), 62, 94, or a UTF-8 file of the characters of your script")
-    add("--max_length", type=number_in("[1, inf)", int), default=25,
-        help="longest word, in characters; 40 for lines of Chinese: above 25 synth draws lines too")
-    add("--layer_decay", type=share, default=0.75,
-        help="each encoder layer learns at this share of the next's rate")
-    add("--drop_path", type=number_in("[0, 1)"), default=0.1,
-        help="share of branches skipped in the encoder's last block, less below; 0 for short "
-        "runs")
-    add("--dropout", type=number_in("[0, 1)"), default=0.1,
-        help="in attention, FFN and embeddings; 0 for short runs")
-    add("--label_fraction", type=share, default=1.0,
-        help="train on this share of each SRC, drawn once by --seed")
-    add("--freeze_encoder", action="store_true",
-        help="train all but the encoder, to measure what it holds")
-    add("--spell", type=number_in("[0, inf)"), default=0.0,
-        help="weight of naming the character under each patch of rendered words, whose boxes are "
-        "known: supervision beyond the labels, which gets small models off the ground; rendered "
-        "words are then not augmented")
-    add("--out_dir", default=os.path.join("out", "finetune"), help="where to write")
-    args = parse_with_recipe(parser, RECIPES, stored_model=model_of_init())
-
-    check_training_flags(parser, args)
-    typed = typed_flags()
-    if "sample_every" in typed and not args.val:
-        parser.error("--sample_every has no effect without --val; name labelled crops that are "
-                     "not trained on")
-    for src in args.val or ():
-        if re.fullmatch("synth(@[0-9]+)?", src):
-            parser.error(f"--val {src}: a million words take too long to read; type synth:1000:1, "
-                         "a thousand words of another draw")
-    if "spell" in typed and args.spell > 0 and not any(is_rendered(src) for src in args.data):
-        parser.error("--spell has no effect without rendered words; add synth to --data")
-    for flag in ("layer_decay", "drop_path"):
-        if flag in typed and args.freeze_encoder:
-            parser.error(f"--{flag} has no effect with --freeze_encoder; leave one of them out")
-    if args.freeze_encoder and not args.init:
-        parser.error("--freeze_encoder without --init keeps random weights; name a checkpoint")
-    return args
-
-
-def model_of_init():
-    """The --model that --init was made with, if it is one of ours, or None. It is asked before the
-    flags are parsed, since their defaults go by the model."""
-    first = Parser(add_help=False)
-    first.add_argument("--init")
-    known, rest = first.parse_known_args()
-    if known.init is None or "-h" in rest or "--help" in rest:      # --help reads no file
-        return None
-    return evaluate.model_of(read_checkpoint(known.init))
-
-
 # ---- training
 
 def main():
@@ -387,7 +323,7 @@ def main():
         f"{crops_per_step} a step  {total_steps} steps  lr {peak_lr:.2e}  "
         f"warm-up {warmup_steps} steps  out {args.out_dir}")
 
-    def save(name):
+    def save(name, best):
         order = dict(crops_per_step=crops_per_step, n_crops=len(source))
         state = training_state(
             args, step, raw_model, optimizer, scaler, skipped, damage, order, group)
@@ -424,14 +360,14 @@ def main():
             words = [fit_label(label, charset, args.max_length).text for label in batch.labels]
             targets = to_device(encode_labels(words, raw_model), device)    # (B, T)
             images = to_unit(to_device(batch.images, device))               # (B, 3, 32, 128)
-            keep = torch.zeros(len(images), dtype=torch.bool)   # these are not augmented
+            untouched = torch.zeros(len(images), dtype=torch.bool)          # not augmented
             inputs = dict(targets=targets)
             if args.spell:
-                # rendered words are kept: a word that is moved no longer fits its map
-                keep = (batch.char_maps > 0).flatten(1).any(1)
+                # rendered words stay as they are: a word that is moved no longer fits its map
+                untouched = (batch.char_maps > 0).flatten(1).any(1)
                 char_maps = to_device(batch.char_maps, device)
                 inputs["chars_under"] = under_patches(char_maps, targets, raw_model)
-            inputs["images"] = augment_crops(images, numbers[rows], keep)
+            inputs["images"] = augment_crops(images, numbers[rows], untouched)
 
             if world_size() > 1 and not recorded:           # DDP shares gradients once a step
                 model.require_backward_grad_sync = micro_step == args.accum_iter - 1
@@ -469,15 +405,13 @@ def main():
             log.write(step, lr, skipped, damage.damaged, **scores)
             stop_if_not_finite(skipped, step, args)
         if improved:
-            best_before = best
-            best = result["accuracy"]                       # save() stores `best`
-            if not save("best.pt"):
-                best = best_before
+            if save("best.pt", result["accuracy"]):
+                best = result["accuracy"]
         going_well = skipped[0] == 0                        # not amid non-finite steps
         if step % args.save_every == 0 and step < total_steps and going_well:
-            save("last.pt")
+            save("last.pt", best)
 
-    if not save("last.pt"):
+    if not save("last.pt", best):
         raise UserError(f"{args.out_dir}: the last checkpoint was not written; mend the reason "
                         "above and add --resume")
     if step < total_steps:
@@ -487,6 +421,70 @@ def main():
         say(f"checkpoint {os.path.join(args.out_dir, 'last.pt')}")
     else:
         say(f"checkpoint {os.path.join(args.out_dir, 'best.pt')}  best val {best:.1f}")
+
+
+# ---- flags
+
+def parse_args():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    add, share = parser.add_argument, number_in("(0, 1]")
+    add("--init",
+        help="checkpoint to start from: pretrain.py's, a recognizer's, MAE's, LMIM's; left out: "
+        "from scratch")
+    add_training_flags(parser, MODELS)
+    add("--val", nargs="+", metavar="SRC",
+        help="labelled crops that choose best.pt, read every --sample_every steps; never a test "
+        "set")
+    add("--charset", default="94",
+        help="36 (case folded), 62, 94, or a UTF-8 file of the characters of your script")
+    add("--max_length", type=number_in("[1, inf)", int), default=25,
+        help="longest word, in characters; 40 for lines of Chinese: above 25 synth draws lines too")
+    add("--layer_decay", type=share, default=0.75,
+        help="each encoder layer learns at this share of the next's rate")
+    add("--drop_path", type=number_in("[0, 1)"), default=0.1,
+        help="share of branches skipped in the encoder's last block, less below; 0 for short "
+        "runs")
+    add("--dropout", type=number_in("[0, 1)"), default=0.1,
+        help="in attention, FFN and embeddings; 0 for short runs")
+    add("--label_fraction", type=share, default=1.0,
+        help="train on this share of each SRC, drawn once by --seed")
+    add("--freeze_encoder", action="store_true",
+        help="train all but the encoder, to measure what it holds")
+    add("--spell", type=number_in("[0, inf)"), default=0.0,
+        help="weight of naming the character under each patch of rendered words, whose boxes are "
+        "known: supervision beyond the labels, which gets small models off the ground; rendered "
+        "words are then not augmented")
+    add("--out_dir", default=os.path.join("out", "finetune"), help="where to write")
+    args = parse_with_recipe(parser, RECIPES, stored_model=model_of_init())
+
+    check_training_flags(parser, args)
+    typed = typed_flags()
+    if "sample_every" in typed and not args.val:
+        parser.error("--sample_every has no effect without --val; name labelled crops that are "
+                     "not trained on")
+    for src in args.val or ():
+        if re.fullmatch("synth(@[0-9]+)?", src):
+            parser.error(f"--val {src}: a million words take too long to read; type synth:1000:1, "
+                         "a thousand words of another draw")
+    if "spell" in typed and args.spell > 0 and not any(is_rendered(src) for src in args.data):
+        parser.error("--spell has no effect without rendered words; add synth to --data")
+    for flag in ("layer_decay", "drop_path"):
+        if flag in typed and args.freeze_encoder:
+            parser.error(f"--{flag} has no effect with --freeze_encoder; leave one of them out")
+    if args.freeze_encoder and not args.init:
+        parser.error("--freeze_encoder without --init keeps random weights; name a checkpoint")
+    return args
+
+
+def model_of_init():
+    """The --model that --init was made with, if it is one of ours, or None. It is asked before the
+    flags are parsed, since their defaults go by the model."""
+    first = Parser(add_help=False)
+    first.add_argument("--init")
+    known, rest = first.parse_known_args()
+    if known.init is None or "-h" in rest or "--help" in rest:      # --help reads no file
+        return None
+    return evaluate.model_of(read_checkpoint(known.init))
 
 
 if __name__ == "__main__":

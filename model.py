@@ -859,8 +859,7 @@ class Recognizer(nn.Module):
         _, crop_kvs = self.encode(images)
         B, device = images.shape[0], images.device
         character = torch.full((B, 1), self.start, device=device)
-        # keys and values of no letter yet, (2, B, heads, 0, d) a layer, as the crop's but for the 0
-        caches = [kv[:, :, :, :0] for kv in crop_kvs]
+        caches = None                                                   # no letter yet
         going = torch.ones(B, dtype=torch.bool, device=device)          # words that have no end yet
         characters, confidences = [], []
         for t in range(self.max_length + 1):

@@ -339,7 +339,7 @@ def mim_columns(model, image, guide, ids_mask, pred):
     grey = torch.zeros_like(take(pixels, ids_mask))
     columns = [("mim sees", unpatchify(put_in(pixels, ids_mask, grey), grid, patch))]
     if guide is not None:
-        columns.append(("mim sees", F.interpolate(guide, image.shape[-2:])))
+        columns.append(("mim's guide", F.interpolate(guide, image.shape[-2:])))
     return columns + predicted_columns(model, image, ids_mask, pred, "mim")
 
 

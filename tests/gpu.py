@@ -9,8 +9,19 @@ Each part runs in a process of its own and has its own time limit: if one fails,
 memory, the others still run. A figure is printed as soon as it is known, as one line of JSON. A line with
 "ok" is a check; if one is false, or a part fails, the exit status is 1.
 
-The parts `losses` to `curve` and `graphs` ask whether the device computes what a CPU computes, and whether
-anything waits for it. `train`, `read`, `run` and `compiled` measure speed. For --against see bench.py."""
+    what_it_is      the card, and how fast it multiplies matrices
+    losses          each method's loss, gradient, views and masks beside the CPU's; bfloat16 beside float32
+    readings        words that the GPU reads as the CPU does
+    waits           no step of pretrain.py and finetune.py waits for the GPU
+    one_rank        the same loss and gradient with DDP and NCCL, by torchrun, and from a recording
+    resume          a run that is killed and resumed has the losses of one that was left alone
+    curve           bfloat16's losses over 200 steps stay within 1 % of float32's
+    train, read     speed and memory of a step, its share of the matrix product; words read a second
+    run             pretrain.py with its loader: the share of time that it waits for crops
+    graphs          --compile compiles each block as a whole, nothing after the second step, and keeps the losses
+    compiled        train with compiled layers and recorded steps, and the seconds until they are ready
+
+For --against see bench.py."""
 import argparse
 import contextlib
 import copy
