@@ -626,9 +626,10 @@ def check_resume(checkpoint, args, crops_per_step, n_crops):
             differ.append(f"--{name} {stored.get(name)} there, {now.get(name)} here")
 
     stored_row = stored.get("objective", {})                    # METHODS' row, changed by --set
-    for name, value in now.get("objective", {}).items():
-        if stored_row.get(name) != value:
-            differ.append(f"the method's {name} {stored_row.get(name)} there, {value} here")
+    row = now.get("objective", {})
+    for name in {**stored_row, **row}:                          # whatever stands in one of them
+        if stored_row.get(name) != row.get(name):
+            differ.append(f"the method's {name} {stored_row.get(name)} there, {row.get(name)} here")
 
     order = checkpoint["order"]
     if order["crops_per_step"] != crops_per_step:

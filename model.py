@@ -431,8 +431,6 @@ class Decoder(nn.Module):
 # mim, nsp, align     the weights of the terms. lmim's align of 1 is for a teacher's features; on
 #         pixels it harms reading, and 0.02 harms it less
 # form    how [cls] tokens are aligned
-# every   nsp is asked of every n-th crop of a batch, so that a step takes less time; left out: of
-#         each crop
 GUIDES = ("none", "full", "coarse")
 FORMS = ("mse", "infonce")
 METHODS = {
@@ -530,7 +528,6 @@ class Pretrainer(nn.Module):
             scales = [half_size(MODELS[model]["encoder"]["patch"])]
         self.method = METHODS[method] if isinstance(method, str) else method
         self.scales = coarse_sizes(self.method, scales)
-        self.every = self.method.get("every", 1)
         self.encoder = ViT(**MODELS[model]["encoder"], scales=self.scales)
 
         # not by `self.teacher = ...`, which would make it a part of the model: trained and saved
@@ -588,15 +585,9 @@ class Pretrainer(nn.Module):
     def disagreement(self, cls):
         """How far neighbours in a list of [cls] tokens (B, D) are from agreeing, mean over the
         pairs. lmim's list is guide, masked crop: one pair. mnsp's is guide, nsp's view, masked
-        crop: two pairs, each with nsp's view. Where that is of every n-th crop alone, so are the
-        pairs."""
-        fewest = min(len(tokens) for tokens in cls)
+        crop: two pairs, each with nsp's view."""
         losses = []
         for a, b in zip(cls, cls[1:]):
-            if len(a) > fewest:
-                a = a[::self.every]
-            if len(b) > fewest:
-                b = b[::self.every]
             if self.method["form"] == "mse":
                 losses.append(mse(a, b))
             else:
@@ -607,8 +598,7 @@ class Pretrainer(nn.Module):
         """image (B, 3, H, W); guide_view (B, 3, ...) or None, coarse_views a list of such, as
         make_views in pretrain.py makes them; ids_keep (B, K), ids_mask (B, M)
         -> loss; a dict of its weighted terms, and of spread, which is only logged; a dict of
-        what is predicted of the fine scale: "mim" (B, M, C), "nsp" (B, N, C). Where nsp is asked
-        of every n-th crop, coarse_views and pred["nsp"] are of these alone."""
+        what is predicted of the fine scale: "mim" (B, M, C), "nsp" (B, N, C)."""
         weight = self.method                            # of each term
         terms, pred = {}, {}
         targets = self.targets(image)                   # (B, N, C) each, the fine scale last
@@ -624,7 +614,7 @@ class Pretrainer(nn.Module):
             for i, target in enumerate(targets):    # one for each coarse view, a scale finer
                 coarser = coarse[:i + 1]
                 predicted = self.decoder.predict_all(coarser, i)
-                losses.append(mse(predicted, target[::self.every]))
+                losses.append(mse(predicted, target))
             pred["nsp"] = predicted                 # of the fine scale, which comes last
             terms["nsp"] = weight["nsp"] * sum(losses) / len(losses)
 

@@ -85,13 +85,11 @@ def make_views(images, method, scales, numbers, strength):
     """The views of a row of METHODS, in [-1, 1]: mim's guide, or None, and a list of nsp's views,
     one of each of `scales`, coarse to fine. The guide is moved and bent, of full size or of the
     finest of `scales`. nsp's views stay in place: moved ones would not tell where the target's
-    letters are. Where the row has "every", nsp's views are of every n-th crop alone."""
+    letters are."""
     guide, coarse = None, []
     if method["nsp"]:
-        every = method.get("every", 1)
-        asked = images[::every]
-        drawn = to_device(numbers["coarse"][::every], images.device)
-        view = view_from_numbers(asked, drawn, moved=False, strength=strength)      # in [0, 1]
+        drawn = to_device(numbers["coarse"], images.device)
+        view = view_from_numbers(images, drawn, moved=False, strength=strength)     # in [0, 1]
         for size in scales:
             coarse.append(normalize_pixels(coarse_view(view, size)))
     if method["guide"] != "none":
@@ -298,19 +296,17 @@ def draw_samples(model, images, device, dtype, args, path, step):
     grid, patch = model.encoder.grid, model.encoder.patch
     numbers = draw_numbers(0, len(images), model.method, args, grid)
     images = to_device(images, device)
-    method = dict(model.method, every=1)                # a picture shows nsp of each crop
-    guide, coarse = make_views(images, method, model.scales, numbers, args.guidance_strength)
+    guide, coarse = make_views(
+        images, model.method, model.scales, numbers, args.guidance_strength)
     ids_keep, ids_mask = make_mask(
         to_device(numbers["mask"], device), args.mask, args.mask_ratio, grid, patch)
     image = normalize_pixels(images)
 
     model.eval()
-    every, model.every = model.every, 1
     # eager, whatever is compiled: these crops are fewer, and drawn once in a while
     with torch.no_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
         _, _, pred = model(image, guide, coarse, ids_keep, ids_mask)
     model.train()
-    model.every = every
 
     columns = [("crop", image)]
     if "mim" in pred:
@@ -405,9 +401,8 @@ def parse_args():
         help="how much the views differ from the crop: at 0 they are the crop itself, 1 is LMIM's "
         "medium")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE",
-        help="change the method's row of METHODS: guide=none, form=mse, nsp=0.5, align=0.1 "
-        "(InfoNCE compares the crops of a micro-batch on all ranks), every=4 (nsp of every fourth "
-        "crop, which is faster)")
+        help="change the method's row of METHODS, for an ablation: guide=none, form=mse, nsp=0.5, "
+        "align=0.1 (InfoNCE compares the crops of a micro-batch on all ranks)")
     add("--out_dir", help="where to write; left out: out/METHOD")
     args = parse_with_recipe(parser, RECIPES)
     if args.out_dir is None:
@@ -439,8 +434,6 @@ def change_method(parser, args):
             method[key] = value
         elif key == "form" and value in FORMS:
             method[key] = value
-        elif key == "every" and value.isdecimal() and int(value) > 0:
-            method[key] = int(value)
         elif key in ("mim", "nsp", "align"):
             try:
                 weight = float(value)
@@ -451,7 +444,7 @@ def change_method(parser, args):
             method[key] = weight
         else:
             parser.error(f"--set {setting}: expected guide={'|'.join(GUIDES)}, "
-                         f"form={'|'.join(FORMS)}, every=N, or a weight of mim, nsp or align")
+                         f"form={'|'.join(FORMS)}, or a weight of mim, nsp or align")
     return method
 
 
@@ -472,23 +465,16 @@ def check_method(parser, args, method, scales):
 
     if align and "form" not in method:
         parser.error(f"{row}: align needs a form; add form=infonce or form=mse to --set")
-    encoded = []                                # each view that is encoded has a [cls] token
+    n_cls = 0                                   # each view that is encoded has a [cls] token:
     if guide != "none":
-        encoded.append("guide")
+        n_cls += 1                              # the guide,
     if nsp:
-        encoded += scales
+        n_cls += len(scales)                    # nsp's views,
     if mim:
-        encoded.append("masked crop")
-    if align and len(encoded) < 2:
+        n_cls += 1                              # the masked crop
+    if align and n_cls < 2:
         parser.error(f"{row}: align needs two [cls] tokens, and there is one; set align=0")
-    every = method.get("every", 1)
-    if every > 1 and not nsp:
-        parser.error(f"{row}: every has no effect without nsp, which it is about; leave it out")
-    if args.batch_size % every != 0:
-        parser.error(f"--batch_size {args.batch_size}: expected a multiple of {every} with {row}, "
-                     "so that all ranks ask nsp of as many crops")
-    compared = args.batch_size * world_size() // every
-    if align and method["form"] == "infonce" and compared == 1:
+    if align and method["form"] == "infonce" and args.batch_size * world_size() == 1:
         parser.error(f"{row}: InfoNCE compares crops, and there is one; raise --batch_size")
     if not align and any(setting.startswith("form=") for setting in args.set):
         parser.error(f"{row}: form has no effect without align; add align=0.02 to --set")

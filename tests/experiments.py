@@ -36,7 +36,8 @@ from data import open_source
 # ---- what is run
 
 SEEDS = (0, 1, 2)
-MODEL = ["--model", "vit_nano"]
+SMALL = ["--model", "vit_nano"]
+LARGE = ["--model", "vit_mini", "--batch_size", "64", "--lr", "1e-3"]       # as many crops a step
 HEIGHTS = ["16", "12", "8"]                     # in pixels, to which test crops are reduced
 ROTATIONS = ["15", "30"]                        # in degrees, by which they are turned
 PRETRAINING_STEPS = 2000                        # unless a row of PRETRAINING says otherwise
@@ -54,10 +55,7 @@ PRETRAINING = {
     "mim_long": "--method mim --max_steps 5500",
     "nsp_long": "--method nsp --max_steps 4300",
 
-    # a cheaper step: no guide, and nsp of every fourth crop; the same for mnsp's time; parts left out
-    "mnsp_light": "--method mnsp --set guide=none every=4",
-    "mnsp_light_long": "--method mnsp --set guide=none every=4 --max_steps 4300",
-    "mnsp_every_4": "--method mnsp --set every=4",
+    # parts of mnsp left out
     "mnsp_no_guide": "--method mnsp --set guide=none",
     "mnsp_no_mla": "--method mnsp --set align=0",
 
@@ -66,10 +64,15 @@ PRETRAINING = {
     "mim_.75": "--method mim --mask_ratio 0.75",
     "mnsp_.4": "--method mnsp --mask_ratio 0.4",
     "mnsp_.75": "--method mnsp --mask_ratio 0.75",
+
+    # a larger network: LARGE
+    "large_mim": "--method mim",
+    "large_mnsp": "--method mnsp",
 }
 MAIN_ROWS = ["scratch", "mim", "nsp", "lmim", "mnsp"]
-EQUAL_TIME = ["mim_long", "nsp_long", "lmim", "mnsp_light_long", "mnsp"]
-ALL_SEEDS = [*MAIN_ROWS, "mim_long", "mnsp_light"]      # the others are run with the first seed alone
+EQUAL_TIME = ["mim_long", "nsp_long", "lmim", "mnsp"]
+LARGE_ROWS = ["large_mim", "large_mnsp"]
+ALL_SEEDS = [*MAIN_ROWS, "mim_long"]            # the others are run with the first seed alone
 
 # steps; how many of the real labels, in words; the part of the split that has them; how often
 # each of its crops counts
@@ -110,9 +113,17 @@ def all_jobs(real, out, fonts):
         jobs.append(fine_tuning_job(name, seed, "all", tests, out, fonts))
     for seed in SEEDS:
         for name in MAIN_ROWS:
-            jobs.append(untrained_reader_job(name, seed, out))
+            if PRETRAINING[name] is not None:
+                jobs.append(untrained_reader_job(name, seed, out))
             jobs.append(fine_tuning_job(name, seed, "tenth", tests, out, fonts))
     return {job.name: job for job in jobs}
+
+
+def size_flags(name):
+    """The network of a row of PRETRAINING, in pre-training and in fine-tuning."""
+    if name in LARGE_ROWS:
+        return LARGE
+    return SMALL
 
 
 def split_job(real, out):
@@ -129,7 +140,7 @@ def pretraining_job(name, seed, out, fonts):
             needs.append(teacher)
             word = f"{out}/{teacher}/last.pt"
         flags.append(word)
-    command = ["pretrain.py", *MODEL, *fonts, "--data", "synth:60000", f"{out}/split/fit@4",
+    command = ["pretrain.py", *size_flags(name), *fonts, "--data", "synth:60000", f"{out}/split/fit@4",
                "--max_steps", str(PRETRAINING_STEPS), *flags,
                "--seed", str(seed), "--resume", "--out_dir", f"{out}/{run}"]
     return Job(run, [command], needs)
@@ -140,7 +151,7 @@ def fine_tuning_job(name, seed, length, tests, out, fonts):
     run = f"{name}-s{seed}-{length}"
     kind, folder = FINE_TUNING[length], f"{out}/{run}"
     init, needs = pretrained(name, seed, out)
-    train = ["finetune.py", *init, *MODEL, *fonts,
+    train = ["finetune.py", *init, *size_flags(name), *fonts,
              "--data", "synth:200000", f"{out}/split/{kind.part}@{kind.times}", "--val", f"{out}/split/val",
              "--max_steps", str(kind.steps), "--seed", str(seed), "--resume", "--out_dir", folder]
     read = ["evaluate.py", "--ckpt", f"{folder}/best.pt", "--data", *tests,
@@ -153,7 +164,7 @@ def untrained_reader_job(name, seed, out):
     run = f"{name}-s{seed}-before"
     folder = f"{out}/{run}"
     init, needs = pretrained(name, seed, out)
-    train = ["finetune.py", *init, *MODEL, "--freeze_encoder", "--data", "synth:64", "--max_steps", "1",
+    train = ["finetune.py", *init, *size_flags(name), "--freeze_encoder", "--data", "synth:64", "--max_steps", "1",
              "--seed", str(seed), "--workers", "0", "--resume", "--out_dir", folder]
     return Job(run, [train, attention_command(folder)], needs)
 
@@ -414,9 +425,10 @@ NOTHING = "-"                                   # of a run that has not been mad
 
 def all_tables(found):
     """All records, as Markdown."""
-    tables = [words_read_table(found, length) for length in FINE_TUNING]
+    tables = [words_read_table(found, MAIN_ROWS, length) for length in FINE_TUNING]
     tables.append(equal_time_table(found))
     tables.append(changes_table(found))
+    tables.append(words_read_table(found, LARGE_ROWS, "all"))
     tables.append(robustness_table(found))
     tables.append(attention_table(found, "before", "before", ["cls", "patches"]))
     tables.append(attention_table(found, "all", "after", ["cls", "patches", "decoder"]))
@@ -470,10 +482,10 @@ def count_seeds(found, run):
     return str(len(values) - values.count(None))
 
 
-def words_read_table(found, length):
+def words_read_table(found, names, length):
     kind = FINE_TUNING[length]
     rows = []
-    for name in MAIN_ROWS:
+    for name in names:
         run = f"{name}-s{{}}-{length}"
         row = [f"`{name}`", mean_sd(each_seed(found, run, "val"))]
         for test_set in TEST_SETS:
@@ -483,6 +495,8 @@ def words_read_table(found, length):
         rows.append(row)
     title = (f"Words read (%) after {kind.steps:,} steps of fine-tuning on rendered words "
              f"and {kind.labels} of the real ones")
+    if names == LARGE_ROWS:
+        title += f", with {LARGE[1]}"
     head = ["from", "validation", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "each seed"]
     return markdown(title, head, rows)
 
@@ -511,7 +525,7 @@ def changes_table(found):
     rows = []
     for name in PRETRAINING:
         run, fine = name + "-s{}", name + "-s{}-all"
-        if count_seeds(found, fine) == "0":
+        if name in LARGE_ROWS or count_seeds(found, fine) == "0":
             continue
         row = [f"`{name}`", f"`{PRETRAINING[name] or 'no pre-training'}`"]
         for key in ("mim", "nsp", "spread"):

@@ -263,11 +263,23 @@ def test_first_weights():
             assert 0.98 * limit < parameter.abs().max() <= limit, name
 
 
+def test_first_weights_of_the_decoder():
+    """A mask token drawn as a matrix, and as large as one: it would drown the codes of places."""
+    torch.manual_seed(0)
+    decoder = Decoder(48, 10, [(4, 16)], 1, 192, 3, 96)
+    assert 0.015 < decoder.mask_token.std() < 0.025
+    for layer in (decoder.embed, decoder.embed_memory, decoder.layers[0].cross_attn.q, decoder.pred):
+        limit = math.sqrt(6 / sum(layer.weight.shape))
+        assert 0.98 * limit < layer.weight.abs().max() <= limit
+        assert (layer.bias == 0).all()
+
+
 def test_first_weights_of_a_recognizer():
     """Letters drawn from another spread, layers that start as torch starts them, characters that are counted
-    from 1."""
+    from 1, classes in another order than in the weights that ship."""
     torch.manual_seed(0)
     m = Recognizer(ViT(1, 48, 3, (8, 8)), CHARS, 6, 1, 96, 3, 192)
+    assert (m.end, m.pad, m.unknown, m.start) == (36, 37, 38, 39)
     assert m.embed.weight.std().item() == pytest.approx(96 ** -0.5, rel=0.05)
     for layer in (m.proj[0], m.layers[0].mlp.fc1, m.layers[0].cross_attn.kv, m.classifier):
         limit = math.sqrt(6 / sum(layer.weight.shape))
@@ -302,6 +314,23 @@ def test_dropout_of_attention(rate):
     torch.testing.assert_close(one[kept], weights[kept] / (1 - rate))
     assert abs(1 - kept.double().mean() - rate) < 0.01
     assert (kept != (two != 0)).any()
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says it is a GPU's, so that attention takes the fused kernel."""
+    is_cuda = True
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_of_a_gpu_is_the_same(causal):
+    """A GPU on which letters see the next one, scores have another scale, or nothing is dropped."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 5, 16)
+    gpu = model.attend(q.as_subclass(OnGpu), k, v, causal=causal)
+    torch.testing.assert_close(gpu.as_subclass(torch.Tensor), model.attend(q, k, v, causal=causal))
+    identity = torch.eye(5).expand(2, 3, 5, 5)              # so that what comes out is the weights
+    dropped = model.attend(q.as_subclass(OnGpu), k, identity, dropout=0.5)
+    assert 0.3 < (dropped == 0).float().mean() < 0.7
 
 
 def layers(rate):
@@ -348,6 +377,18 @@ def test_dropout_inside_the_ffn():
     mlp, x = model.Mlp(48, 96, dropout=1.0), torch.randn(2, 5, 48)
     torch.testing.assert_close(mlp(x), mlp.fc2.bias.expand(2, 5, -1))
     torch.testing.assert_close(mlp.eval()(x), plain_mlp(x, mlp))
+
+
+def test_dropout_of_letters_embeddings():
+    """Letters whose embeddings are never dropped: with all of them dropped, no letter changes what follows."""
+    torch.manual_seed(0)
+    m = Recognizer(ViT(1, 48, 3, (8, 8)), CHARS, 6, 1, 48, 3, 96)
+    m.dropout = 1.0                                         # of embeddings alone
+    _, crop_kvs = m.encode(torch.randn(1, 3, 32, 128))
+    one, other = torch.tensor([[1, 2]]), torch.tensor([[3, 4]])
+    assert torch.equal(m.logits_after(one, crop_kvs)[0], m.logits_after(other, crop_kvs)[0])
+    m.eval()
+    assert not torch.equal(m.logits_after(one, crop_kvs)[0], m.logits_after(other, crop_kvs)[0])
 
 
 @pytest.mark.parametrize("name, calls", [("block", 1), ("decoder", 2), ("reader", 2)])
@@ -463,6 +504,16 @@ def test_each_scale_has_its_own_places_and_embedding():
     torch.testing.assert_close(vit.add_places(tokens, (32, 128))[0], model.sincos_2d(48, (8, 32), (8, 32)))
 
 
+def test_sizes_of_views():
+    """A coarse guide of the coarsest scale, a coarse view for a method that has none, a view that is lower
+    than a patch."""
+    both = [(8, 32), (16, 64)]
+    for name, sizes in dict(mim=[], lmim=[], nsp=both, mnsp=both).items():
+        assert model.coarse_sizes(METHODS[name], TWO_SCALES) == sizes
+    assert model.coarse_sizes(ROWS["mim with a coarse guide"], TWO_SCALES) == [(16, 64)]
+    assert [model.half_size(patch) for patch in ((4, 4), (16, 8), (32, 4))] == [(16, 64), (16, 64), (32, 64)]
+
+
 # ---- masks
 
 @pytest.mark.parametrize("ratio, N, kept", [
@@ -510,6 +561,13 @@ def test_blocks_are_laid_from_a_corner_drawn_anew():
     columns_differ = (mask[:, :, 1:] != mask[:, :, :-1]).float().mean((0, 1))   # (31,)
     for differ in (rows_differ, columns_differ):
         assert differ.max() < 1.25 * differ.min(), differ
+
+    numbers = torch.rand(500, 2 + 8 * 32, generator=torch.Generator().manual_seed(0))
+    keys = pretrain.block_keys(numbers, (8, 32), (4, 4)).view(500, 8, 32)
+    first_row = ((keys[:, 1:, 0] - keys[:, :-1, 0]).abs() > 1e-4).float().argmax(1)         # where a block ends
+    first_column = ((keys[:, 0, 1:] - keys[:, 0, :-1]).abs() > 1e-4).float().argmax(1)
+    corners = set(zip(first_row.tolist(), first_column.tolist()))
+    assert len(corners) == 16, "both axes are moved by one number"
 
 
 def test_block_mask_hides_whole_blocks():
@@ -577,36 +635,6 @@ def test_next_scale_loss_is_the_mean_over_scales():
     torch.testing.assert_close(terms["nsp"], 3 * (errors[0] + errors[1]) / 2)
 
 
-def test_nsp_of_every_second_crop():
-    """Views, targets or [cls] tokens of other crops than those that nsp is asked of; mim cut with them."""
-    asked = [0, 2, 4]
-    m, image, guide, (coarse,), ids_keep, ids_mask = batch("mnsp", n=5)
-    _, plain, pred = m(image, guide, [coarse], ids_keep, ids_mask)
-    m.every = 2
-    _, terms, few = m(image, guide, [coarse[asked]], ids_keep, ids_mask)
-
-    torch.testing.assert_close(terms["mim"], plain["mim"])
-    torch.testing.assert_close(few["nsp"], pred["nsp"][asked])
-    errors = few["nsp"] - plain_target(image, m.encoder.patch)[asked]
-    torch.testing.assert_close(terms["nsp"], errors.square().mean())
-    views = [m.encoder(guide), m.encoder(coarse), m.encoder(image, ids_keep)]
-    cls = [tokens[asked, 0] for tokens in views]
-    pairs = [plain_infonce(cls[0], cls[1]), plain_infonce(cls[1], cls[2])]
-    torch.testing.assert_close(terms["align"], METHODS["mnsp"]["align"] * sum(pairs) / 2)
-
-
-def test_views_of_every_second_crop():
-    """nsp's views of other crops, or with the random numbers of others; a guide that is missing."""
-    images = torch.randint(0, 256, (5, 3, 32, 128), dtype=torch.uint8)
-    args = SimpleNamespace(mask="random", seed=0)
-    numbers = pretrain.draw_numbers(0, 5, METHODS["mnsp"], args, (4, 16))
-    guide, (coarse,) = pretrain.make_views(images, METHODS["mnsp"], [(16, 64)], numbers, 1.0)
-    every = dict(METHODS["mnsp"], every=2)
-    same_guide, (few,) = pretrain.make_views(images, every, [(16, 64)], numbers, 1.0)
-    torch.testing.assert_close(same_guide, guide)
-    torch.testing.assert_close(few, coarse[::2])
-
-
 def test_teacher_gets_no_gradient_and_is_not_saved():
     """A teacher that moves with the student, or that doubles every checkpoint."""
     torch.manual_seed(0)
@@ -628,12 +656,17 @@ def test_teacher_gets_no_gradient_and_is_not_saved():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_teacher_of_another_patch_lies_over_the_same_places(name):
-    """A teacher's first 64 of 256 tokens taken as if they were the student's 64 patches."""
+    """A teacher's first 64 of 256 tokens taken as if they were the student's 64 patches; a scale's target
+    that is made of a coarser scale's."""
     teacher = ViT(1, 64, 1, (4, 4)).eval()
-    m, image, *_ = batch(name, teacher=teacher)
-    tokens = teacher(image)[:, 1:].view(4, 4, 2, 16, 2, 64).mean((2, 4)).flatten(1, 2)
-    expected = F.layer_norm(tokens, (64,))
-    torch.testing.assert_close(m.targets(image)[-1], expected, atol=1e-5, rtol=1e-4)
+    m, image, *_ = batch(name, scales=TWO_SCALES, teacher=teacher)
+    tokens = teacher(image)[:, 1:]                                      # 8 x 32
+    grids = [(2, 8), (4, 16)] if m.method["nsp"] else [(4, 16)]
+    targets = m.targets(image)
+    assert len(targets) == len(grids)
+    for target, (h, w) in zip(targets, grids):
+        mean = tokens.view(4, h, 8 // h, w, 32 // w, 64).mean((2, 4)).flatten(1, 2)
+        torch.testing.assert_close(target, F.layer_norm(mean, (64,)), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -1008,6 +1041,37 @@ def test_parameter_counts_are_the_papers():
     assert millions(recognizer) == pytest.approx(35.8, rel=0.01)
 
 
+# encoder: depth, width, heads; decoder of pre-training: layers, width, heads, FFN, dropout; reader: layers,
+# width, heads, FFN
+SIZES = {
+    "vit_nano": [(6, 128, 4), (2, 128, 4, 256, 0.0), (2, 128, 4, 256)],
+    "vit_mini": [(8, 192, 6), (2, 192, 6, 384, 0.0), (2, 192, 6, 384)],
+    "vit_tiny": [(12, 192, 3), (2, 256, 8, 1024, 0.1), (3, 256, 8, 256)],
+    "vit_small": [(12, 384, 6), (2, 512, 16, 2048, 0.1), (6, 512, 8, 256)],
+    "vit_base": [(12, 768, 12), (2, 512, 16, 2048, 0.1), (6, 512, 8, 256)],
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_heads_and_layers(name):
+    """A number of heads, which no count of parameters shows, or a decoder's size or dropout that was changed
+    for an experiment and stayed; a row of MODELS of which only a part reaches the network."""
+    with torch.device("meta"):                              # tensors that take up no room
+        pretrainer = Pretrainer("mnsp", name)
+        recognizer = Recognizer(pretrainer.encoder, CHARS, **MODELS[name]["reader"])
+    found = []
+    for layers, width in ((pretrainer.encoder.blocks, pretrainer.encoder.width),
+                          (pretrainer.decoder.layers, pretrainer.decoder.mask_token.shape[-1]),
+                          (recognizer.layers, recognizer.embed.weight.shape[1])):
+        heads = {part.heads for part in layers.modules() if hasattr(part, "heads")}
+        found.append((len(layers), width, *heads, layers[-1].mlp.fc1.out_features))
+    encoder, decoder, reader = found
+    for layer in pretrainer.decoder.layers:
+        assert layer.dropout == layer.self_attn.dropout == layer.cross_attn.dropout == layer.mlp.dropout
+    assert [encoder[:3], (*decoder, layer.dropout), reader] == SIZES[name]
+    assert encoder[3] == 4 * encoder[1]
+
+
 def mae_state(width=64, depth=2, grid=(16, 16)):
     """A state dict in MAE's format, with the square position grid of MAERec's files, and a decoder
     to pass over."""
@@ -1015,19 +1079,20 @@ def mae_state(width=64, depth=2, grid=(16, 16)):
     state = {name: torch.randn_like(x) for name, x in vit.state_dict().items()}
     state["pos_embed"] = F.pad(model.sincos_2d(width, grid, grid), (0, 0, 1, 0))[None]
     rest = {"decoder_embed.weight": torch.zeros(3, 3), "mask_token": torch.zeros(1, 1, 3),
-            "decoder_pos_embed": torch.zeros(1, 9, 3)}
+            "decoder_pos_embed": torch.zeros(1, 9, 3), "head.weight": torch.zeros(3, 3),
+            "fc_norm.weight": torch.zeros(3), "linear_norm.0.weight": torch.zeros(3, 3)}
     return state, rest
 
 
-@pytest.mark.parametrize("wrap", ["bare", "mae", "lmim"])
+@pytest.mark.parametrize("wrap", ["bare", "mae", "lmim", "mmocr"])
 def test_foreign_encoders_load_unchanged(tmp_path, wrap):
     """A tensor renamed, transposed or made anew on loading, above all the stored 16 x 16 position
     grid of 8 x 32 patches."""
     state, rest = mae_state()
-    prefix = "model_maeenc." if wrap == "lmim" else ""
+    prefix = dict(lmim="model_maeenc.", mmocr="backbone.").get(wrap, "")
     full = {**{prefix + name: x for name, x in state.items()}, **rest}
     if wrap != "bare":
-        full = {"model": full, "args": argparse.Namespace(lr=1)}
+        full = {"state_dict" if wrap == "mmocr" else "model": full, "args": argparse.Namespace(lr=1)}
     torch.save(full, tmp_path / "x.pth")
     encoder = model.load_encoder(tmp_path / "x.pth")
     assert encoder.grid == (8, 32)
@@ -1261,6 +1326,8 @@ def test_reading_says_text_and_confidence():
         assert text == "".join(CHARS[i] for i in row[:n])
         assert confidence == pytest.approx(p[:n + 1].double().prod().item(), rel=1e-4)
     assert [text for text, _ in m.read(images / 255)] == [text for text, _ in words]
+    assert m.read(images, batch_size=3) == words
+    assert m.read(images, batch_size=3, dtype=torch.bfloat16) != words, "--dtype is not heard"
 
     m.classifier.bias.data[m.end - 1] += 1e3                            # the charset's last character
     assert m.read(images[:1])[0][0] == "z" * m.max_length

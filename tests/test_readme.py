@@ -498,6 +498,20 @@ def test_experiments_are_accepted(monkeypatch):
     assert objective["mnsp_no_guide"] == dict(mnsp, guide="none")
 
 
+def test_fine_tunings_are_accepted(tmp_path, monkeypatch):
+    """Half a day of runs that stops at a fine-tuning whose flags exclude each other."""
+    (tmp_path / "test" / "SVT").mkdir(parents=True)
+    sizes = []
+    monkeypatch.setattr(finetune, "model_of_init", nano)        # the checkpoints are not there
+    for job in experiments.all_jobs(str(tmp_path), "out", []).values():
+        for command in job.commands:
+            if command[0] == "finetune.py":
+                monkeypatch.setattr(sys, "argv", command)
+                sizes.append(finetune.parse_args().model)
+    assert sizes.count("vit_mini") == len(experiments.LARGE_ROWS)
+    assert sizes.count("vit_nano") > 40
+
+
 def test_what_a_run_needs_comes_first(tmp_path):
     """A pupil that is trained before its teacher, or a job that is made twice."""
     (tmp_path / "test" / "SVT").mkdir(parents=True)

@@ -206,7 +206,6 @@ JOBS = {                                            # all without dropout
     "nsp": (pretrain, ["--method", "nsp", "--data", "MANY", *PLAIN]),
     "lmim": (pretrain, ["--method", "lmim", "--data", "MANY", *PLAIN]),
     "mnsp": (pretrain, ["--method", "mnsp", "--data", "MANY", *PLAIN]),
-    "every": (pretrain, ["--method", "mnsp", "--set", "every=2", "--data", "MANY", *PLAIN]),
     "finetune": (finetune, ["--data", "MANY", "synth:16:3", "--val", "synth:37:1", *PLAIN]),
 }
 
@@ -317,7 +316,7 @@ def two(tmp_path_factory, real, many):
         jobs.append((name, script.__name__, flags, plant))
 
     for name in JOBS:
-        flags = ["--batch_size", "4", "--accum_iter", "2"] if name == "lmim" else []
+        flags = ["--batch_size", "4", "--accum_iter", "2"] if name in ("lmim", "finetune") else []
         add(name, "", *job(name, many), *flags)
     for name in RECORDED:
         add(f"{name} recorded", "recorded", *job(name, many), "--batch_size", "4", "--accum_iter", "2")
@@ -353,8 +352,8 @@ def assert_same_losses(out, expected_out):
 @pytest.mark.parametrize("name", [*JOBS, *(f"{name} recorded" for name in RECORDED)])
 def test_two_processes_equal_one(two, whole, many, name):
     """Ranks that draw the same crops, masks or augmentations, InfoNCE without the other rank's negatives,
-    gradients summed and not averaged, or of the last micro-batch alone (lmim has two, and so have steps that
-    are recorded)."""
+    gradients summed and not averaged, or of the last micro-batch alone (lmim and finetune have two, and so have
+    steps that are recorded)."""
     one, both = whole(*job(name.removesuffix(" recorded"), many)), two.folder / name
     assert_same_losses(both, one)
     for rank in (0, 1):
@@ -430,8 +429,6 @@ def test_accumulated_gradients_equal_one_large_batch(go, whole, many, name):
     script, *flags = job(name, many)
     if name == "mnsp":
         flags += ["--set", "align=0"]
-    if name == "every":
-        flags += ["--set", "align=0", "every=2"]            # the last --set counts
     one = whole(script, *flags)
     with pytest.MonkeyPatch.context() as patch:
         keep_first_gradients(patch, script, f"{one}.gradients of parts")
@@ -521,6 +518,7 @@ def test_every_random_number_is_its_own():
     for a, b in itertools.combinations(tables, 2):
         shared = torch.isin(a, b).float().mean()
         assert shared < 0.01
+    assert common.number_of(1, 0) > common.number_of(0, 1_000_000), "a long run meets the next seed's numbers"
 
 
 def test_seed_is_of_weights_masks_views_and_order(go, monkeypatch):
@@ -679,7 +677,12 @@ def test_weights_of_terms(go, whole, capsys):
     line = f"step 1  loss {row['loss']:.3f} = mim {row['mim']:.3f} + nsp {row['nsp']:.3f} + align "
     line += f"{row['align']:.3f}  spread {row['spread']:.3f}  lr {row['lr']:.1e}  "
     line += f"{row['crops_per_s']:.0f} img/s  {row['ms_per_step']:.0f} ms  wait {100 * row['wait']:.0f}%  "
-    assert line in capsys.readouterr().out
+    line += f"{row['peak_gb']:.1f} GB  eta "
+    said = capsys.readouterr().out
+    assert line in said
+    trained = sum(value.numel() for value in weights(out).values()) / 1e6
+    sizes = f"vit_nano  {trained:.2f} M parameters  64 crops  16 a step  1 steps"
+    assert f"{sizes}  lr 3.75e-04  warm-up 1 steps  out {out}\n" in said
     expected = dict(guide="coarse", mim=0.5, nsp=3.0, align=0.1, form="infonce")
     assert checkpoint(out)["args"]["objective"] == expected
 
@@ -721,20 +724,21 @@ def test_a_teachers_features_are_the_target(go, whole, monkeypatch):
 
 # ---- pictures
 
-def draw(monkeypatch, tmp_path, prediction, teacher=None, name="mnsp"):
+def draw(monkeypatch, tmp_path, prediction, teacher=None):
     """The sheet of an objective that predicts `prediction(target)` -> the columns' titles and pictures, uint8
     (8, 3, H, W) each, the crops, mim's mask."""
     drawn, masks = [], []
 
     def predict(self, image, guide, coarse, ids_keep, ids_mask):
         assert not self.training
+        assert all(len(view) == len(image) for view in coarse)
         target = prediction(self.targets(image)[-1])
         masks.append(ids_mask)
         return None, None, dict(mim=model.take(target, ids_mask), nsp=target)
     monkeypatch.setattr(Pretrainer, "forward", predict)
     monkeypatch.setattr(pretrain, "draw_sheet", lambda rows, path: drawn.append(rows))
     images, _ = crops_of("synth:8")
-    network = Pretrainer(name, "vit_square", teacher=teacher)
+    network = Pretrainer("mnsp", "vit_square", teacher=teacher)
     args = SimpleNamespace(seed=0, mask="random", mask_ratio=0.8, guidance_strength=1.0)
     for step in (500, 1000):
         path = str(tmp_path / "samples" / f"{step}.png")
@@ -759,7 +763,7 @@ def test_pictures_of_a_right_prediction(monkeypatch, tmp_path):
     """Columns under another's title, patches put where they do not belong, contrast that is not put back: a
     model that predicts its target must be shown to give back the crop."""
     names, columns, images, ids_mask = draw(monkeypatch, tmp_path, lambda target: target)
-    assert names == ["crop", "mim sees", "mim sees", "mim predicts", "mim, in colour",
+    assert names == ["crop", "mim sees", "mim's guide", "mim predicts", "mim, in colour",
                      "nsp sees", "nsp predicts", "nsp, in colour", "target"]
     crop, masked, guide, mim, mim_in_colour, coarse, nsp, nsp_in_colour, target = [x.int() for x in columns]
     hidden = hidden_pixels(ids_mask)
@@ -777,13 +781,17 @@ def test_pictures_of_a_right_prediction(monkeypatch, tmp_path):
     assert not torch.equal(guide, coarse)
 
 
-@pytest.mark.parametrize("sign, grey", [(1, 255), (-1, 0)])
-def test_pictures_of_features(go, monkeypatch, tmp_path, sign, grey):
-    """Features that are drawn as pixels; a likeness of the wrong patches: white where a prediction is right,
-    black where it is the opposite."""
+@pytest.mark.parametrize("cosine, grey", [(1, 255), (0.5, 127), (-1, 0)])
+def test_pictures_of_features(go, monkeypatch, tmp_path, cosine, grey):
+    """Features that are drawn as pixels; a likeness of the wrong patches, or on another scale: white where a
+    prediction is right, half as bright at a cosine of a half, black where it is the opposite."""
+    def predict(target):
+        first, second = target.chunk(2, dim=-1)
+        at_right_angles = torch.cat([-second, first], dim=-1)
+        return cosine * target + math.sqrt(1 - cosine ** 2) * at_right_angles
     teacher = ViT(**MODELS["vit_nano"]["encoder"])
-    names, columns, images, ids_mask = draw(monkeypatch, tmp_path, lambda target: sign * target, teacher)
-    assert names == ["crop", "mim sees", "mim sees", "mim, likeness", "nsp sees", "nsp, likeness"]
+    names, columns, images, ids_mask = draw(monkeypatch, tmp_path, predict, teacher)
+    assert names == ["crop", "mim sees", "mim's guide", "mim, likeness", "nsp sees", "nsp, likeness"]
     hidden = hidden_pixels(ids_mask).expand(-1, 3, -1, -1)
     mim, nsp = columns[3].int(), columns[5].int()
     assert (nsp - grey).abs().max() <= 1 and (mim[hidden] - grey).abs().max() <= 1
@@ -939,9 +947,9 @@ def padded_labels(words, network):
 
 
 @pytest.mark.parametrize("later, kept, best", [([25, 30], 2, 30), ([40, 35], 6, 40)])
-def test_best_is_the_first_of_the_highest(go, monkeypatch, later, kept, best):
+def test_best_is_the_first_of_the_highest(go, monkeypatch, capsys, later, kept, best):
     """best.pt of the lowest accuracy, of the last, of the last of equals; a best that is forgotten by
-    --resume, and then overwritten by a worse one."""
+    --resume, and then overwritten by a worse one; another number on the screen than was measured."""
     accuracies = iter([10, 30, 20, 30, 5, *later])
     monkeypatch.setattr(finetune, "validate", lambda *_: (dict(accuracy=next(accuracies), ned=0), []))
     flags = "--val synth:4:1 --sample_every 1 --batch_size 4 --max_steps".split()
@@ -952,6 +960,8 @@ def test_best_is_the_first_of_the_highest(go, monkeypatch, later, kept, best):
     go(finetune, *flags, "7", "--resume")
     assert (checkpoint(out, "best.pt")["step"], checkpoint(out, "best.pt")["best"]) == (kept, best)
     assert checkpoint(out)["best"] == best
+    said = capsys.readouterr().out
+    assert "step 2  val 30.0 waics  1-NED 0.0" in said and f"best.pt  best val {best:.1f}\n" in said
     assert [row["val_accuracy"] for row in log_of(out)] == [10, 30, 20, 30, 5, *later]
 
 
@@ -968,6 +978,7 @@ def test_clipping(go, monkeypatch, script):
         parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
         norm = math.sqrt(sum(parameter.grad.square().sum().item() for parameter in parameters))
         taken.append((grad_norm.item(), norm))
+        assert scaler.get_scale() == 4096, "float16 is not scaled"
         plain(optimizer, scaler, grad_norm, skipped)
     monkeypatch.setattr(script, "step_unless_not_finite", keep)
     monkeypatch.setitem(MODELS, "vit_nano", SMALL)
@@ -978,7 +989,7 @@ def test_clipping(go, monkeypatch, script):
     for before, norm in clipped:
         assert before > 0.1 and norm == pytest.approx(0.01, rel=1e-3)
     for before, norm in free:
-        assert norm == pytest.approx(before, rel=1e-4) and norm > 0.1
+        assert norm == pytest.approx(before, rel=1e-4) and 0.1 < norm < 400         # times 4096 if still scaled
     assert clipped[0][0] == pytest.approx(free[0][0], rel=1e-4)
 
 
@@ -997,6 +1008,55 @@ def test_learning_rate(go, monkeypatch, script):
     cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * i / 3)) / 2 for i in range(3)]
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, *cosine])
     assert used == [{rate} for rate in rates]
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_flags_reach_what_they_are_of(go, real, tmp_path, monkeypatch, script):
+    """A flag that is parsed and not used: --seed of weights, order, dropout, masks and augmentation, --workers,
+    --fonts, --rotate_tall, --max_damaged, --dtype of the network, --compile."""
+    monkeypatch.setitem(MODELS, "vit_nano", SMALL)
+    monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: True)
+    seeds, seen = [], {}
+    plain = SimpleNamespace(open_sources=script.open_sources, batches=script.batches)
+
+    def open_sources(srcs, fonts, rotate_tall, **options):
+        seen.update(fonts=fonts, rotate_tall=rotate_tall)
+        return plain.open_sources(srcs, **options)
+
+    def batches(source, batch_size, seed, start, rank, ranks, workers, **more):
+        seeds.extend([seed, torch.initial_seed()])                          # of the order, of the weights
+        seen.update(workers=workers)
+        return plain.batches(source, batch_size, seed, start, rank, ranks, 0, **more)
+
+    def keep_seed(name):
+        function = getattr(script, name)
+
+        def call(seed, *rest, **more):
+            seeds.append(seed)
+            return function(seed, *rest, **more)
+        monkeypatch.setattr(script, name, call)
+
+    def damage_count(limit):
+        seen.update(max_damaged=limit)
+        return data.DamageCount(limit)
+
+    monkeypatch.setattr(script, "open_sources", open_sources)
+    monkeypatch.setattr(script, "batches", batches)
+    monkeypatch.setattr(script, "DamageCount", damage_count)
+    monkeypatch.setattr(script, "compile_layers", lambda network: seen.update(compiled=True))
+    keep_seed("seed_dropout")
+    keep_seed("step_generator")
+    calls = record_calls(monkeypatch, Pretrainer if script is pretrain else Recognizer)
+    flags = "--seed 7 --workers 3 --rotate_tall --max_damaged 0.3 --dtype auto --compile".split()
+    flags += ["--fonts", str(tmp_path), "--data", real, "synth:4"]
+    out = go(script, *flags, "--max_steps", "1", "--batch_size", "4")
+    assert len(seeds) >= 4 and set(seeds) == {7}
+    expected = dict(fonts=str(tmp_path), rotate_tall=True, workers=3, max_damaged=0.3, compiled=True)
+    assert seen == expected
+    predicted = calls[0].result[2]
+    if script is pretrain:
+        predicted = predicted["mim"]
+    assert predicted.dtype == torch.bfloat16 and checkpoint(out)["args"]["dtype"] == "bfloat16"
 
 
 BETAS = {pretrain: (0.9, 0.95), finetune: (0.9, 0.999)}
@@ -1113,9 +1173,9 @@ class Clock:
         self.patch.setattr(where, name, slow)
 
 
-def test_time_of_a_step(go, monkeypatch):
+def test_time_of_a_step(go, monkeypatch, capsys):
     """Work of the device for which only the log waits, left out; a picture or a checkpoint counted as
-    training; a speed or a wait of the last step alone."""
+    training; a speed or a wait of the last step alone; minutes that are printed as seconds."""
     def read_terms(group, *numbers):
         return 10 if len(numbers) > 2 else 0                            # other sums are of one or two numbers
 
@@ -1132,6 +1192,18 @@ def test_time_of_a_step(go, monkeypatch):
     assert [row["crops_per_s"] for row in rows] == pytest.approx([16 / s for s in seconds])
     assert [row["wait"] for row in rows] == pytest.approx([2 / 13, 2 / 13, 4 / 16, 4 / 16])
     assert [row["eta_s"] for row in rows] == pytest.approx([5 * 13, 4 * 13, 2 * 8, 0])
+    assert "  eta 0:01:05\n" in capsys.readouterr().out                    # 65 seconds
+
+
+@pytest.mark.parametrize("platform, unit", [("linux", 2 ** 10), ("darwin", 1)])
+def test_peak_memory(monkeypatch, platform, unit):
+    """KiB taken for bytes, GB of 1000^3, or the process's memory for the GPU's: whoever looks for room would be
+    told another number."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2 ** 30 / unit))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2 ** 30)
+    assert common.peak_memory(torch.device("cpu")) == 3
+    assert common.peak_memory(torch.device("cuda")) == 5
 
 
 @pytest.mark.parametrize("seconds, said", [(19000, "this takes 1.1 days"), (17280, "")])
@@ -1321,6 +1393,91 @@ def test_a_step_never_waits_for_the_device(tmp_path):
     command = [sys.executable, __file__, "chip", *TINY, *flags, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# ---- what a GPU does, told by a CPU
+
+def test_replayed(monkeypatch):
+    """A batch that is answered with the one before it, a recording of another shape or dtype; one that begins
+    before kernels are compiled, on another stream, or with the half-precision copies of weights that have since
+    moved on."""
+    calls, told = [], []
+
+    def stream(name):
+        def wait_stream(other):
+            told.append((name, "waits for", other.name))
+        return SimpleNamespace(name=name, wait_stream=wait_stream)
+
+    @contextlib.contextmanager
+    def on_stream(on):
+        told.append(on.name)
+        yield
+
+    @contextlib.contextmanager
+    def record(graph, pool, on, capture_error_mode):
+        told.append(f"record on {on.name}")
+        yield
+        x, output = calls[-1]
+        output.zero_()                                      # while a graph is recorded nothing is computed
+        graph.replay = lambda: output.copy_(2 * x)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream("own"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream("usual"))
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: told.append("cast anew"))
+
+    def double(x):
+        calls.append((x, 2 * x))
+        return calls[-1][1]
+
+    replayed = common.Replayed(double)
+    given = [torch.tensor([k, k + 1.0]) for k in range(6)]
+    for x in given:
+        assert torch.equal(replayed(x=x), 2 * x)
+    assert torch.equal(given[3], torch.tensor([3.0, 4.0])), "later batches are written over it"
+    eagerly = [("own", "waits for", "usual"), "own", ("usual", "waits for", "own")]
+    assert told == 3 * eagerly + ["cast anew", "record on own"] and len(calls) == 4
+    for other in (torch.ones(3), torch.ones(2, dtype=torch.float64)):
+        assert torch.equal(replayed(x=other), 2 * other) and calls[-1][0] is other
+
+
+def test_what_is_recorded():
+    """CUDA graphs on a CPU, or without --compile."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    found = [common.is_recorded(compiled, device) for compiled in (False, True) for device in (cpu, gpu)]
+    assert found == [False, False, False, True]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_dtype_that_auto_takes_on_a_gpu(monkeypatch, fast):
+    """bfloat16 on a GPU that only emulates it, or float32, which takes three times as long."""
+    def is_supported(including_emulation=True):
+        return fast or including_emulation
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    expected = torch.bfloat16 if fast else torch.float16
+    assert common.pick_dtype("auto", torch.device("cuda")) == expected
+    assert common.pick_dtype("float32", torch.device("cuda")) == torch.float32
+
+
+def test_each_rank_takes_the_gpu_of_its_node(monkeypatch):
+    """All ranks of a node on its first GPU; or rank 9, the second of its node, on a tenth GPU that is not
+    there."""
+    def on_cpu(size, device):
+        return torch.zeros(size)
+    chosen = []
+    monkeypatch.setattr(torch, "empty", on_cpu)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+    for name, value in dict(WORLD_SIZE="16", RANK="9", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    devices = [("cuda", False, "cuda:1"), ("auto", True, "cuda:1"), ("auto", False, "cpu")]
+    for name, available, expected in devices:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+        assert common.pick_device(name) == torch.device(expected)
+    assert chosen == [torch.device("cuda:1")] * 2
 
 
 # ---- stopping and going on
@@ -1545,6 +1702,51 @@ def test_best_alone_is_gone_on_from(go, capsys):
     go(finetune, *flags, "--resume")
     assert f"best.pt at step {best['step']}" in capsys.readouterr().out
     assert checkpoint(out)["best"] >= best["best"] and len(log_of(out)) == 2
+    with pytest.raises(UserError, match="--dropout 0.0 there, 0.5 here"):
+        go(finetune, *flags, "--dropout", "0.5", "--resume")
+
+
+def write_first_line(out, damaged=0):
+    """As a run's first step does, of which the loss is 1."""
+    args = SimpleNamespace(out_dir=str(out), accum_iter=1, model="vit_nano")
+    log = common.Log(args, 0, 6, 16, torch.device("cpu"), None)
+    log.start_step()
+    log.add(torch.tensor(1.0), {})
+    log.read_losses()
+    log.end_step()
+    log.write(1, 1e-3, torch.zeros(2), damaged)
+
+
+def test_what_is_counted_over_all_ranks(tmp_path, monkeypatch, capsys):
+    """Damage of one rank that passes for all of it, or that is counted once for each rank after a --resume;
+    files and lines that every rank writes; ranks that go on at different steps."""
+    layer, skipped, damage = torch.nn.Linear(2, 2), torch.zeros(2), data.DamageCount()
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    damage.seen, damage.damaged = 96, 6
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "sum_over_ranks", lambda group, *numbers: [2 * number for number in numbers])
+        state = common.training_state(SimpleNamespace(), 3, layer, optimizer, scaler, skipped, damage, {}, None)
+        write_first_line(tmp_path, damage.damaged)
+    assert state["damage"] == [192, 12] and log_of(tmp_path)[0]["damaged"] == 12
+
+    for rank, seen in ((0, 192), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        after = data.DamageCount()
+        path = str(tmp_path / f"{rank}.pt")
+        assert common.resume_training(dict(state, path=path), layer, optimizer, scaler, skipped, after) == 3
+        assert after.seen == seen and common.save_checkpoint(path, state, None)
+        assert os.path.exists(path) == (rank == 0)
+    said = capsys.readouterr().out
+    assert "0.pt at step 3" in said and "1.pt" not in said
+
+    def gather(found, mine, group):
+        found[:] = [mine, (5, mine[1])]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    common.check_ranks_agree("group", 5, 64)
+    with pytest.raises(UserError, match="rank 1 stands at step 4 and reads 64 crops"):
+        common.check_ranks_agree("group", 4, 64)
 
 
 def test_torn_lines_of_the_log_are_dropped(go, whole, tmp_path):
@@ -1616,6 +1818,14 @@ def test_flags_that_must_match_on_resume():
             check(**{name: "here"})
     check(**{name: "here" for name in MAY_CHANGE})
 
+    # the method's row: a key that has another value, that is there alone, that is here alone
+    for there, here in ((1, 2), (4, None), (None, 4)):
+        rows = [{} if value is None else dict(nsp=value) for value in (there, here)]
+        order = dict(crops_per_step=16, n_crops=64)
+        stored = dict(args=dict(objective=rows[0]), order=order, path="a/last.pt")
+        with pytest.raises(UserError, match=f"the method's nsp {there} there, {here} here"):
+            common.check_resume(stored, SimpleNamespace(objective=rows[1]), 16, 64)
+
 
 def test_dtype_is_stored_as_what_auto_became(go, monkeypatch, tmp_path):
     """"auto" in a checkpoint: on another machine the run would go on in another precision, unsaid."""
@@ -1658,10 +1868,11 @@ def test_data_that_grew_is_no_longer_the_runs(go, tmp_path):
     crops.mkdir()
     write_crops(crops, "synth:17")
     os.rename(crops / "16.png", tmp_path / "16.png")
-    go(pretrain, *MIM, "--data", str(crops), "--max_steps", "1")
+    flags = [*MIM, "--data", str(crops), "--batch_size", "8", "--max_steps"]
+    go(pretrain, *flags, "1")
     os.rename(tmp_path / "16.png", crops / "16.png")
     with pytest.raises(UserError, match="--data held 16 crops and holds 17 now"):
-        go(pretrain, *MIM, "--data", str(crops), "--max_steps", "2", "--resume")
+        go(pretrain, *flags, "2", "--resume")
 
 
 def test_a_charset_file_that_changed_is_no_longer_the_runs(go, tmp_path):
@@ -1677,16 +1888,21 @@ def test_a_charset_file_that_changed_is_no_longer_the_runs(go, tmp_path):
 
 # ---- defaults
 
+COMMON = dict(dtype="auto", device="auto", log_every=20, save_every=500, sample_every=1000, max_bad_steps=10,
+              max_damaged=0.01)
+
+
 @pytest.mark.parametrize("script, paper", [
     (pretrain, dict(
         model="vit_small", method="mnsp", batch_size=64, accum_iter=1, epochs=10, max_steps=None, blr=1.5e-4,
         lr=None, min_lr=0, warmup_epochs=1, weight_decay=0.05, clip_grad=0, mask="random", mask_ratio=0.8,
-        guidance_strength=1, scales=["16x64"], seed=0,
+        guidance_strength=1, scales=["16x64"], seed=0, **COMMON,
         objective=dict(guide="coarse", mim=1, nsp=1, align=0.02, form="infonce"))),
     (finetune, dict(
         model="vit_small", batch_size=64, accum_iter=1, epochs=10, max_steps=None, blr=2e-4 / 512 * 256,
         lr=None, min_lr=0, warmup_epochs=1, weight_decay=0.05, clip_grad=0, layer_decay=0.75, dropout=0.1,
-        drop_path=0.1, charset="94", max_length=25, spell=0, label_fraction=1, seed=0))])
+        drop_path=0.1, charset="94", max_length=25, spell=0, label_fraction=1, seed=0,
+        out_dir=os.path.join("out", "finetune"), **COMMON))])
 def test_the_defaults_are_the_papers(script, paper):
     """A small model's recipe, or a forgotten experiment, that became what everybody runs at LMIM's size (CVPR
     2025, 4.1)."""
@@ -1719,6 +1935,14 @@ def test_recipes_of_small_models(script, size, recipe):
         names += ["layer_decay", "drop_path", "dropout", "spell", "save_every"]
     args = vars(parsed(script, "--model", size))
     assert tuple(args[name] for name in names) == recipe
+
+
+@pytest.mark.parametrize("script, size, blr", [
+    (pretrain, "vit_tiny", 5e-4), (pretrain, "vit_base", 1.5e-4), (finetune, "vit_tiny", 4e-4),
+    (finetune, "vit_base", 1e-4)])
+def test_rates_of_other_sizes(script, size, blr):
+    """A rate that was changed for an experiment and stayed, or that another size got."""
+    assert parsed(script, "--model", size).blr == blr
 
 
 @pytest.mark.parametrize("typed, steps", [("", 2000), ("--epochs 3", None), ("--epochs 3 --max_steps 7", 7)])
@@ -1795,6 +2019,16 @@ def test_no_checkpoint_amid_bad_steps(go, monkeypatch, tmp_path):
     assert checkpoint(tmp_path / "run")["step"] == 2
 
 
+def test_fine_tuning_amid_bad_steps(go, monkeypatch, tmp_path):
+    """--save_every or --max_bad_steps that finetune.py does not hear, a last.pt from the midst of bad steps."""
+    monkeypatch.setitem(MODELS, "vit_nano", SMALL)
+    plant_nan(monkeypatch, finetune, [1, 4, 5])
+    flags = "--save_every 2 --max_bad_steps 2 --batch_size 4".split()
+    with pytest.raises(UserError, match="step 5: 2 steps in a row had a non-finite gradient"):
+        go(finetune, *flags)
+    assert checkpoint(tmp_path / "run")["step"] == 2
+
+
 def test_full_disk_keeps_the_old_checkpoint(go, whole, tmp_path, monkeypatch, capsys):
     """A half-written last.pt in place of a whole one, or a run that dies because the disk was full for a
     while."""
@@ -1818,11 +2052,29 @@ def test_full_disk_keeps_the_old_checkpoint(go, whole, tmp_path, monkeypatch, ca
     assert same_run(out, whole(pretrain, *MIM))
 
 
-def test_full_disk_at_the_end(go, monkeypatch):
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_full_disk_at_the_end(go, monkeypatch, script):
     """A run that ends with status 0 and without its last checkpoint."""
+    monkeypatch.setitem(MODELS, "vit_nano", SMALL)
     monkeypatch.setattr(common, "write_checkpoint", lambda *_: False)
     with pytest.raises(UserError, match="the last checkpoint was not written; mend the reason above"):
-        go(pretrain, *MIM, "--max_steps", "1")
+        go(script, "--batch_size", "4", "--max_steps", "1")
+
+
+def test_no_room_for_a_line_or_a_picture(tmp_path, monkeypatch, capsys):
+    """A run that dies of a line of its log, or of a picture."""
+    (tmp_path / "log.jsonl").mkdir()                                        # so that it cannot be written
+    write_first_line(tmp_path)
+    assert "step 1: could not write" in capsys.readouterr().out
+
+    def full(rows, path):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(pretrain, "draw_sheet", full)
+    args = SimpleNamespace(seed=0, mask="random", mask_ratio=0.8, guidance_strength=1.0)
+    network, cpu = Pretrainer("mim", "vit_square"), torch.device("cpu")
+    images = torch.zeros(1, 3, 32, 128, dtype=torch.uint8)
+    pretrain.draw_samples(network, images, cpu, torch.float32, args, str(tmp_path / "samples" / "5.png"), 5)
+    assert "step 5: could not write" in capsys.readouterr().out
 
 
 def test_full_disk_that_holds_the_log_too(monkeypatch):
@@ -1903,7 +2155,7 @@ def assert_one_line(error, script):
 
 
 NO_WEIGHT = "expected a weight in [0, inf)"
-ONE_OF = "expected guide=none|full|coarse, form=mse|infonce, every=N, or a weight of mim, nsp or align"
+ONE_OF = "expected guide=none|full|coarse, form=mse|infonce, or a weight of mim, nsp or align"
 PRE, FINE = "pretrain.py", "finetune.py"
 WRONG = [
     # what is missing, foreign, or no number
@@ -1960,10 +2212,7 @@ WRONG = [
     (PRE, "--set guide=half", f"--set guide=half: {ONE_OF}"),
     (PRE, "--set form=cosine", f"--set form=cosine: {ONE_OF}"),
     (PRE, "--set depth=3", f"--set depth=3: {ONE_OF}"),
-    (PRE, "--set every=0", f"--set every=0: {ONE_OF}"),
     (PRE, "--set mim=1 mim=2", "--set mim=1 mim=2: mim is set twice; leave one out"),
-    (PRE, "--method mim --set every=4", "every has no effect without nsp, which it is about; leave it out"),
-    (PRE, "--set every=3", "expected a multiple of 3 with --method mnsp --set every=3"),
     (PRE, "--set align=-1", f"--set align=-1: {NO_WEIGHT}"),
     (PRE, "--set mim=much", f"--set mim=much: {NO_WEIGHT}"),
     (PRE, "--set nsp=inf", f"--set nsp=inf: {NO_WEIGHT}"),
@@ -1977,6 +2226,7 @@ WRONG = [
     (PRE, "--method nsp --set align=1", "align needs a form; add form=infonce or form=mse to --set"),
     (PRE, "--method nsp --set align=1 form=mse", "align needs two [cls] tokens, and there is one"),
     (PRE, "--method mim --set align=1 form=mse", "align needs two [cls] tokens, and there is one"),
+    (PRE, "--batch_size 1", "InfoNCE compares crops, and there is one; raise --batch_size"),
     # --scales
     (PRE, "--scales 16", "16: expected height x width in pixels, such as 16x64"),
     (PRE, "--scales 0x64", "0x64: expected height x width in pixels, such as 16x64"),
@@ -2028,6 +2278,12 @@ def test_flags_that_go_together(tmp_path, real, typed):
     assert args.objective["mim"] > 0 or args.objective["nsp"] > 0
 
 
+def test_one_crop_a_rank_is_enough_for_two_ranks(monkeypatch):
+    """InfoNCE that is refused on many GPUs of few crops each: it compares the crops of all ranks."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parsed(pretrain, "--batch_size", "1").objective["form"] == "infonce"
+
+
 def test_what_is_no_users_mistake_keeps_its_traceback(monkeypatch, capsys):
     """A bug that is told as one line, so that nobody can mend it; a user's mistake with a traceback; another
     status than 2, or 130 after Ctrl-C."""
@@ -2046,6 +2302,10 @@ def test_what_is_no_users_mistake_keeps_its_traceback(monkeypatch, capsys):
             (RuntimeError("No working C++ compiler found in x\n\nSet TORCH_LOGS"), "needs a C++ compiler, such"),
             (RuntimeError("Failed to find C compiler. Please specify"), "needs a C++ compiler, such as g++"),
             (RuntimeError("... Connection closed by peer [127.0.0.1]:4"), "another rank has ended"),
+            (EOFError(), "a process that reads crops has ended; if memory ran out, lower --workers"),
+            (ConnectionResetError(104, "Connection reset"), "a process that reads crops has ended"),
+            (ConnectionRefusedError(111, "Connection refused"), "a process that reads crops has ended"),
+            (FileNotFoundError(2, "No such file"), "a process that reads crops has ended"),
             (torch.OutOfMemoryError("CUDA out of memory."), "lower --batch_size")):
         left, said = run_failing(error)
         assert left.code == 2 and line in said
@@ -2122,6 +2382,36 @@ def test_a_ranks_device_is_torchruns_to_choose(monkeypatch):
         common.pick_device("cuda:1")
 
 
+@pytest.mark.parametrize("kind, backend", [("cpu", "gloo"), ("cuda", "nccl")])
+def test_how_ranks_meet(monkeypatch, kind, backend):
+    """Gradients of GPUs that travel by way of the host, numbers of the host that wait for the GPU's queue of
+    work, ranks that come under each other's number."""
+    def init_process_group(backend, store, rank, world_size):
+        met.append((backend, store, rank, world_size))
+
+    met = []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(common, "meet_ranks", lambda: "store")
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: f"group of {backend}")
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+    assert common.join_ranks(torch.device(kind)) == "group of gloo"
+    assert met == [(backend, "store", 3, 4)]
+
+
+@pytest.mark.parametrize("backend, status, leaves", [
+    ("gloo", 2, True), ("nccl", 0, True), ("nccl", 130, True), ("nccl", 2, False)])
+def test_how_a_rank_leaves(monkeypatch, backend, status, leaves):
+    """A rank that failed and then waits for those that go on; one that is done, and that its threads abort."""
+    left = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    monkeypatch.setattr(common.gc, "collect", lambda: None)                 # which takes a while
+    common.leave_ranks(status)
+    assert left == [True] * leaves
+
+
 def test_a_world_without_ranks_is_one_line(monkeypatch):
     """WORLD_SIZE left over from another program: a traceback out of torch.distributed."""
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -2159,6 +2449,15 @@ def test_val_that_cannot_be_scored(go, tmp_path, capsys, labels, says):
     assert os.listdir(tmp_path) == ["crops"]
 
 
+def test_val_of_which_nothing_can_be_read(real, monkeypatch):
+    """A traceback about None in the midst of a run, when the disk with --val is gone."""
+    monkeypatch.setattr(evaluate, "read_source", lambda *_: ([], ["00.png: torn", "01.png: torn"]))
+    network = Recognizer(ViT(**SMALL["encoder"]), "ab", **SMALL["reader"])
+    args = SimpleNamespace(batch_size=4, workers=0)
+    with pytest.raises(UserError, match="2 of its 16 crops cannot be read"):
+        finetune.validate(network, data.open_source(real), "waics", args, torch.float32, None, None)
+
+
 def test_val_of_another_script(go, tmp_path, capsys):
     """Words that waics would leave nothing of, refused, or all of them right."""
     write_crops(tmp_path, "synth:3")
@@ -2167,7 +2466,18 @@ def test_val_of_another_script(go, tmp_path, capsys):
     words = str(tmp_path / "words.tsv")
     flags = ["--charset", str(tmp_path / "chars.txt"), "--data", words, "--val", words, "--max_steps", "1"]
     assert log_of(go(finetune, *flags, "--batch_size", "2"))[0]["val_accuracy"] is not None
-    assert " exact  1-NED " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert " exact  1-NED " in said and "  да>" in said and "  нет>" in said
+
+
+def test_val_keeps_words_that_do_not_fit(real, capsys):
+    """Words that the charset or --max_length rules out, left out of --val: the accuracy would be too high."""
+    args = SimpleNamespace(val=[real], data=["synth:4"], charset="94", max_length=5)
+    val = finetune.open_val(args, data.CHARSETS["94"], "waics", dict(fonts=None, rotate_tall=False))
+    _, labels = crops_of(real)
+    fitting = [label for label in labels if len(label) <= 5]
+    assert len(val) == 16 and f"{len(fitting)} of 16 labels fit" in capsys.readouterr().out
+    assert 0 < len(fitting) < 16
 
 
 def test_labels_that_do_not_fit(go, tmp_path, capsys):
@@ -2231,9 +2541,10 @@ def test_fine_tuning_takes_over_the_encoder(go, whole, tmp_path):
 
 
 def test_rates_of_dropout_reach_the_network():
-    """--dropout or --drop_path that is parsed and reaches a part of the network, or none."""
-    args = parsed(finetune, *"--model vit_nano --dropout 0.3 --drop_path 0.2".split())
+    """--dropout, --drop_path or --max_length that is parsed and reaches a part of the network, or none."""
+    args = parsed(finetune, *"--model vit_nano --dropout 0.3 --drop_path 0.2 --max_length 7".split())
     network, _ = finetune.build_recognizer(args, "ab")
+    assert network.max_length == 7 and network.pos.shape[1] == 8            # the end's place included
     for block in network.encoder.blocks:
         assert block.attn.dropout == block.mlp.dropout == 0.3
     assert network.encoder.blocks[-1].drop_path == 0.2
@@ -2264,6 +2575,20 @@ def test_another_charset_keeps_the_letters_of_both(go, tmp_path):
     gamma = state["classifier.weight"][0]
     assert not (old["classifier.weight"] == gamma).all(1).any()
     assert f"{len(state)} of {len(state)} tensors loaded, with the rows of 3 of 4 characters" in said
+
+
+def test_a_recognizer_that_lacks_a_part(tmp_path, monkeypatch):
+    """--init of a recognizer without char_head, refused, or loaded and said to be whole."""
+    monkeypatch.setitem(MODELS, "vit_nano", SMALL)
+    stored = Recognizer(ViT(**SMALL["encoder"]), "ab", **SMALL["reader"])
+    torch.save(dict(model=stored.state_dict(), charset="ab"), tmp_path / "x.pt")
+    flags = ["--init", str(tmp_path / "x.pt"), "--model", "vit_nano", "--spell", "10"]
+    network, said = finetune.build_recognizer(parsed(finetune, *flags), "ab")
+    state, n = network.state_dict(), len(stored.state_dict())
+    assert said.endswith(f"{n} of {n + 2} tensors loaded, anew: char_head.weight char_head.bias")
+    for name, value in stored.state_dict().items():
+        assert torch.equal(state[name], value)
+    assert state["char_head.weight"].std() > 0
 
 
 def test_an_encoder_of_another_size_is_refused(go, whole, tmp_path):
@@ -2313,27 +2638,32 @@ def test_weights_that_are_not_numbers_are_not_loaded(wrong):
 @pytest.mark.parametrize("val, train, said", [
     ("synth:9:1", "synth:5:1@3", True), ("synth:9:1", "synth:9:12", False), ("synth", "synth:7:0", True),
     ("L/train/a", "L/train", True), ("L", "L/train@2", True), ("L/./a.tsv", "L/a.tsv", True),
-    ("L/train2", "L/train", False), ("L/val", "L/train", False)])
+    ("L/train2", "L/train", False), ("L/val", "L/train", False), ("synthetic/val", "synthetic/train", False)])
 def test_validation_on_what_is_trained_on(val, train, said):
     """An accuracy on a part of the training data's tree, unsaid."""
     assert finetune.share_words(val, train) is said
 
 
 def test_labels_become_classes():
-    """A missing end, an end that counts as padding, or a patch that is given its neighbour's letter."""
+    """A missing end, an end that counts as padding, a longest word with more places than the network has, or a
+    patch that is given its neighbour's letter or that of two which came first."""
     config = MODELS["vit_square"]
     network = Recognizer(ViT(**config["encoder"]), "abc", **config["reader"])
     end, pad = network.end, network.pad
     targets = finetune.encode_labels(["ab", "c"], network)
     assert targets.tolist() == [[0, 1, end, pad], [2, end, pad, pad]]
     assert finetune.encode_labels(["abca"], network).tolist() == [[0, 1, 2, 0, end, pad, pad, pad]]
+    longest = finetune.encode_labels(["a" * 25, "b"], network)
+    assert longest.tolist() == [[0] * 25 + [end], [1, end] + [pad] * 24]
 
     char_maps = torch.zeros(2, 32, 128, dtype=torch.uint8)
     char_maps[0, 8:16, 0:8] = 1                                             # patch (1, 0) holds "a"
     char_maps[0, 0:8, 120:128] = 2                                          # patch (0, 15) holds "b"
+    char_maps[0, 24:32, 64:69] = 1                                          # patch (3, 8) holds most of "a"
+    char_maps[0, 30, 70] = 2                                                # and a dot of "b"
     classes = finetune.under_patches(char_maps, targets, network).view(2, 4, 16)
-    assert classes[0, 1, 0] == 0 and classes[0, 0, 15] == 1
-    assert (classes[1] == pad).all() and (classes != pad).sum() == 2
+    assert classes[0, 1, 0] == 0 and classes[0, 0, 15] == 1 and classes[0, 3, 8] == 1
+    assert (classes[1] == pad).all() and (classes != pad).sum() == 3
 
 
 def test_label_fraction_is_the_same_every_time():
@@ -2345,6 +2675,8 @@ def test_label_fraction_is_the_same_every_time():
         return [part.where(i) for i in range(len(part))]
     assert len(set(drawn(0))) == 20 and drawn(0) == drawn(0) != drawn(1)
     assert len(finetune.label_fraction(data.open_sources(["synth:27"]), 0.1, 0)) == 3
+    few = finetune.label_fraction(data.open_sources(["synth:3", "synth:4"]), 0.1, 0)
+    assert len(few) == 2                                                    # one of each
 
 
 def test_label_fraction_of_crops_that_count_often():
@@ -2367,7 +2699,7 @@ def test_label_fraction_reaches_the_run(go, capsys, monkeypatch):
 
 
 def test_validation_is_as_training(go, monkeypatch, real):
-    """--val that is opened without --rotate_tall or the charset, or read in another --dtype."""
+    """--val that is opened without --rotate_tall, the charset or --max_length, or read in another --dtype."""
     opened, read, plain = [], [], finetune.open_sources
 
     def open_and_keep(srcs, **options):
@@ -2378,7 +2710,8 @@ def test_validation_is_as_training(go, monkeypatch, real):
     monkeypatch.setitem(MODELS, "vit_nano", SMALL)
     flags = ["--data", real, "--val", real, "--rotate_tall", "--dtype", "bfloat16", "--max_steps", "1"]
     go(finetune, *flags)
-    assert opened[0] == opened[1] and opened[0]["rotate_tall"] and opened[0]["chars"] == data.CHARSETS["94"]
+    expected = dict(fonts=None, rotate_tall=True, chars=data.CHARSETS["94"], max_length=25)
+    assert opened == [expected, expected]
     assert read == [torch.bfloat16]
 
 
