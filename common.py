@@ -48,6 +48,10 @@ def run_main(main):
     """Calls main() and exits. What the user can mend becomes one line on stderr and exit status 2;
     a mistake in the program keeps its traceback. STR_TRACEBACK=1 shows every traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)    # which a script's top had changed
+    if sys.stdout is None:                                      # it was closed, as by `>&-`
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         # a letter that the terminal lacks is printed as \u...; a notebook cannot be told so
         with contextlib.suppress(AttributeError):
@@ -348,6 +352,8 @@ def to_unit(images):
     """uint8, or float in [0, 1] -> float32 in [0, 1]."""
     if images.dtype == torch.uint8:
         return images.float() / 255
+    if not images.is_floating_point():
+        raise UserError(f"images of {images.dtype}; expected uint8, or float in [0, 1]")
     return images.float()
 
 
@@ -485,8 +491,8 @@ def read_checkpoint(path):
                         "or a state dict")
 
     state = plain_names(state)
-    if "state_dict" in state and "model" not in state:          # Lightning's and MMOCR's
-        state["model"] = state["state_dict"]
+    if "state_dict" in state and not isinstance(state.get("model"), dict):
+        state["model"] = state["state_dict"]                    # Lightning's and MMOCR's
     if isinstance(state.get("model"), dict):
         state["model"] = plain_names(state["model"])
     return state
@@ -618,8 +624,13 @@ UNCHANGED = [
 ]
 
 
+# said in other words, or of no interest
+SPOKEN_OF = ["resume", "out_dir", "set", "objective"]
+
+
 def check_resume(checkpoint, args, crops_per_step, n_crops):
-    """UserError that lists what differs between the run that was stopped and this one."""
+    """UserError that lists what differs between the run that was stopped and this one, and may not.
+    What may differ, such as the learning rate, is said."""
     stored, now, differ = checkpoint["args"], vars(args), []
     for name in UNCHANGED:
         if stored.get(name) != now.get(name):
@@ -640,6 +651,13 @@ def check_resume(checkpoint, args, crops_per_step, n_crops):
     if differ:
         path = checkpoint["path"]
         raise UserError(f"--resume {path}: {'; '.join(differ)}; name another --out_dir")
+
+    said = []
+    for name in now.keys() & stored.keys():
+        if stored[name] != now[name] and name not in UNCHANGED and name not in SPOKEN_OF:
+            said.append(f"--{name} {stored[name]} there, {now[name]} here")
+    if said:
+        say(f"--resume: it goes on with what is typed now: {'; '.join(sorted(said))}")
 
 
 def check_ranks_agree(group, step, n_crops):

@@ -125,7 +125,7 @@ def build_recognizer(args, charset):
     hint = f"; name the --model it was made with, not {args.model}"
     matched = load_state(encoder, stored, f"--init {args.init}", hint)
     checkpoint = read_checkpoint(args.init)
-    if isinstance(checkpoint.get("charset"), str):
+    if isinstance(checkpoint.get("charset"), str) and "model" in checkpoint:
         return model, load_recognizer_tensors(model, checkpoint, args.init)
     return model, f"--init {args.init}: all {matched} tensors of the encoder loaded"
 

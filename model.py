@@ -71,7 +71,7 @@ def normalize_pixels(images):
 
 def take(x, ids):
     """Rows ids (B, K) of every crop's tokens x (B, N, D) -> (B, K, D)."""
-    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+    return x.gather(1, ids[..., None].expand(x.shape[0], -1, x.shape[-1]))
 
 
 def patchify(images, patch):
@@ -292,6 +292,9 @@ class ViT(nn.Module):
         stands."""
         if size == self.size:
             return x + self.pos_embed[:, 1:]
+        if size not in self.scales:
+            raise ValueError(f"images of (height, width) {size}; expected {self.size} or one of "
+                             f"the coarse scales {self.scales}")
         i = self.scales.index(size)
         return x + getattr(self, f"pos_{i}") + self.scale_embed[i]
 
@@ -697,8 +700,9 @@ def encoder_tensors(checkpoint, path):
     needed = "blocks.0.attn.qkv.weight"         # every encoder has it, after the prefix
     found = [prefix for prefix in ENCODER_PREFIXES if prefix + needed in tensors]
     if not found:
-        raise UserError(f"{path}: no {needed} in it; expected the encoder of a ViT with MAE's or "
-                        "timm's names")
+        begins = ", ".join(list(tensors)[:3]) or "no tensor"
+        raise UserError(f"{path}: no {needed} in it, but {begins}; expected the encoder of a ViT "
+                        "with MAE's or timm's names")
     prefix = found[0]
     encoder = {}
     for name, x in tensors.items():

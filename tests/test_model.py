@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import bench
+import finetune
 import model
 import pretrain
-from common import UserError
+from common import UserError, to_unit
 from model import METHODS, MODELS, Decoder, Pretrainer, Recognizer, ViT, take
 
 CHARS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -1100,6 +1101,38 @@ def test_foreign_encoders_load_unchanged(tmp_path, wrap):
     assert encoder.blocks[0].attn.heads == 1
     for name, x in state.items():
         assert torch.equal(encoder.state_dict()[name], x), name
+
+
+def test_what_an_encoder_is_not_made_for():
+    """One row of places for three crops, of which two are lost; a size without codes of places; whole numbers
+    beyond 255, taken for pixels."""
+    vit = ViT(1, 32, 1, patch=(8, 8), scales=[(16, 64)]).eval()
+    images = torch.rand(3, 3, 32, 128)
+    one = torch.tensor([[5, 2]])
+    torch.testing.assert_close(vit(images, one), vit(images, one.expand(3, -1)))
+    with pytest.raises(ValueError, match=r"\(32, 64\); expected \(32, 128\) or one of .*\[\(16, 64\)\]"):
+        vit(torch.rand(1, 3, 32, 64))
+    with pytest.raises(UserError, match="images of torch.int64; expected uint8"):
+        to_unit(torch.full((1, 3, 32, 128), 300))
+
+
+def test_an_encoder_is_found_in_odd_files(tmp_path):
+    """A network's name where the tensors are looked for; a recognizer's weights without a "model" around them,
+    which end in a traceback; a file without an encoder that does not say what is in it."""
+    state, _ = mae_state()
+    torch.save({"model": "vit_small", "state_dict": state}, tmp_path / "named.pth")
+    assert model.load_encoder(tmp_path / "named.pth").matched == len(state)
+
+    nano = ViT(**MODELS["vit_nano"]["encoder"]).state_dict()
+    torch.save({"charset": "abc", **{f"encoder.{name}": x for name, x in nano.items()}}, tmp_path / "flat.pth")
+    args = SimpleNamespace(model="vit_nano", init=str(tmp_path / "flat.pth"), freeze_encoder=False, dropout=0.0,
+                           drop_path=0.0, max_length=25, spell=0.0)
+    _, said = finetune.build_recognizer(args, "abc")
+    assert said.endswith(f"all {len(nano)} tensors of the encoder loaded")
+
+    torch.save({"stem.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"no blocks.0.attn.qkv.weight in it, but stem.weight; expected"):
+        model.load_encoder(tmp_path / "other.pth")
 
 
 def hollow_state(config):

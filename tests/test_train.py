@@ -1802,9 +1802,9 @@ MAY_CHANGE = """batch_size accum_iter epochs max_steps blr lr min_lr warmup_epoc
     max_damaged workers compile device resume log_every save_every sample_every out_dir set""".split()
 
 
-def test_flags_that_must_match_on_resume():
+def test_flags_that_must_match_on_resume(capsys):
     """Another model, other data or other numbers under the same name. A flag that is new must be put into
-    one of the two lists."""
+    one of the two lists. A learning rate that was forgotten, and is another from here on, unsaid."""
     known = set(vars(parsed(pretrain))) | set(vars(parsed(finetune)))
     assert known - {"objective"} == set(MUST_MATCH) | set(MAY_CHANGE)
 
@@ -1817,6 +1817,16 @@ def test_flags_that_must_match_on_resume():
         with pytest.raises(UserError, match=said):
             check(**{name: "here"})
     check(**{name: "here" for name in MAY_CHANGE})
+    for name in MAY_CHANGE:
+        capsys.readouterr()
+        check(**{name: "here"})
+        if name in ("resume", "out_dir", "set"):
+            assert capsys.readouterr().out == ""
+        else:
+            assert f"--resume: it goes on with what is typed now: --{name} there there, here here" in \
+                capsys.readouterr().out
+    check(**{name: "there" for name in MAY_CHANGE})
+    assert capsys.readouterr().out == ""
 
     # the method's row: a key that has another value, that is there alone, that is here alone
     for there, here in ((1, 2), (4, None), (None, 4)):
@@ -2336,6 +2346,23 @@ def test_nobody_listens(monkeypatch, capfd, tell, status):
             common.run_main(main)
         nobody.flush()                                                      # which Python does at its end
     assert left.value.code == status and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_closed_output(monkeypatch, closed):
+    """`evaluate.py ... >&-`, whose first printed line is a traceback, so that no file is written."""
+    written = []
+
+    def main():
+        sys.stdout.write("table\n")
+        sys.stderr.write("a progress bar\n")
+        written.append("r.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, closed, None)
+        with pytest.raises(SystemExit) as left:
+            common.run_main(main)
+        getattr(sys, closed).close()
+    assert left.value.code == 0 and written == ["r.json"]
 
 
 def test_output_that_a_full_disk_did_not_take(monkeypatch, capfd):
