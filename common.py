@@ -117,9 +117,12 @@ def line_for_user(error):
 
 
 class Parser(argparse.ArgumentParser):
-    """Defaults in every help line; what is wrong in one line and exit status 2."""
+    """Defaults in every help line; what is wrong in one line and exit status 2. doc: a script's
+    docstring, whose first paragraph --help shows. It is None under `python -OO`."""
 
-    def __init__(self, **options):
+    def __init__(self, doc=None, **options):
+        if doc is not None:
+            options["description"] = doc.split("\n\n")[0]
         formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
 

@@ -29,6 +29,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import pathlib
 import re
@@ -83,6 +84,7 @@ class Source(Dataset):
         return self.n
 
     def __getitem__(self, i):
+        i = operator.index(i)                       # a TypeError for 2.5
         if not 0 <= i < self.n:
             raise IndexError(f"{self.name} holds {self.n} crops, not crop {i}")
         crop = self.get(i)
@@ -172,13 +174,14 @@ def read_pixels(image, rotate_tall):
 
 
 def deep_grey_to_8_bits(image):
-    """Grey of more than 8 bits has one of three ranges: 0 to 65535; 0 to 1; or that of 8 bits.
-    Where the mode leaves it open, the lightest pixel says which."""
+    """Grey of more than 8 bits has one of three ranges: 0 to 65535; 0 to 1; or that of 8 bits,
+    since some programs store these in 16. The lightest pixel says which: nothing could be seen
+    of 65535 greys if none were above 255."""
     grey = np.asarray(image, np.float32)
     darkest, lightest = grey.min(), grey.max()      # both are NaN if one pixel is
     if not (darkest >= 0 and lightest <= 65535):
         raise Damaged(f"pixels from {darkest:g} to {lightest:g}; expected 0 to 1, 255 or 65535")
-    if image.mode.startswith("I;16") or lightest > 255:
+    if lightest > 255:
         scale = 1 / 257                             # 65535 becomes 255
     elif image.mode == "F" and lightest <= 1:
         scale = 255
@@ -481,8 +484,10 @@ def read_entries(path, kind):
 def parse_entry(entry, kind):
     """A line, or an element of MMOCR's list -> (image path, label)."""
     if kind == ".json":
-        (instance,) = entry["instances"]            # ValueError unless it is exactly one
-        return entry["img_path"], instance["text"]
+        instances = entry["instances"]
+        if len(instances) != 1:
+            raise ValueError(f"{len(instances)} instances; expected one, an image of one word")
+        return entry["img_path"], instances[0]["text"]
     if kind == ".jsonl":
         row = json.loads(entry, **NUMBERS_AS_TEXT)
         return row["filename"], row["text"]
@@ -845,7 +850,7 @@ CHARSETS = {
 
 def folds_case(chars):
     """True for the charset of 36: labels are read and trained on in lower case."""
-    return chars == CHARSETS["36"]
+    return set(chars) == set(CHARSETS["36"])
 
 
 def read_charset(name):
@@ -1373,7 +1378,7 @@ def focus(images, sigma, sharpen):
 
     # Crops and colours become channels, and each channel has its own kernel.
     padded = F.pad(images, (r, r, r, r), mode="replicate")
-    padded = padded.view(1, b * c, height + 2 * r, width + 2 * r)
+    padded = padded.reshape(1, b * c, height + 2 * r, width + 2 * r)
     kernel = kernel.repeat_interleave(c, 0)[:, None]
     return F.conv2d(padded, kernel, groups=b * c).view(b, c, height, width)
 
@@ -1780,10 +1785,28 @@ def check_output(path, srcs):
             raise UserError(f"{path}: {src} is read, and would be changed; name a file elsewhere")
 
 
+def check_crops_stay(path, source):
+    """UserError if the file that will be written is a crop that a labels file names."""
+    if not os.path.exists(path):
+        return
+    out = os.path.realpath(path)
+    for part in getattr(source, "parts", [source]):
+        if not isinstance(part, Files):
+            continue
+        for i in range(len(part)):
+            crop = part.path(i)
+            # Names are compared first: to ask for the real paths of millions would take long.
+            same_name = os.path.basename(crop) == os.path.basename(out)
+            if same_name and os.path.realpath(crop) == out:
+                raise UserError(f"{path}: {part.where(i)} is read, and would be changed; "
+                                "name a file elsewhere")
+
+
 def show(args):
     """Draws crops, and beside each the views that were asked for."""
     check_output(args.out, args.src)
     source = open_to_draw(args)
+    check_crops_stay(args.out, source)
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(source), generator=generator)[:args.n].tolist()
     batch = read_batch(chosen, source)
@@ -1858,7 +1881,11 @@ def check(args):
     source = open_sources(args.src)
     known = None
     if args.against:
-        known = KnownCrops(open_sources(args.against), args.workers)
+        tests = open_sources(args.against)
+        if args.write_list:
+            check_crops_stay(args.write_list, source)
+            check_crops_stay(args.write_list, tests)
+        known = KnownCrops(tests, args.workers)
         if args.write_list:
             open(args.write_list, "a").close()      # fails now, not after an hour of reading
 
@@ -1869,7 +1896,7 @@ def check(args):
         counts.add(files, batch)
         if known is not None:
             matches = known.find(files, batch.images, args.alike)
-            lines += list_lines(source, batch, known.source, matches)
+            lines += list_lines(source, batch.indices, known.source, matches)
 
     counts.report(source)
     if not counts.widths:
@@ -1993,16 +2020,22 @@ def fingerprint(images):
     return F.normalize(edges - edges.mean(1, keepdim=True))
 
 
-def list_lines(source, batch, tests, matches):
+def list_lines(source, indices, tests, matches):
     """A line for each crop that was found: its number, where it is, its label, why, where the
     test crop is, its label."""
     lines = []
-    for i, label, (k, why) in zip(batch.indices, batch.labels, matches):
+    for i, (k, why) in zip(indices, matches):
         if k is not None:
-            fields = [i, source.where(i), label, why, tests.where(k), tests.label(k)]
-            line = "\t".join(str(field) for field in fields)
+            fields = [list_start(source, i), why, tests.where(k), str(tests.label(k))]
+            line = "\t".join(fields)
             lines.append(line.replace("\n", " "))
     return lines
+
+
+def list_start(source, i):
+    """How crop i's line in such a list begins, by which pack --without knows it again."""
+    fields = [str(i), source.where(i), str(source.label(i))]
+    return "\t".join(fields).replace("\n", " ")
 
 
 # ---- the command pack
@@ -2016,6 +2049,9 @@ def pack(args):
     if os.path.exists(out):
         raise UserError(f"{out}: exists already; type the name of a new folder")
     skip = read_list(args.without, source) if args.without else set()
+    if os.path.isdir(unfinished) and set(os.listdir(unfinished)) - {"data.mdb", "lock.mdb"}:
+        raise UserError(f"{unfinished}: is needed while {out} is written, and holds other things; "
+                        "rename it, or type another name")
 
     shutil.rmtree(unfinished, ignore_errors=True)           # what a pack left that was stopped
     try:
@@ -2042,11 +2078,11 @@ def read_list(path, source):
         for line in text.split("\n"):               # not splitlines: a label may hold a \r
             if line == "":
                 continue
-            number, where = line.split("\t")[:2]
-            if source.where(int(number)) != where:
+            i = int(line.split("\t")[0])
+            if not f"{line}\t".startswith(f"{list_start(source, i)}\t"):
                 raise ValueError("it names other entries")
-            skip.add(int(number))
-    except (OSError, ValueError, IndexError) as error:
+            skip.add(i)
+    except (OSError, ValueError, IndexError, Damaged) as error:
         raise UserError(f"--without {path}: {error}; expected the list that check wrote "
                         "of this SRC") from None
     return skip
@@ -2110,7 +2146,7 @@ def check_written(folder, name, source, kept):
 # ---- the command line
 
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True)
     add_show(commands)
     add_check(commands)

@@ -69,7 +69,7 @@ def fold_exact(text):
 
 
 def fold_ci(text):
-    return unicodedata.normalize("NFC", text).lower()
+    return unicodedata.normalize("NFC", text.lower())
 
 
 def fold_waics(text):
@@ -128,8 +128,9 @@ def normalize(text, protocol):
 def default_protocol(charset):
     """waics, as in papers; exact for a charset of one's own, of which waics may drop every
     character."""
-    if charset in data.CHARSETS.values():
-        return "waics"
+    for known in data.CHARSETS.values():
+        if set(charset) == set(known):
+            return "waics"
     return "exact"
 
 
@@ -210,9 +211,17 @@ def timed_score(pairs, protocol, began):
     return row
 
 
-# Both words of a first line of --score that is a header.
-HEADER_WORDS = {"label", "labels", "gt", "truth", "ground_truth", "target", "text", "pred", "preds",
-                "prediction", "predictions", "predicted", "reading"}
+# A first line of --score is a header if its two columns differ and hold no word but these, such as
+# "GT Label" and "predicted_text".
+HEADER_WORDS = {
+    "label", "labels", "gt", "ground", "truth", "groundtruth", "true", "target", "reference",
+    "text", "pred", "preds", "prediction", "predictions", "predicted", "reading", "model", "ocr",
+}
+
+
+def is_header(label, prediction):
+    words = re.split("[ _-]+", f"{label} {prediction}".lower())
+    return label.lower() != prediction.lower() and HEADER_WORDS.issuperset(words)
 
 
 def parse_predictions(path):
@@ -241,9 +250,8 @@ def parse_predictions(path):
         if "\r" in prediction:
             raise UserError(f"--score {path}: line {number} goes on after a carriage return; save "
                             "it with the line ends of Unix or Windows")
-        names = {label.lower(), prediction.lower()}
-        if number == 1 and len(names) == 2 and names <= HEADER_WORDS:
-            say(f"--score {path}: line 1 is taken for a header: {line}")
+        if number == 1 and is_header(label, prediction):
+            print(f"--score {path}: line 1 is taken for a header: {line}", file=sys.stderr)
             continue
         if len(columns) > 2 and columns[2] == "damaged":
             prediction = None
@@ -956,11 +964,15 @@ def check_flags(parser, args):
     check_outputs(parser, args)
 
 
+def files_to_write(args):
+    return [path for path in (args.json, args.predictions, args.errors) if path]
+
+
 def check_outputs(parser, args):
     """The same if a result would be written over what is read, or over another result."""
     read = [*(args.data or ()), *(args.images or ())]
     read += [path for path in (args.ckpt, args.score) if path]
-    written = [path for path in (args.json, args.predictions, args.errors) if path]
+    written = files_to_write(args)
     for path in written:
         data.check_output(path, read)
         if path == "-" or path.endswith("/"):
@@ -969,8 +981,10 @@ def check_outputs(parser, args):
         if path and path.lower().endswith(NOT_TEXT):
             parser.error(f"{path}: expected the name of a text file, such as r.json; this may be "
                          "a crop or a checkpoint")
+    if args.attention:
+        written.append(args.attention)
     if len(set(map(os.path.realpath, written))) < len(written):
-        parser.error(f"{' '.join(written)}: one file for two results; name one for each")
+        parser.error(f"{' '.join(written)}: one name for two results; give each its own")
 
 
 def check_sets(parser, args):
@@ -996,6 +1010,7 @@ def open_sets(args, net):
             name = src.rstrip("/")
         if name in sources:
             name = os.path.abspath(src)
+        source.name = name                      # by which its crops are named, too
         sources[name] = source
     return sources
 
@@ -1003,15 +1018,14 @@ def open_sets(args, net):
 def prepare_files(args):
     """Makes the folders that will be written. If a file or a folder cannot be, this is known now
     and not after an hour of reading."""
-    for path in (args.json, args.predictions, args.errors):
-        if path:
-            path = os.path.realpath(path)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            is_new = not os.path.exists(path)
-            open(path, "a").close()             # what is in it stays until there is a result
-            if is_new:
-                with contextlib.suppress(FileNotFoundError):    # another rank was faster
-                    os.remove(path)
+    for path in files_to_write(args):
+        path = os.path.realpath(path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        is_new = not os.path.exists(path)
+        open(path, "a").close()                 # what is in it stays until there is a result
+        if is_new:
+            with contextlib.suppress(FileNotFoundError):        # another rank was faster
+                os.remove(path)
     if args.attention:
         os.makedirs(args.attention, exist_ok=True)
 
@@ -1077,6 +1091,8 @@ def score_sets(net, args, group):
     sources = open_sets(args, net)
     fit_lines = []
     for name, source in sources.items():
+        for path in files_to_write(args):
+            data.check_crops_stay(path, source)
         fit_lines.append(check_labels(name, source, net, protocol, args.predictions))
     prepare_files(args)
     print_header(net, sources, args)
@@ -1125,7 +1141,7 @@ def print_header(net, sources, args):
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     add_flags(parser)
     args = parser.parse_args()
     check_flags(parser, args)

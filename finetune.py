@@ -426,7 +426,7 @@ def main():
 # ---- flags
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     add, share = parser.add_argument, number_in("(0, 1]")
     add("--init",
         help="checkpoint to start from: pretrain.py's, a recognizer's, MAE's, LMIM's; left out: "

@@ -384,7 +384,7 @@ def to_uint8(picture):
 
 def parse_args():
     """-> args, the row of METHODS, nsp's scales [(h, w), ...]."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--method", choices=METHODS, default="mnsp", help="a row of METHODS in model.py")
     add_training_flags(parser, MODELS)

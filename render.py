@@ -401,7 +401,7 @@ def fonts_with(charset, fonts):
     if not complete:
         least = min(lacking.values(), key=len)
         raise UserError("charset: no font has all of it, the best lacks "
-                        f"{''.join(least[:40])}; give one with --fonts FOLDER")
+                        f"{''.join(least[:40])!r}; give one with --fonts FOLDER")
     return complete
 
 

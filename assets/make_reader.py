@@ -19,7 +19,7 @@ ARGS = ["model", "max_length", "spell", "rotate_tall"]  # the flags that evaluat
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="best.pt of finetune.py")
     checkpoint = read_checkpoint(parser.parse_args().checkpoint)
 

@@ -529,7 +529,7 @@ COMMANDS = dict(train=train, run=run, read=read, data=loading)
 
 
 def parse_args():
-    parser = common.Parser(description=__doc__.split("\n\n")[0])
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add("command", nargs="?", choices=COMMANDS,
         help="see the top of this file; left out: all, one after the other")

@@ -30,7 +30,7 @@ from collections import namedtuple
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 sys.path.insert(0, ROOT)
 from common import Parser, UserError, run_main
-from data import open_source
+from data import list_start, open_source
 
 
 # ---- what is run
@@ -228,7 +228,7 @@ def pack(source, kept, train, path):
     with open(without, "w", encoding="utf-8") as file:
         for i in range(len(source)):
             if i not in kept:
-                file.write(f"{i}\t{source.where(i)}\n")
+                file.write(f"{list_start(source, i)}\n")
     if not os.path.exists(path):
         run_script("data.py", "pack", train, path, "--without", without)
 
@@ -603,7 +603,7 @@ def write_tables(text, path):
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("what", choices=["list", "split", "run", "table"], help="what to do")
     add("--real", required=True, metavar="DIR", help="the folder of train/ and test/")

@@ -22,7 +22,6 @@ memory, the others still run. A figure is printed as soon as it is known, as one
     compiled        train with compiled layers and recorded steps, and the seconds until they are ready
 
 For --against see bench.py."""
-import argparse
 import contextlib
 import copy
 import importlib.util
@@ -585,7 +584,7 @@ def run_parts(args):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = common.Parser(__doc__)
     add = parser.add_argument
     add("--device", default="cuda", help="cuda, or cpu with --tiny")
     add("--tiny", action="store_true", help="tiny sizes; what is compiled is only traced")

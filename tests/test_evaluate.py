@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,6 +32,7 @@ WORDS = ["Stop!", "EXIT", "a" * 24, "b" * 25, "c" * 26, "d" * 60, "&", "café", 
 @pytest.mark.parametrize("protocol, text, folded", [
     ("exact", " A-b c ", " A-b c "), ("exact", "e\u0301", "é"), ("exact", "É", "É"), ("exact", "Ａ", "Ａ"),
     ("ci", "A-b C", "a-b c"), ("ci", "E\u0301", "é"), ("ci", "İ", "i\u0307"), ("ci", "ẞ", "ß"),
+    ("ci", "Ａ²", "ａ²"),
     ("waics", "It's A-1 !", "itsa1"), ("waics", "café", "caf"), ("waics", "e\u0301", "e"),
     ("waics", "中^文", ""),
     ("waics", "\u212a", ""), ("waics", "Ａ１", ""), ("waics", "²", ""), ("waics", "", ""),
@@ -44,6 +46,21 @@ def test_normalize(protocol, text, folded):
     k), mmocr's ^ and CJK in waics, NFKD left out of parseq36, symbols dropped by exact, the zh space rule, a
     range of full width that is one too short or long, and a guessed traditional-simplified fold."""
     assert evaluate.normalize(text, protocol) == folded
+
+
+@pytest.mark.parametrize("protocol", ["exact", "ci"])
+def test_composed_and_decomposed_are_the_same(protocol):
+    """A letter whose lower case is not composed any more, such as a Greek iota with two accents: read right, and
+    counted as wrong."""
+    for code in range(sys.maxunicode + 1):
+        char = chr(code)
+        apart = unicodedata.normalize("NFD", char)
+        if apart != char:
+            assert evaluate.normalize(char, protocol) == evaluate.normalize(apart, protocol), hex(code)
+            if protocol == "ci":
+                for cased in (char.upper(), char.lower()):
+                    decomposed = unicodedata.normalize("NFD", cased)
+                    assert evaluate.normalize(cased, "ci") == evaluate.normalize(decomposed, "ci"), hex(code)
 
 
 def test_every_protocol_says_what_it_does():
@@ -100,13 +117,13 @@ def test_ned_is_parseqs():
 def test_long_labels_are_counted_where_they_belong(protocol):
     """LMIM's loader replaces labels of 24 and more by a neighbour and the count stays the same. Here 24, 25,
     26 and 60 are all evaluated, but for parseq36, which drops 26 and 60, and '&', each under its reason.
-    Spaces do not make a label long, symbols do."""
-    words = ["a" * 24, "b" * 25, "c" * 26, "d" * 60, "&", "e " * 25, "f" * 25 + "!"]
+    Spaces and what has no ASCII do not make a label long, symbols do, and a half counts as 12."""
+    words = ["a" * 24, "b" * 25, "c" * 26, "d" * 60, "&", "e " * 25, "f" * 25 + "!", "½" * 13, "中" * 26]
     got = evaluate.score([(word, word) for word in words], protocol)
-    evaluated, dropped = 7, {}
+    evaluated, dropped = 9, {}
     if protocol == "parseq36":
-        evaluated, dropped = 3, {"longer than 25": 3, "no letter or digit": 1}
-    assert got == {"n": 7, "evaluated": evaluated, "dropped": dropped, "accuracy": 100, "ned": 100}
+        evaluated, dropped = 3, {"longer than 25": 4, "no letter or digit": 2}
+    assert got == {"n": 9, "evaluated": evaluated, "dropped": dropped, "accuracy": 100, "ned": 100}
 
 
 def test_damaged_and_nothing_left():
@@ -149,7 +166,7 @@ def test_what_the_table_says(capsys):
     lower = evaluate.summarize(some_sets(SVT=647, Incomplete=1495, a_name_of_more_than_ten=5), "exact")
     lower["sets"]["SVT"]["accuracy"] = 71.5
     lower["sets"]["Incomplete"]["accuracy"] = None
-    evaluate.print_table(dict(result, heights={"8": lower}))
+    evaluate.print_table(dict(result, heights={"8": lower}, rotations={"-5": result}))
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("protocol exact: ") and evaluate.PROTOCOLS["exact"].about in lines[1]
     assert [" ".join(line.split()) for line in lines[2:]] == [
@@ -163,6 +180,12 @@ def test_what_the_table_says(capsys):
         "height 8, and the change",
         "SVT 71.50 -8.50",
         "Incomplete - -",
+        "a_name_of_more_than_ten 80.00 +0.00",
+        "average 80.00 +0.00",
+        "",
+        "rotation -5, and the change",
+        "SVT 80.00 +0.00",
+        "Incomplete 80.00 +0.00",
         "a_name_of_more_than_ten 80.00 +0.00",
         "average 80.00 +0.00",
     ]
@@ -292,10 +315,14 @@ def test_score_refuses_other_columns(call, tmp_path):
     """A header counted as a word; what --images prints, whose first column is no label; a file with the line
     ends of old Macs, which is one long line: each a wrong figure in silence."""
     file = tmp_path / "p.tsv"
-    file.write_text("Label\tPrediction\nab\tab\n")
-    status, out, _ = call("--score", file)
-    assert status == 0 and "line 1 is taken for a header: Label\tPrediction" in out
-    assert re.search(r"^p.tsv +1 +1 +100", out, re.M)
+    for header in ("Label\tPrediction", "GT Label\tPredicted text", "ground_truth\tpred"):
+        file.write_text(f"{header}\nab\tab\n")
+        status, out, err = call("--score", file)
+        assert status == 0 and f"line 1 is taken for a header: {header}\n" in err
+        assert re.search(r"^p.tsv +1 +1 +100", out, re.M)
+    for word in ("Label\tlabel", "target\tmarket", "text\t"):            # no header
+        file.write_text(f"{word}\nab\tab\n")
+        assert re.search(r"^p.tsv +2 +2 ", call("--score", file)[1], re.M)
     file.write_text("ab\tab\nlabel\ttext\n")                  # words that were read
     assert re.search(r"^p.tsv +2 +2 +50", call("--score", file)[1], re.M)
     file.write_text("c/0.png\tab\t0.9\nc/1.JPG\tcd\t0.9\n")
@@ -366,6 +393,7 @@ def test_the_errors_are_the_surest(bench, call, tmp_path, monkeypatch):
     drawn as an error, or a crop beside another's reading."""
     drawn = []
     monkeypatch.setattr(evaluate, "draw_sheet", lambda rows, path: drawn.extend(rows))
+    monkeypatch.setattr(evaluate, "N_ERRORS", 4)
     src = bench / "set" / "labels.tsv"
     call("--ckpt", bench / "tiny.pt", "--data", src, "--errors", tmp_path / "e.png", "--workers", 0,
          "--predictions", tmp_path / "p.tsv", "--protocol", "parseq36")
@@ -373,7 +401,7 @@ def test_the_errors_are_the_surest(bench, call, tmp_path, monkeypatch):
     # random weights read nothing right; parseq36 drops what is too long, and "&"
     wrong = [row for row in rows if len(row[0]) <= 25 and row[0] != "&"]
     surest = sorted(wrong, key=lambda row: -float(row[2]))
-    assert len(wrong) == 5 and len(drawn) == 1 + 5
+    assert len(wrong) == 5 and len(drawn) == 1 + 4
     source = data.open_source(src)
     for (label, _, confidence, place), (image, truth, reading) in zip(surest, drawn[1:]):
         ((caption, _),) = image[1]
@@ -408,6 +436,9 @@ def test_a_wrong_name_costs_nothing(bench, call, tmp_path):
     refused(got, "labels.tsv: File exists")
     assert (tmp_path / "r.json").read_text() == "{}"
     refused(call(*ckpt, "--data", "synth:4", "--errors", tmp_path / "errors"), "errors.png")
+    crop = bench / "set" / "0.png"                              # of a labels file
+    got = call(*ckpt, "--data", "synth:4", bench / "set" / "labels.tsv", "--errors", crop)
+    refused(got, f"{crop}: labels.tsv 0.png is read, and would be changed")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no such pipes, and links for few")
@@ -623,6 +654,7 @@ def test_1000_crops_read_the_same_with_a_cache_without_one_and_alone(bench):
     a step late, a word that goes on after its end, and a confidence that counts the steps waited. uint8 and
     [0, 1] read the same."""
     net = evaluate.load_recognizer(str(bench / "tiny.pt"))
+    assert not net.training                                                 # or it would drop at random
     net.encoder, net.max_length = Pixels(), 11
     net.classifier.bias.data[net.end] = 35                                  # words end at all lengths
     generator = torch.Generator().manual_seed(1)
@@ -920,7 +952,8 @@ def test_refusals(bench, call, tmp_path):
     ("--score p.tsv --json p.tsv", "p.tsv: p.tsv is read, and would be changed"),
     ("--ckpt x.pt --images a.png --json x.pt", "x.pt: x.pt is read, and would be changed"),
     ("--images a.png --predictions ./a.png", "./a.png: a.png is read, and would be changed"),
-    ("--data l.tsv --json r --predictions ./r", "r ./r: one file for two results"),
+    ("--data l.tsv --json r --predictions ./r", "r ./r: one name for two results"),
+    ("--data l.tsv --json r --attention r", "r r: one name for two results"),
     ("--data l.tsv --json -", "-: expected the name of a file; /dev/stdout is the terminal"),
     ("--data l.tsv --errors e.png --predictions out/", "out/: expected the name of a file"),
     ("--data l.tsv --predictions c/0.PNG", "c/0.PNG: expected the name of a text file"),
@@ -931,6 +964,16 @@ def test_refusals(bench, call, tmp_path):
 def test_a_flag_without_effect_is_refused(call, flags, part):
     """A flag passed over in silence: its user believes that it was heeded. A result in the place of a crop."""
     refused(call(*flags.split()), part)
+
+
+@pytest.mark.parametrize("script", [data, evaluate])
+def test_help_without_docstrings(script, monkeypatch, capsys):
+    """A traceback under python -OO, which leaves docstrings out."""
+    monkeypatch.setattr(script, "__doc__", None)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 0 and "usage: script.py" in capsys.readouterr().out
 
 
 def test_flags_with_an_effect_are_taken(bench, call, monkeypatch):
@@ -966,6 +1009,11 @@ def test_heights_and_rotations():
     assert torch.allclose(evaluate.rotate(crop, 0.0), crop, atol=1e-5)
 
     assert evaluate.reduce_height(crop, 8).std() < 0.1 < crop.std()         # of noise, averaged
+    picture = Image.fromarray((crop[0] * 255).byte().permute(1, 2, 0).numpy())
+    for height, apart in ((16, 0.009), (8, 0.0045)):                        # Pillow's bicubic is a bit softer
+        want = picture.resize((4 * height, height), Image.BILINEAR).resize((128, 32), Image.BICUBIC)
+        want = torch.from_numpy(np.array(want)).permute(2, 0, 1) / 255
+        assert (evaluate.reduce_height(crop, height)[0] - want).abs().mean() < apart
     stripes = (torch.arange(128) // 2 % 2).float().expand(1, 3, 32, 128)
     assert evaluate.reduce_height(stripes, 8).std() < 0.1 < evaluate.reduce_height(stripes, 32).std()
 
@@ -985,14 +1033,15 @@ def test_the_net_reads_the_views(bench, call, monkeypatch):
     another."""
     given = []
 
-    def read(net, images, *_):
+    def read(net, images, batch_size, dtype):
+        assert (batch_size, dtype) == (9, torch.bfloat16)                   # as they were typed
         given.append(images)
         return [("x", 0.5)] * len(images)
 
     monkeypatch.setattr(model.Recognizer, "read", read)
     src = bench / "set" / "labels.tsv"
     call("--ckpt", bench / "tiny.pt", "--data", src, "--workers", 0, "--device", "cpu",
-         "--heights", 16, 8, "--rotations", 30)
+         "--batch_size", 9, "--dtype", "bfloat16", "--heights", 16, 8, "--rotations", 30)
     source = data.open_source(src)
     crops = common.to_unit(torch.stack([source[i][0] for i in (0, 1, 2, 3, 4, 5, 6, 8)]))
     plain, *views = map(common.to_unit, given)
@@ -1018,7 +1067,7 @@ def test_wrong_letters_are_marked(label, text, said):
 
 
 class Rendered(data.Source):
-    """Three grey crops whose text is the left quarter."""
+    """Three grey crops whose text is the left 36 columns: four patches of 8 and half of one."""
     name = "rendered"
 
     def __len__(self):
@@ -1026,7 +1075,7 @@ class Rendered(data.Source):
 
     def get(self, i):
         mask = torch.zeros(32, 128, dtype=torch.uint8)
-        mask[:, :32] = i + 1
+        mask[:, :36] = i + 1
         return data.Crop(torch.full((3, 32, 128), 90 * i, dtype=torch.uint8), "ab", mask)
 
 
@@ -1036,19 +1085,20 @@ def test_attention_on_text(bench, tmp_path, monkeypatch):
     end counted as a letter."""
     net = evaluate.load_recognizer(str(bench / "tiny.pt"))
     h, w = net.encoder.grid
+    monkeypatch.setattr(evaluate, "N_DRAWN", 2)                             # all three are measured
     even = torch.full((3, 1 + h * w), 1 / (1 + h * w))
     point = torch.zeros(3, 1 + h * w)
     point[:, 0], point[:, 1 + w] = 0.5, 0.5                                 # [cls]; the first patch of row 2
     ids = torch.tensor([[0, 1, net.end], [0, net.end, net.end], [2, 3, 4]])
     last_patch = F.one_hot(torch.tensor(h * w - 1), h * w).float()
-    for weights, share, entropy in ((even, 0.25, 1), (point, 1, 0)):
+    for weights, share, entropy in ((even, 36 / 128, 1), (point, 1, 0)):
         encoder = weights[:, None].expand(-1, 1 + h * w, -1)
         decoder = weights[:, 1:] / weights[:, 1:].sum(1, keepdim=True)
         decoder = decoder[:, None].repeat(1, 3, 1)
         decoder[ids == net.end] = last_patch                                # which is no text
         monkeypatch.setattr(evaluate, "attention", lambda *_: (ids, encoder, decoder))
         got = evaluate.report_attention(net, Rendered(), str(tmp_path / "look.png"))
-        assert got["n"] == 3 and got["text_area"] == pytest.approx(0.25)
+        assert got["n"] == 3 and got["text_area"] == pytest.approx(36 / 128)
         for who in ("cls", "patches", "decoder"):
             assert got[who] == pytest.approx({"share": share, "entropy": entropy}, abs=1e-5), who
 
@@ -1060,6 +1110,27 @@ def test_attention_on_text(bench, tmp_path, monkeypatch):
 
     photo = data.Files([(str(bench / "set" / "0.png"), "a")], "", "x")
     assert evaluate.report_attention(net, photo, str(tmp_path / "x.png")) is None
+
+
+def test_each_letter_has_its_own_look(monkeypatch):
+    """A letter above what the net looked at for the next one, or a crop beside another's label."""
+    rows = []
+    monkeypatch.setattr(evaluate, "draw_sheet", lambda drawn, path: rows.extend(drawn))
+    net = SimpleNamespace(charset="abc", end=3, encoder=SimpleNamespace(grid=(4, 16)))
+    ids = torch.tensor([[1, 0, 3], [2, 3, 3]])
+    encoder, decoder = torch.zeros(2, 65, 64), torch.zeros(2, 3, 64)
+    encoder[:, 0, 40] = encoder[:, 1:, 50] = 1                              # [cls] looks at patch 40
+    decoder[0, range(3), range(3)] = decoder[1, range(3), range(20, 23)] = 1
+    images = torch.stack([torch.zeros(3, 32, 128), torch.full((3, 32, 128), 90)]).byte()
+    evaluate.draw_attention(net, images, ["ba", "C"], ids, encoder, decoder, "x.png")
+    wanted = [{"[cls]": 40, "b": 0, "a": 1}, {"[cls]": 40, "c": 20}]
+    for (crop, *looks), image, label, places in zip(rows, images, ["ba", "C"], wanted, strict=True):
+        assert torch.equal(crop[0], image) and crop[1][0][0] == label
+        red_patch = {}
+        for picture, ((title, _),) in looks:
+            red = picture[0, 4::8, 4::8].int() - picture[1, 4::8, 4::8] > 100       # (4, 16)
+            (red_patch[title],) = red.flatten().nonzero().flatten().tolist()
+        assert red_patch == places
 
 
 def test_each_set_has_its_own_picture(bench, tmp_path, monkeypatch):
@@ -1150,22 +1221,7 @@ class FixedReader(torch.nn.Module):
         self.net = net
 
     def forward(self, images):
-        net = self.net
-        _, crop_kvs = net.encode(images)
-        last = torch.full_like(images[:, 0, 0, :1], net.start, dtype=torch.long)            # (B, 1)
-        going = torch.ones_like(last, dtype=torch.bool)
-        caches = None
-        characters, confidences = [], []
-        for t in range(net.max_length + 1):
-            logits, caches = net.logits_after(last, crop_kvs, caches)
-            probabilities = logits[:, :, :net.pad].softmax(-1)                              # (B, 1, V)
-            confidence, last = probabilities.max(-1)                                        # (B, 1)
-            if t == net.max_length:                                                         # all words end
-                confidence, last = probabilities[:, :, net.end], torch.full_like(last, net.end)
-            characters.append(last.where(going, net.end))
-            confidences.append(confidence.where(going, 1.0))
-            going = going & (last != net.end)
-        return torch.cat(characters, dim=1), torch.cat(confidences, dim=1)
+        return self.net.decode(images, stop=False)
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="2.6 takes its own guard for a limit of the batch")
@@ -1198,3 +1254,30 @@ def test_lines_are_drawn_for_who_reads_lines():
         words = evaluate.open_sets(args, net)["synth"]
         longest[max_length] = max(len(words.label(i)) for i in range(200))
     assert longest[10] == longest[25] <= 25 < longest[40] <= 40
+
+
+def test_rendered_words_are_those_that_were_asked_for(tmp_path):
+    """Characters that the recognizer has not; the system's fonts in the place of --fonts."""
+    args = SimpleNamespace(data=["synth:20"], fonts=None, rotate_tall=False)
+    net = SimpleNamespace(charset="xyz", max_length=25)
+    words = evaluate.open_sets(args, net)["synth"]
+    assert set("".join(words.label(i) for i in range(20))) == set("xyz")
+    args.fonts = str(tmp_path)
+    with pytest.raises(common.UserError, match="--fonts .*: no .ttf"):
+        evaluate.open_sets(args, net)
+
+
+def test_dtype_is_heeded(bench, call, tmp_path, monkeypatch):
+    """Half precision that was asked for and never used, or used where nobody asked."""
+    used = []
+    decode = model.Recognizer.decode
+
+    def look(net, images):
+        used.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return decode(net, images)
+    monkeypatch.setattr(model.Recognizer, "decode", look)
+    (tmp_path / "labels.tsv").write_text(f"{bench}/set/0.png\ta\n")
+    for what in (["--data", tmp_path / "labels.tsv"], ["--images", bench / "set" / "0.png"]):
+        for dtype in ("bfloat16", "float32"):
+            call("--ckpt", bench / "tiny.pt", *what, "--workers", 0, "--device", "cpu", "--dtype", dtype)
+            assert used.pop() == getattr(torch, dtype)

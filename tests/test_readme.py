@@ -122,6 +122,14 @@ def test_the_commands_shown_are_accepted(monkeypatch):
     assert tried > 30
 
 
+def test_docstrings_may_be_left_out():
+    """`python -OO`, under which __doc__ is None: a traceback in the place of --help."""
+    for name in [*SCRIPTS, "tests/bench.py", "tests/experiments.py", "tests/gpu.py"]:
+        assert not re.search(r"__doc__\.", text(name)), name
+    printed = common.Parser(None, prog="evaluate.py").format_help()
+    assert printed.startswith("usage: evaluate.py") and "None" not in printed
+
+
 def nano():
     return "vit_nano"
 
