@@ -112,7 +112,7 @@ def all_jobs(real, out, fonts):
             jobs.append(pretraining_job(name, seed, out, fonts))
         jobs.append(fine_tuning_job(name, seed, "all", tests, out, fonts))
     for seed in SEEDS:
-        for name in MAIN_ROWS:
+        for name in ALL_SEEDS:
             if PRETRAINING[name] is not None:
                 jobs.append(untrained_reader_job(name, seed, out))
             jobs.append(fine_tuning_job(name, seed, "tenth", tests, out, fonts))
@@ -504,13 +504,18 @@ def words_read_table(found, names, length):
 def equal_time_table(found):
     rows = []
     for name in EQUAL_TIME:
-        run = f"{name}-s{{}}-all"
-        if count_seeds(found, run) == "0":
-            continue
-        rows.append([f"`{name}`", f"{steps_of(name):,}", mean_sd(each_seed(found, run, "val")),
-                     mean_sd(each_seed(found, run, "average")), list_seeds(found, run)])
-    title = "Words read (%) after pre-training for the same time, and the same fine-tuning on all real words"
-    return markdown(title, ["pre-training", "its steps", "validation", "average", "each seed"], rows)
+        row = [f"`{name}`", f"{steps_of(name):,}"]
+        for length in FINE_TUNING:
+            run = f"{name}-s{{}}-{length}"
+            row.append(mean_sd(each_seed(found, run, "average")))
+            row.append(list_seeds(found, run))
+        if count_seeds(found, f"{name}-s{{}}-all") != "0":
+            rows.append(row)
+    title = "Words read (%) after pre-training for the same time, and the same fine-tuning: averages"
+    head = ["pre-training", "its steps"]
+    for kind in FINE_TUNING.values():
+        head += [f"{kind.labels} of the real words", "each seed"]
+    return markdown(title, head, rows)
 
 
 def steps_of(name):

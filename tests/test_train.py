@@ -1,6 +1,7 @@
 """pretrain.py and finetune.py: what a step is fed, training arithmetic, resuming, what goes wrong and how it
 is said. Rendered words, vit_nano, a few steps."""
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -687,9 +688,9 @@ def test_weights_of_terms(go, whole, capsys):
     assert checkpoint(out)["args"]["objective"] == expected
 
 
-def test_a_teachers_features_are_the_target(go, whole, monkeypatch):
+def test_a_teachers_features_are_the_target(go, whole, monkeypatch, capsys):
     """--teacher that is loaded and not used, that is trained, or that is saved; that changes the student's
-    first weights, so that two targets cannot be compared."""
+    first weights, so that two targets cannot be compared. One that is loaded, unsaid."""
     path = os.path.join(whole(pretrain, *MIM), "last.pt")
     teacher = model.load_encoder(path)
     first, wrap = {}, pretrain.wrap_model
@@ -700,6 +701,7 @@ def test_a_teachers_features_are_the_target(go, whole, monkeypatch):
     monkeypatch.setattr(pretrain, "wrap_model", keep_first_weights)
     calls = record_calls(monkeypatch, Pretrainer)
     out = go(pretrain, "--max_steps", "1", "--teacher", path, out="features")
+    assert f"--teacher {path}: all {len(teacher.state_dict())} tensors loaded\n" in capsys.readouterr().out
     with_teacher, call = dict(first), calls[0]
     go(pretrain, "--max_steps", "1", out="pixels")
 
@@ -731,6 +733,7 @@ def draw(monkeypatch, tmp_path, prediction, teacher=None):
 
     def predict(self, image, guide, coarse, ids_keep, ids_mask):
         assert not self.training
+        assert not torch.is_grad_enabled(), "with gradients InfoNCE waits for the other ranks, which draw nothing"
         assert all(len(view) == len(image) for view in coarse)
         target = prediction(self.targets(image)[-1])
         masks.append(ids_mask)
@@ -761,7 +764,8 @@ def hidden_pixels(ids_mask):
 
 def test_pictures_of_a_right_prediction(monkeypatch, tmp_path):
     """Columns under another's title, patches put where they do not belong, contrast that is not put back: a
-    model that predicts its target must be shown to give back the crop."""
+    model that predicts its target must be shown to give back the crop. White beyond white, drawn as black."""
+    assert pretrain.to_uint8(torch.tensor([-3.0, -1, 0, 1, 3])).tolist() == [0, 0, 127, 255, 255]
     names, columns, images, ids_mask = draw(monkeypatch, tmp_path, lambda target: target)
     assert names == ["crop", "mim sees", "mim's guide", "mim predicts", "mim, in colour",
                      "nsp sees", "nsp predicts", "nsp, in colour", "target"]
@@ -1011,9 +1015,10 @@ def test_learning_rate(go, monkeypatch, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-def test_flags_reach_what_they_are_of(go, real, tmp_path, monkeypatch, script):
+def test_flags_reach_what_they_are_of(go, real, tmp_path, monkeypatch, capsys, script):
     """A flag that is parsed and not used: --seed of weights, order, dropout, masks and augmentation, --workers,
-    --fonts, --rotate_tall, --max_damaged, --dtype of the network, --compile."""
+    --fonts, --rotate_tall, --max_damaged, --dtype of the network, --compile, --device. Ranks that are not asked
+    whether they agree; first lines from which nobody can tell later what was run."""
     monkeypatch.setitem(MODELS, "vit_nano", SMALL)
     monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: True)
     seeds, seen = [], {}
@@ -1036,6 +1041,10 @@ def test_flags_reach_what_they_are_of(go, real, tmp_path, monkeypatch, script):
             return function(seed, *rest, **more)
         monkeypatch.setattr(script, name, call)
 
+    def pick_device(name):
+        seen.update(device=name)
+        return torch.device("cpu")
+
     def damage_count(limit):
         seen.update(max_damaged=limit)
         return data.DamageCount(limit)
@@ -1043,7 +1052,10 @@ def test_flags_reach_what_they_are_of(go, real, tmp_path, monkeypatch, script):
     monkeypatch.setattr(script, "open_sources", open_sources)
     monkeypatch.setattr(script, "batches", batches)
     monkeypatch.setattr(script, "DamageCount", damage_count)
+    monkeypatch.setattr(script, "pick_device", pick_device)
     monkeypatch.setattr(script, "compile_layers", lambda network: seen.update(compiled=True))
+    monkeypatch.setattr(script, "say_fonts", lambda source: seen.update(n_crops=len(source)))
+    monkeypatch.setattr(script, "check_ranks_agree", lambda group, *mine: seen.update(agreed=mine))
     keep_seed("seed_dropout")
     keep_seed("step_generator")
     calls = record_calls(monkeypatch, Pretrainer if script is pretrain else Recognizer)
@@ -1052,7 +1064,11 @@ def test_flags_reach_what_they_are_of(go, real, tmp_path, monkeypatch, script):
     out = go(script, *flags, "--max_steps", "1", "--batch_size", "4")
     assert len(seeds) >= 4 and set(seeds) == {7}
     expected = dict(fonts=str(tmp_path), rotate_tall=True, workers=3, max_damaged=0.3, compiled=True)
-    assert seen == expected
+    assert seen == dict(expected, n_crops=20, agreed=(0, 20), device="cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{script.__name__}.py --model vit_nano") and " --seed 7 " in lines[0]
+    assert lines[1] == f"torch {torch.__version__}  cpu x1  bfloat16"
+    assert ("from scratch" in lines) == (script is finetune)
     predicted = calls[0].result[2]
     if script is pretrain:
         predicted = predicted["mim"]
@@ -1152,6 +1168,14 @@ def test_lines_of_the_log(go, whole):
     assert [row["lr"] for row in few] == [every[k]["lr"] for k in (0, 3, 4, 5)]
 
 
+def test_a_line_of_fine_tuning():
+    """An accuracy that is printed as a part of the loss, hours that are printed as days."""
+    means = dict(read=2.0, spell=1.0, accuracy=0.5, loss=3.0)
+    row = dict(means, lr=1e-3, crops_per_s=9.6, ms_per_step=100, wait=0.05, peak_gb=1.5, eta_s=5400, bad_steps=0)
+    expected = "step 7  loss 3.000 = read 2.000 + spell 1.000  accuracy 0.500  lr 1.0e-03  10 img/s  100 ms  "
+    assert common.log_line(7, row, means) == expected + "wait 5%  1.5 GB  eta 1:30:00"
+
+
 class Clock:
     """A clock that stands still but for what it is told takes time."""
 
@@ -1215,6 +1239,7 @@ def test_a_run_of_days_says_so(go, monkeypatch, capsys, seconds, said):
     out = capsys.readouterr().out
     assert said in out and out.count("on this CPU; a smaller --max_steps takes less") == bool(said)
     assert common.less_work("vit_small") == "--model vit_nano takes minutes"
+    assert common.less_work("vit_mini") == "a smaller --max_steps takes less"
 
 
 # ---- learning
@@ -1451,6 +1476,39 @@ def test_what_is_recorded():
     assert found == [False, False, False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_matrix_products_are_of_dtype(dtype):
+    """--dtype float16 that is scaled as such, and computed in float32; weights that are cast for good."""
+    layer = torch.nn.Linear(4, 4)
+    with common.autocast(torch.device("cpu"), dtype):
+        assert layer(torch.ones(2, 4)).dtype == dtype
+    assert layer(torch.ones(2, 4)).dtype == layer.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("flags, fast", [
+    ("avx512f amx_bf16", True), ("avx512_bf16 sse2", True), ("avx512f avx2 bmi2", False), (None, False)])
+def test_dtype_that_auto_takes_on_a_cpu(monkeypatch, flags, fast):
+    """bfloat16 on a CPU that only emulates it, float32 on one that is faster with less, a traceback where there is
+    no /proc/cpuinfo."""
+    def read_flags(path):
+        if flags is None:
+            raise FileNotFoundError(2, "No such file", path)
+        return io.StringIO(f"model name: a CPU\nflags: {flags}\n")
+    monkeypatch.setattr(common, "open", read_flags, raising=False)
+    assert common.pick_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
+
+
+def test_a_cpu_keeps_its_memory(monkeypatch):
+    """malloc.h's numbers mistaken, M_MMAP_MAX -4 and M_TRIM_THRESHOLD -1, or nothing set at all: a step would take
+    twice as long. A traceback where the C library has no mallopt."""
+    told = []
+    monkeypatch.setattr(common.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *x: told.append(x)))
+    common.pick_device("cpu")
+    assert told == [(-4, 0), (-1, -1)]
+    monkeypatch.setattr(common.ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert common.pick_device("cpu") == torch.device("cpu")
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_dtype_that_auto_takes_on_a_gpu(monkeypatch, fast):
     """bfloat16 on a GPU that only emulates it, or float32, which takes three times as long."""
@@ -1467,10 +1525,10 @@ def test_each_rank_takes_the_gpu_of_its_node(monkeypatch):
     there."""
     def on_cpu(size, device):
         return torch.zeros(size)
-    chosen = []
+    chosen, planning = [], []
     monkeypatch.setattr(torch, "empty", on_cpu)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", planning.append)
     for name, value in dict(WORLD_SIZE="16", RANK="9", LOCAL_RANK="1").items():
         monkeypatch.setenv(name, value)
     devices = [("cuda", False, "cuda:1"), ("auto", True, "cuda:1"), ("auto", False, "cpu")]
@@ -1478,6 +1536,7 @@ def test_each_rank_takes_the_gpu_of_its_node(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
         assert common.pick_device(name) == torch.device(expected)
     assert chosen == [torch.device("cuda:1")] * 2
+    assert planning == [False] * 2, "cuDNN's attention plans anew for each letter"
 
 
 # ---- stopping and going on
@@ -1719,7 +1778,9 @@ def write_first_line(out, damaged=0):
 
 def test_what_is_counted_over_all_ranks(tmp_path, monkeypatch, capsys):
     """Damage of one rank that passes for all of it, or that is counted once for each rank after a --resume;
-    files and lines that every rank writes; ranks that go on at different steps."""
+    files and lines that every rank writes; ranks that go on at different steps; a count that is rounded once it
+    is above 16 million."""
+    assert common.sum_over_ranks(None, 2 ** 24 + 1, 0.1) == [2 ** 24 + 1, 0.1]
     layer, skipped, damage = torch.nn.Linear(2, 2), torch.zeros(2), data.DamageCount()
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -1955,20 +2016,60 @@ def test_rates_of_other_sizes(script, size, blr):
     assert parsed(script, "--model", size).blr == blr
 
 
+INTERVALS = [       # flags, numbers that they take, numbers that they do not
+    ("batch_size accum_iter max_steps max_bad_steps log_every save_every sample_every max_length",
+     "1 100", "0 -1 1.5 inf"),
+    ("seed", "0 4294967295", "-1 1.5 4294967296"),
+    ("workers", "0 1", "-1 1.5"),
+    ("blr lr epochs", "1e-9 3", "0 -1 inf nan 1e9999"),
+    ("min_lr warmup_epochs weight_decay clip_grad guidance_strength spell", "0 0.5 3", "-1e-9 inf nan"),
+    ("mask_ratio max_damaged", "0.001 0.999", "0 1 nan"),
+    ("drop_path dropout", "0 0.999", "-0.1 1 nan"),
+    ("layer_decay label_fraction", "0.001 1", "0 1.001 nan"),
+]
+
+
+def test_intervals_of_flags():
+    """A number that is taken and ends the run later, such as --log_every 0, or one that is refused and means
+    something, such as --weight_decay 0. A flag that is new must be put into the table."""
+    parsers, plain = [], common.Parser.parse_args
+
+    def keep(parser):
+        parsers.append(parser)
+        return plain(parser)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Parser, "parse_args", keep)
+        workers = {parsed(script).workers for script in SCRIPTS.values()}
+    actions = itertools.chain.from_iterable(parser._actions for parser in parsers)
+    types = {action.dest: action.type for action in actions if action.type}
+    assert set(types) == set(" ".join(flags for flags, _, _ in INTERVALS).split())
+    for flags, taken, refused in INTERVALS:
+        for flag in flags.split():
+            for number in taken.split():
+                assert types[flag](number) == float(number)
+            for number in refused.split():
+                with pytest.raises(common.argparse.ArgumentTypeError, match="expected a number in"):
+                    types[flag](number)
+    assert workers == {min(4, os.cpu_count())}
+
+
 @pytest.mark.parametrize("typed, steps", [("", 2000), ("--epochs 3", None), ("--epochs 3 --max_steps 7", 7)])
 def test_epochs_that_are_typed_count(typed, steps):
     """vit_nano's recipe is in steps, and would overrule them in silence."""
     assert parsed(pretrain, "--model", "vit_nano", *typed.split()).max_steps == steps
 
 
-def test_the_size_is_that_of_the_checkpoint(whole):
+def test_the_size_is_that_of_the_checkpoint(whole, monkeypatch):
     """finetune.py --init of a vit_nano without --model that builds a vit_small, or with another one's
-    recipe; a --model that is typed and overruled."""
+    recipe; a --model that is typed and overruled; --help that reads a file."""
     path = os.path.join(whole(pretrain, *MIM), "last.pt")
     args = parsed(finetune, "--init", path)
     assert (args.model, args.spell, args.layer_decay) == ("vit_nano", 10, 1)
     args = parsed(finetune, "--init", path, "--model", "vit_tiny")
     assert (args.model, args.spell, args.blr) == ("vit_tiny", 0, 4e-4)
+    for flag in ("-h", "--help"):
+        monkeypatch.setattr(sys, "argv", ["finetune.py", "--init", "nowhere.pt", flag])
+        assert finetune.model_of_init() is None
 
 
 # ---- what goes wrong
@@ -2005,6 +2106,15 @@ def test_bad_steps_are_skipped_and_counted(go, monkeypatch, whole, capsys):
     plant_nan(monkeypatch, pretrain, range(1, 1000))
     with pytest.raises(UserError, match="step 3: 3 steps in a row had a non-finite gradient.*last.pt"):
         go(pretrain, *MIM, "--max_bad_steps", "3", out="always")
+
+
+def test_an_optimizer_that_would_not_skip_is_refused():
+    """A student's own optimizer, which takes the bad steps that the log says were skipped."""
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(ValueError, match="fused=True"):
+        common.step_unless_not_finite(optimizer, scaler, torch.tensor(1.0), torch.zeros(2))
 
 
 def test_bad_steps_count_over_a_resume(go, monkeypatch):
@@ -2072,7 +2182,7 @@ def test_full_disk_at_the_end(go, monkeypatch, script):
 
 
 def test_no_room_for_a_line_or_a_picture(tmp_path, monkeypatch, capsys):
-    """A run that dies of a line of its log, or of a picture."""
+    """A run that dies of a line of its log, of a picture, or because it has no sound crop for one."""
     (tmp_path / "log.jsonl").mkdir()                                        # so that it cannot be written
     write_first_line(tmp_path)
     assert "step 1: could not write" in capsys.readouterr().out
@@ -2085,6 +2195,18 @@ def test_no_room_for_a_line_or_a_picture(tmp_path, monkeypatch, capsys):
     images = torch.zeros(1, 3, 32, 128, dtype=torch.uint8)
     pretrain.draw_samples(network, images, cpu, torch.float32, args, str(tmp_path / "samples" / "5.png"), 5)
     assert "step 5: could not write" in capsys.readouterr().out
+    pretrain.draw_samples(network, images[:0], cpu, torch.float32, args, str(tmp_path / "none" / "6.png"), 6)
+    assert capsys.readouterr().out == "" and not (tmp_path / "none").exists()
+
+
+def test_a_bug_is_no_full_disk(tmp_path, monkeypatch):
+    """An error of the program in the midst of saving, told as the disk's: the run would go on, and save
+    nothing."""
+    def save(state, file):
+        raise RuntimeError("a bug")
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RuntimeError, match="a bug"):
+        common.write_checkpoint(str(tmp_path / "last.pt"), dict(model={}, step=1))
 
 
 def test_full_disk_that_holds_the_log_too(monkeypatch):
@@ -2179,6 +2301,7 @@ WRONG = [
     (PRE, "--min_lr 2e-3 --lr 1e-3", "--min_lr 0.002: expected at most the learning rate, 1.00e-03"),
     (PRE, "--out_dir=", "--out_dir is empty; give it a value, or leave it out"),
     (PRE, "--teacher=", "--teacher is empty; give it a value, or leave it out"),
+    (FINE, "--val=", "--val is empty; give it a value, or leave it out"),
     (PRE, "--max_damaged 1", "--max_damaged 1: expected a number in (0, 1)"),
     (PRE, "--method byol", "byol"),
     (PRE, "--mask_ratio 1.4", "1.4: expected a number in (0, 1)"),
@@ -2240,6 +2363,7 @@ WRONG = [
     # --scales
     (PRE, "--scales 16", "16: expected height x width in pixels, such as 16x64"),
     (PRE, "--scales 0x64", "0x64: expected height x width in pixels, such as 16x64"),
+    (PRE, "--scales 16x64x3", "16x64x3: expected height x width in pixels, such as 16x64"),
     (PRE, "--scales 12x64", "--scales 12x64: expected multiples of the patch, 8x8, below 32x128"),
     (PRE, "--scales 16x50", "--scales 16x50: expected multiples of the patch, 8x8, below 32x128"),
     (PRE, "--scales 32x128", "--scales 32x128: expected multiples of the patch, 8x8, below 32x128"),
@@ -2288,6 +2412,14 @@ def test_flags_that_go_together(tmp_path, real, typed):
     assert args.objective["mim"] > 0 or args.objective["nsp"] > 0
 
 
+def test_flags_of_fine_tuning_that_go_together(real):
+    """The same: --spell with real crops beside rendered words, all that belongs to --val, rates of an encoder that
+    learns."""
+    for typed in ("--data REAL synth:8 --spell 5 --rotate_tall", "--data REAL --spell 0",
+                  "--sample_every 5 --val REAL", "--val synth:8 synth:9:1@2", "--layer_decay 0.5 --drop_path 0.2"):
+        parsed(finetune, *typed.replace("REAL", real).split())
+
+
 def test_one_crop_a_rank_is_enough_for_two_ranks(monkeypatch):
     """InfoNCE that is refused on many GPUs of few crops each: it compares the crops of all ranks."""
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -2307,6 +2439,7 @@ def test_what_is_no_users_mistake_keeps_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["a/pretrain.py"])
     for error, line in (
             (UserError("mend this"), "mend this"),
+            (UserError("in a loader's process\nTraceback (most recent call last):\nmend this"), "py: mend this"),
             (FileNotFoundError(2, "No such file", "x.pt"), "x.pt: No such file"),
             (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "lower --workers"),
             (RuntimeError("No working C++ compiler found in x\n\nSet TORCH_LOGS"), "needs a C++ compiler, such"),
@@ -2327,6 +2460,18 @@ def test_what_is_no_users_mistake_keeps_its_traceback(monkeypatch, capsys):
     monkeypatch.setenv("STR_TRACEBACK", "1")
     error = UserError("mend this")
     assert run_failing(error)[0] is error
+
+
+def test_ctrl_c_after_torch_is_loaded():
+    """A script that a signal ends where it stands, as while torch was loaded: nothing would be put in order."""
+    before, status = signal.signal(signal.SIGINT, signal.SIG_IGN), []
+    try:
+        with pytest.raises(SystemExit) as left:
+            common.run_main(lambda: signal.raise_signal(signal.SIGINT))
+        status.append(left.value.code)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert status == [130]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its pipes tell otherwise")
@@ -2376,6 +2521,12 @@ def test_output_that_a_full_disk_did_not_take(monkeypatch, capfd):
     assert left.value.code == 2 and error.count("\n") == 1 and "No space left on device" in error
 
 
+def test_help_begins_with_what_a_script_does():
+    """A sentence that ends with its first line, or a docstring that is shown to its end."""
+    shown = common.Parser("What it\ndoes.\n\n    a command\n").format_help()
+    assert "What it does." in shown and "a command" not in shown
+
+
 def test_a_flag_that_is_typed_twice_is_said(capsys):
     """`--set mim=2 --set nsp=3` or `--data A --data B`, of which the first is lost, unsaid. (The last of two
     counts, so that a flag can be appended to a long command.)"""
@@ -2385,14 +2536,18 @@ def test_a_flag_that_is_typed_twice_is_said(capsys):
     assert [line.split(": ")[1].split()[0] for line in lines] == ["--set", "--seed"]
 
 
-def test_an_out_dir_behind_a_broken_link(tmp_path):
-    """out -> /scratch/out, and /scratch is not there today: a run to its end, and nothing of it on a disk."""
+def test_an_out_dir_behind_a_broken_link(tmp_path, monkeypatch):
+    """out -> /scratch/out, and /scratch is not there today: a run to its end, and nothing of it on a disk. Or a
+    folder of somebody else's."""
     (tmp_path / "out").symlink_to(tmp_path / "scratch")
     for path in ("out", "out/run"):
         with pytest.raises(UserError, match="out is a link that leads nowhere; expected a folder"):
             common.check_out_dir(str(tmp_path / path))
     (tmp_path / "scratch").mkdir()
     common.check_out_dir(str(tmp_path / "out" / "run"))
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(UserError, match="out cannot be written; name another folder"):
+        common.check_out_dir(str(tmp_path / "out" / "run"))
 
 
 def test_ranks_of_an_empty_variable(monkeypatch):
@@ -2403,7 +2558,16 @@ def test_ranks_of_an_empty_variable(monkeypatch):
 
 
 def test_a_ranks_device_is_torchruns_to_choose(monkeypatch):
-    """--device cuda:1 under torchrun: all ranks on one GPU, and an error about its memory."""
+    """--device cuda:1 under torchrun: all ranks on one GPU, and an error about its memory. One GPU of several
+    refused without it."""
+    assert common.pick_device("cpu:0").type == "cpu"
+
+    def no_such_gpu(*_, **__):
+        raise RuntimeError("CUDA error: no such GPU. It may be\nanother one")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", no_such_gpu)
+        with pytest.raises(UserError, match="^--device cuda:7: CUDA error: no such GPU$"):
+            common.pick_device("cuda:7")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--device cuda:1: torchrun gives each rank its own; type"):
         common.pick_device("cuda:1")
@@ -2424,6 +2588,19 @@ def test_how_ranks_meet(monkeypatch, kind, backend):
     monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
     assert common.join_ranks(torch.device(kind)) == "group of gloo"
     assert met == [(backend, "store", 3, 4)]
+
+
+def test_ranks_that_never_come(monkeypatch):
+    """A rank 0 that waits for ever, or that gives up while slow nodes still load torch."""
+    def sleep(seconds):
+        now[0] += 60
+
+    now = [0]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(common, "time", SimpleNamespace(time=lambda: now[0], sleep=sleep))
+    with pytest.raises(UserError, match="waited half an hour for the other 3; were all of them started"):
+        common.hand_out_prefix(SimpleNamespace(check=lambda keys: False))
+    assert 1800 < now[0] <= 1860
 
 
 @pytest.mark.parametrize("backend, status, leaves", [
@@ -2498,12 +2675,14 @@ def test_val_of_another_script(go, tmp_path, capsys):
 
 
 def test_val_keeps_words_that_do_not_fit(real, capsys):
-    """Words that the charset or --max_length rules out, left out of --val: the accuracy would be too high."""
-    args = SimpleNamespace(val=[real], data=["synth:4"], charset="94", max_length=5)
+    """Words that the charset or --max_length rules out, left out of --val: the accuracy would be too high. One of
+    several SRCs of --data that holds them too, unsaid."""
+    args = SimpleNamespace(val=[real], data=["synth:4", real], charset="94", max_length=5)
     val = finetune.open_val(args, data.CHARSETS["94"], "waics", dict(fonts=None, rotate_tall=False))
     _, labels = crops_of(real)
     fitting = [label for label in labels if len(label) <= 5]
-    assert len(val) == 16 and f"{len(fitting)} of 16 labels fit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert len(val) == 16 and f"{len(fitting)} of 16 labels fit" in said and "are trained on too" in said
     assert 0 < len(fitting) < 16
 
 
@@ -2638,12 +2817,16 @@ def test_what_another_program_calls_charset_and_model(tmp_path, monkeypatch):
     assert same(network.encoder.state_dict(), encoder)
 
 
-def test_tensors_that_have_no_place_are_not_dropped():
-    """A recognizer or a deeper network of which a part is loaded as if it were all."""
+@pytest.mark.parametrize("more, said", [
+    (dict(gate=torch.ones(2)), "2 of 2 tensors match; not known here: gate"),
+    (dict(bias=torch.ones(3)), r"1 of 2 tensors match; bias is \(3,\) there and \(2,\) here"),
+    (dict(bias=None), "1 of 2 tensors match; missing bias")])
+def test_tensors_that_have_no_place_are_not_dropped(more, said):
+    """A recognizer or a deeper network of which a part is loaded as if it were all; the file's shape taken for
+    the network's."""
     layer = torch.nn.Linear(2, 2)
-    state = dict(layer.state_dict(), gate=torch.ones(2))
-    with pytest.raises(UserError, match="x.pt: 2 of 2 tensors match; not known here: gate"):
-        common.load_state(layer, state, "x.pt")
+    with pytest.raises(UserError, match=f"^x.pt: {said}$"):
+        common.load_state(layer, dict(layer.state_dict(), **more), "x.pt")
 
 
 def test_json_has_no_infinity():
@@ -2665,9 +2848,13 @@ def test_weights_that_are_not_numbers_are_not_loaded(wrong):
 @pytest.mark.parametrize("val, train, said", [
     ("synth:9:1", "synth:5:1@3", True), ("synth:9:1", "synth:9:12", False), ("synth", "synth:7:0", True),
     ("L/train/a", "L/train", True), ("L", "L/train@2", True), ("L/./a.tsv", "L/a.tsv", True),
-    ("L/train2", "L/train", False), ("L/val", "L/train", False), ("synthetic/val", "synthetic/train", False)])
-def test_validation_on_what_is_trained_on(val, train, said):
-    """An accuracy on a part of the training data's tree, unsaid."""
+    ("L/train2", "L/train", False), ("L/val", "L/train", False), ("synthetic/val", "synthetic/train", False),
+    ("synth:9:01", "synth:5:1", True), ("link/a", "L/train", True)])
+def test_validation_on_what_is_trained_on(tmp_path, monkeypatch, val, train, said):
+    """An accuracy on a part of the training data's tree, unsaid, by whatever name it goes."""
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("L/train")
+    os.symlink("L/train", "link")
     assert finetune.share_words(val, train) is said
 
 
