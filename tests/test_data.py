@@ -25,7 +25,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import multiprocessing
 
 import data
@@ -82,7 +82,7 @@ def labels_of(batches, n):
 def run_python(code):
     """A process of its own, in the folder of the scripts."""
     words = [sys.executable, "-c", code]
-    return subprocess.run(words, cwd=SCRIPTS, capture_output=True, text=True, timeout=60)
+    return subprocess.run(words, cwd=SCRIPTS, capture_output=True, text=True, timeout=300)
 
 
 def test_importing_does_nothing():
@@ -226,6 +226,15 @@ def test_folder(tmp_path):
     assert len(source) == 4 and source[3][1] is None
 
 
+def test_a_link_to_a_folder_is_followed(tmp_path):
+    """The crops of another disk, to which a link leads, left out in silence."""
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    picture(0).save(tmp_path / "disk" / "deep" / "a.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "disk")
+    assert len(data.open_source(tmp_path / "set")) == 1
+
+
 def test_every_kind_of_image_is_found(tmp_path, capsys):
     """A folder of .jpeg or .webp whose crops are "not looked at"."""
     suffixes = "bmp gif jpeg jpg pgm png ppm tif tiff webp".split()
@@ -275,8 +284,9 @@ def test_foreign_sources(tmp_path, words):
     (tmp_path / "junk" / "data.mdb").write_bytes(b"x" * 9000)
     (tmp_path / "short").mkdir()
     whole = open(os.path.join(words, "data.mdb"), "rb").read()
-    half = whole[:len(whole) // 2 // 4096 * 4096]
-    (tmp_path / "short" / "data.mdb").write_bytes(half)                     # reading it would be SIGBUS
+    (tmp_path / "short" / "data.mdb").write_bytes(whole[:-4096])            # a page less: reading it is SIGBUS
+    with pytest.raises(UserError, match="copy it again"):
+        data.open_lmdb(str(tmp_path / "short"))                             # which reads nothing yet
     foreign = {
         "a.txt": "path label\n",
         "b.jsonl": "{}",
@@ -636,6 +646,12 @@ def test_a_large_crop_keeps_what_it_shows():
     for kind in "PNG", "JPEG":
         got = data.decode(encode(large, kind, quality=95)).permute(1, 2, 0).numpy()
         assert np.abs(got.astype(float) - plain).mean() < 1.5, kind
+    exif = Image.Exif()
+    exif[0x0112] = 6                            # width and height change places once it is read
+    tall = Image.fromarray(pixels).resize((200, 800), Image.Resampling.BICUBIC)
+    plain = np.array(tall.resize((128, 32), Image.Resampling.BICUBIC))
+    lying = encode(tall.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif, subsampling=0)
+    assert np.abs(data.decode(lying).permute(1, 2, 0).numpy().astype(float) - plain).mean() < 2
 
 
 # ---- damage
@@ -772,6 +788,17 @@ def test_shared_memory_that_is_too_small(monkeypatch):
         data.batches(source, 256, 0, workers=4)
     with pytest.raises(UserError, match="--shm-size"):
         next(data.read_all(source, 300, workers=4))
+
+
+def test_shared_memory_that_is_enough(words, monkeypatch):
+    """A validation of a few crops refused for the room of a large batch; maps of characters that nobody
+    reckoned with."""
+    asked = []
+    monkeypatch.setattr(data, "check_shared_memory", lambda *given: asked.append(given))
+    source = data.open_source(words)
+    assert len(next(data.read_all(source, 1000)).images) == 50
+    data.batches(source, 8, 0, char_maps=True)
+    assert asked == [(0, 50), (0, 8, True)]
 
 
 def test_workers_end_with_their_reading(words):
@@ -1005,6 +1032,16 @@ def test_drawn_words_that_do_not_fit_are_found():
     assert len(folded) == 300
 
 
+def test_drawn_words_that_fit_are_not_asked(monkeypatch):
+    """A million labels drawn one by one, to learn that each fits: a start that takes minutes."""
+    monkeypatch.setattr(data.Synth, "label", lambda self, i: pytest.fail("it was asked"))
+    monkeypatch.setattr(data, "fonts_with", lambda charset, files: files)           # to look for them takes long
+    for name in "36", "62", "94":
+        chars = data.CHARSETS[name]
+        source, _ = data.fit_labels(data.open_sources(["synth:9"], chars=chars), chars, 25)
+        assert len(source) == 9
+
+
 def test_max_length_reaches_what_is_drawn(tmp_path, monkeypatch):
     """finetune.py --max_length 40 that trains on words of at most 25; labels of 40 that pass unread where 30
     are asked for; a max_length of 4 that cuts words, where it should leave them out."""
@@ -1088,6 +1125,8 @@ def test_charset(tmp_path):
     assert data.read_charset(str(tmp_path / "e.txt")) == "aéb"
     (tmp_path / "lines.txt").write_text("a\nz\n\u0301\nb", encoding="utf-8")
     assert data.read_charset(str(tmp_path / "lines.txt")) == "az\u0301b"     # not ź: a z would be lost
+    (tmp_path / "wide.txt").write_text("ﬁ²Ａ", encoding="utf-8")              # which NFKC would change
+    assert data.read_charset(str(tmp_path / "wide.txt")) == "ﬁ²Ａ"
     wrong = {"twice": b"abcda", "none": b"\n", "blank": b" \n", "tab": b"a\tb", "latin": b"\xe9"}
     said = {"twice": "'a' stands in it twice", "tab": "'\\\\t' is a control character"}
     for name, content in wrong.items():
@@ -1659,6 +1698,8 @@ def test_colour_and_noise():
     noisy = data.add_noise(grey, {"noise": per_crop(2, 1, .4, 0)}, drawn) - .5              # shares of 0.05
     assert torch.allclose(noisy.std((1, 2, 3)), per_crop(.1, .05, .02, 0), atol=.003)
     assert noisy.mean().abs() < .002
+    fixed = torch.rand(99, generator=generator()) - .5                  # in every process, and on every rank
+    assert torch.equal(data.noise_tape()[:99], fixed)
 
 
 def test_coarse_and_unit():
@@ -1703,6 +1744,9 @@ def test_flags_without_effect(tmp_path, words, monkeypatch, capsys):
     """A flag that was typed in vain, and nobody says so."""
     with pytest.raises(UserError, match="--fonts .*has no effect without rendered words; add synth"):
         call(monkeypatch, capsys, "show", words, "--fonts", tmp_path)
+    flags = ["--n", 3, "--max_length", 30, "--out", tmp_path / "s.png"]
+    call(monkeypatch, capsys, "show", words, "synth:2", *flags)                 # has an effect on one of both
+    os.remove(tmp_path / "s.png")
     with pytest.raises(UserError, match="--alike .*--against"):
         call(monkeypatch, capsys, "check", words, "--alike", ".9")              # the default, but typed
     with pytest.raises(UserError, match="--coarse 33x128: expected at most 32x128, a crop's size"):
@@ -1800,8 +1844,11 @@ def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
     call(monkeypatch, capsys, "pack", words, tmp_path / "clean", "--without", tmp_path / "list.tsv")
     clean = data.open_source(str(tmp_path / "clean"))
     assert [label for _, label in clean] == [f"w{i}" for i in range(50) if i not in (7, 9)]
-    windows = [(encode(picture(7)), b"w7\r"), (encode(picture(8)), b"w8\r")]        # line ends in labels
+    windows = [(encode(picture(7)), b"w7\r"), (encode(picture(8)), b"w8\r"),        # line ends in labels
+               (encode(picture(9)), b"w\n9")]
     typed = write_lmdb(tmp_path / "typed", windows)
+    call(monkeypatch, capsys, "check", typed, "--against", typed, "--write_list", tmp_path / "typed.tsv")
+    assert (tmp_path / "typed.tsv").read_bytes().count(b"\n") == 3                  # a line each
     call(monkeypatch, capsys, "check", typed, "--against", test, "--write_list", tmp_path / "typed.tsv")
     call(monkeypatch, capsys, "pack", typed, tmp_path / "clean2", "--without", tmp_path / "typed.tsv")
     assert [label for _, label in data.open_source(str(tmp_path / "clean2"))] == ["w8\r"]
@@ -1809,8 +1856,10 @@ def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
         call(monkeypatch, capsys, "pack", test, tmp_path / "other", "--without", tmp_path / "list.tsv")
     # another set of the same name: sound crops would be left out of it
     namesake = write_lmdb(tmp_path / "b" / "words", [(encode(picture(i)), b"w%d more" % i) for i in range(50)])
-    with pytest.raises(UserError, match="--without .*: it names other entries"):
-        call(monkeypatch, capsys, "pack", namesake, tmp_path / "other", "--without", tmp_path / "list.tsv")
+    (tmp_path / "longer.tsv").write_text("7\twords image-000000008\tw7 more\tsame bytes\n")
+    for src, lines in (namesake, "list.tsv"), (words, "longer.tsv"):
+        with pytest.raises(UserError, match="--without .*: it names other entries"):
+            call(monkeypatch, capsys, "pack", src, tmp_path / "other", "--without", tmp_path / lines)
     with pytest.raises(UserError, match="--against"):                   # would empty the list
         call(monkeypatch, capsys, "check", words, "--write_list", tmp_path / "list.tsv")
     with pytest.raises(UserError, match="wrods"):               # `pack --without` would take an empty list
@@ -1874,7 +1923,9 @@ def test_nothing_is_written_over_what_is_read(tmp_path, monkeypatch, capsys):
     picture(0).save(tmp_path / "a.png")
     labels = tmp_path / "l.tsv"
     labels.write_text("a.png\tword\n")
-    for words in (["check", labels, "--against", labels, "--write_list", labels],
+    for words in (["check", "synth:2", "--against", labels, "--write_list", labels],
+                  ["check", labels, "--against", "synth:2", "--write_list", labels],
+                  ["check", "synth:2", "--against", labels, "--write_list", tmp_path / "a.png"],
                   ["check", labels, "--against", labels, "--write_list", tmp_path / "a.png"],
                   ["show", tmp_path / ".." / tmp_path.name / "l.tsv", "--out", tmp_path / "a.png"],
                   ["show", tmp_path, "--out", tmp_path / "a.png"],
@@ -1883,6 +1934,8 @@ def test_nothing_is_written_over_what_is_read(tmp_path, monkeypatch, capsys):
             call(monkeypatch, capsys, *words)
     assert labels.read_text() == "a.png\tword\n"
     call(monkeypatch, capsys, "show", labels, "--out", tmp_path / "sheet.png")
+    call(monkeypatch, capsys, "show", tmp_path, "--out", f"{tmp_path}.png")             # beside the folder
+    os.remove(f"{tmp_path}.png")
 
 
 def test_check_counts(tmp_path, damaged, monkeypatch, capsys):
@@ -1926,6 +1979,9 @@ def test_check_of_nothing_that_can_be_read(tmp_path, words, monkeypatch, capsys)
     half = write_lmdb(tmp_path / "half", [(b"", b"x"), (again, b"w7")])
     said = call(monkeypatch, capsys, "check", words, "--against", half)
     assert "half: 1 of 2 crops are damaged and are not looked for" in said and f"also in {half}: 1" in said
+    assert said.endswith("\thalf image-000000002\tw7\n")
+    monkeypatch.setattr(data, "READ_AT_ONCE", 1)                        # the crop is the first of its batch
+    said = call(monkeypatch, capsys, "check", words, "--against", half)
     assert said.endswith("\thalf image-000000002\tw7\n")
 
 
@@ -2001,6 +2057,43 @@ def test_a_sheet_shows_every_pixel(tmp_path):
         drawn = image.permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1)
         assert np.array_equal(sheet[y + 4:y + 68, x + 6:x + 262], drawn)
         assert (sheet[y + 68:y + 90, x:x + 268] < 99).any() == (text[0][0] != "")
+
+
+def test_text_on_a_sheet(tmp_path, monkeypatch):
+    """Wrong letters that are not red, pieces drawn over one another, a long line beyond its cell; text in the
+    fonts of --fonts alone, which may lack its letters."""
+    asked = []
+
+    def find_font(text, size, files):
+        asked.append((text, size, files))
+        return ImageFont.load_default(size)
+    monkeypatch.setattr(data, "find_font", find_font)
+    sheet = Image.new("RGB", (400, 60), "white")
+    data.draw_text(sheet, [("HHHH", data.RED), ("HHHH", data.GREY)], 10, 40, 24, ["a"])
+    assert asked == [("HHHHHHHH", 24, ["a"])]
+    pixels = np.array(sheet)
+    found = {}
+    for colour in data.RED, data.GREY:
+        y, x = (pixels == colour).all(2).nonzero()
+        assert 20 <= y.min() and 37 <= y.max() <= 40                    # they stand on the line y = 40
+        found[colour] = x.min(), x.max()
+    assert found[data.RED][1] < found[data.GREY][0] < found[data.RED][1] + 10
+
+    room = Image.new("RGB", (600, 60), "white")
+    data.draw_text(room, [("H" * 20, data.BLACK)], 10, 40, 24, [])
+    x = (np.array(room) < 99).all(2).nonzero()[1]
+    assert asked[-1][1] < 24 and 200 < x.max() - x.min() <= data.PICTURE_W
+
+    monkeypatch.setattr(data, "font_files", lambda: ["system's"])
+    monkeypatch.setattr(data, "font_files_under", lambda folder: [f"{folder}/mine"])
+    data.draw_sheet([[(None, [("one", data.BLACK)])]], tmp_path / "s.png", "folder")
+    assert asked[-1][2] == ["system's", "folder/mine"]
+
+    # A row of text alone is low, and its text stays in it.
+    rows = [[(None, [("one", data.BLACK)])], [(torch.full((3, 32, 128), 200, dtype=torch.uint8), [])]]
+    data.draw_sheet(rows, tmp_path / "s.png")
+    dark = (np.array(Image.open(tmp_path / "s.png")) < 99).all(2)
+    assert dark.shape[0] == 40 + 72 and dark[:40].any() and not dark[40:].any()
 
 
 @pytest.mark.skipif("STR_DATA" not in os.environ, reason="STR_DATA names no folder of LMDBs")

@@ -190,6 +190,8 @@ def test_what_the_table_says(capsys):
         "average 80.00 +0.00",
     ]
     assert lines[3].index("647") > len("a_name_of_more_than_ten")            # columns stand below each other
+    nothing_read = dict(accuracy=None, evaluated=0, dropped={"damaged": 3})
+    assert evaluate.table_notes("SVT", nothing_read) == "   3 dropped: damaged"         # labels are not to blame
 
 
 # ---- the script
@@ -341,6 +343,9 @@ def test_a_file_name_that_is_not_utf8(call, tmp_path):
     (tmp_path / "\udcff.txt").write_text("a\ta\n")
     assert call("--score", tmp_path / "\udcff.txt", "--json", tmp_path / "r.json")[0] == 0
     assert list(json.loads((tmp_path / "r.json").read_text("utf-8"))["sets"]) == ["\udcff.txt"]
+    (tmp_path / "文é.txt").write_text("a\ta\n")
+    assert call("--score", tmp_path / "文é.txt", "--json", tmp_path / "r.json")[0] == 0
+    assert '"文é.txt"' in (tmp_path / "r.json").read_text("utf-8")           # for people to read
 
 
 def test_table_json_predictions_and_pictures(bench, call, tmp_path):
@@ -617,6 +622,16 @@ def test_one_process_or_two(bench, call, tmp_path, monkeypatch):
     assert without_confidence[0] == without_confidence[1]
 
 
+def test_every_rank_names_its_damaged_crops(monkeypatch):
+    """Damaged crops, or readings, of the last rank alone."""
+    def gather(of_ranks, mine, group):
+        of_ranks[:] = [({0: "a"}, ["x"]), mine]
+
+    monkeypatch.setattr(evaluate, "world_size", lambda: 2)
+    monkeypatch.setattr(evaluate.dist, "all_gather_object", gather)
+    assert evaluate.gather_readings({1: "b"}, ["y"], "group") == ({0: "a", 1: "b"}, ["x", "y"])
+
+
 def test_images_over_two_ranks(bench):
     """A rank that waits for ever for another that has nothing to print; a path printed twice or by nobody."""
     names = [f"set/{k}.png" for k in (3, 0, 5)]    # the second rank has a batch less than the first
@@ -834,6 +849,7 @@ def test_another_script_is_never_all_right(bench, call, tmp_path):
     the table has no accuracy and says why."""
     protocols = [evaluate.default_protocol(chars) for chars in (*data.CHARSETS.values(), "хлеб")]
     assert protocols == ["waics", "waics", "waics", "exact"]
+    assert evaluate.default_protocol("0123456789") == "exact"               # one's own as well
     pairs = [("хлеб", "ночь"), ("вода", "вода")]
     assert evaluate.score(pairs, "exact")["accuracy"] == 50
     assert evaluate.score(pairs, "waics") == dict(n=2, evaluated=2, dropped={}, accuracy=None, ned=None)
@@ -886,7 +902,7 @@ def test_untrusted_and_foreign_checkpoints(bench, call, tmp_path, monkeypatch):
     for name, value in (("model", None), ("charset", 5)):
         torch.save(dict(state, **{name: value}), "odd.pt")
         refused(read_with("odd.pt"), "odd.pt", "not a recognizer")
-    for name, value in (("max_length", "25"), ("max_length", 0), ("spell", "x")):
+    for name, value in (("max_length", "25"), ("max_length", 0), ("spell", "x"), ("model", [])):
         torch.save(dict(state, args=dict(state["args"], **{name: value})), "odd.pt")
         refused(read_with("odd.pt"), "odd.pt", "not a recognizer")
 
@@ -994,6 +1010,11 @@ def test_two_sets_of_one_name(bench, call, tmp_path, monkeypatch):
     got = timeless(tmp_path / "r.json")["sets"]
     sizes = {name: one["n"] for name, one in got.items()}
     assert sizes == {"labels.tsv": 1, str(tmp_path / "b" / "labels.tsv"): 2}
+    monkeypatch.chdir(tmp_path)
+    call(*ckpt, "--predictions", "p.tsv", "--json", "r.json", "--data", "a/labels.tsv", "b/labels.tsv")
+    assert list(timeless(tmp_path / "r.json")["sets"]) == ["labels.tsv", "b/labels.tsv"]
+    places = [row[3].split()[0] for row in columns(tmp_path / "p.tsv")]
+    assert places == ["labels.tsv", "b/labels.tsv", "b/labels.tsv"]
     twice = [bench / "set" / "labels.tsv", bench / "set" / ".." / "set" / "labels.tsv"]
     refused(call(*ckpt, "--data", *twice), "one set twice")
 
@@ -1103,6 +1124,11 @@ def test_attention_on_text(bench, tmp_path, monkeypatch):
             assert got[who] == pytest.approx({"share": share, "entropy": entropy}, abs=1e-5), who
 
     sheet = np.array(Image.open(tmp_path / "look.png")).astype(int)
+    assert len(sheet) == 2 * 90                                             # N_DRAWN
+    encoder = point[:, None].repeat(1, 1 + h * w, 1)
+    encoder[:, 0] = even                                                    # of [cls] alone
+    got = evaluate.report_attention(net, Rendered(), str(tmp_path / "even.png"))
+    assert got["cls"]["share"] == pytest.approx(36 / 128) and got["patches"]["share"] == pytest.approx(1)
     cell = sheet[4:68, 268 + 6:268 + 262]                                   # the first [cls], magnified twice
     red = cell[..., 0] - cell[..., 1] > 100
     (p, q), (y, x) = net.encoder.patch, red.nonzero()
@@ -1131,6 +1157,19 @@ def test_each_letter_has_its_own_look(monkeypatch):
             red = picture[0, 4::8, 4::8].int() - picture[1, 4::8, 4::8] > 100       # (4, 16)
             (red_patch[title],) = red.flatten().nonzero().flatten().tolist()
         assert red_patch == places
+
+
+def test_faint_attention_looks_faint(monkeypatch):
+    """An even spread, which means nothing, drawn in full red."""
+    rows = []
+    monkeypatch.setattr(evaluate, "draw_sheet", lambda drawn, path: rows.extend(drawn))
+    net = SimpleNamespace(charset="abc", end=3, encoder=SimpleNamespace(grid=(4, 16)))
+    even = torch.full((1, 65, 64), 1 / 64)
+    image = torch.zeros(1, 3, 32, 128).byte()
+    evaluate.draw_attention(net, image, ["a"], torch.tensor([[0]]), even, even[:, :1], "x.png")
+    assert len(rows) == 1 and len(rows[0]) == 3
+    for picture, _ in rows[0][1:]:                                          # a quarter red, the rest grey
+        assert picture[0].unique().tolist() == [int(0.75 * 127 + 0.25 * evaluate.RED[0])]
 
 
 def test_each_set_has_its_own_picture(bench, tmp_path, monkeypatch):

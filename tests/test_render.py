@@ -19,7 +19,7 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from PIL import Image, ImageFont, features
+from PIL import Image, ImageFilter, ImageFont, features
 
 import render
 from common import UserError
@@ -243,7 +243,9 @@ def test_lines_are_drawn_where_they_are_asked_for():
     drawn = lengths(40)
     assert drawn.min() == 1 and drawn.max() == 40 and .02 < np.mean(drawn > 25) < .06
     assert np.mean(drawn <= 10) > .8
-    assert 25 < lengths(30).max() <= 30 and lengths(1000).max() == render.MAX_LINE
+    of_30 = lengths(30)
+    assert 25 < of_30.max() <= 30 and lengths(1000).max() == render.MAX_LINE
+    assert np.sum(of_30 == 30) < 15                         # drawn so long, and not cut there
     assert lengths(render.MAX_LENGTH).max() == 14           # as the table says, with no line among them
     assert 25 < lengths(40, PRINTABLE).max() <= 40          # for which the vocabulary has no word
 
@@ -419,6 +421,220 @@ def test_a_colour_has_the_lightness_asked_for():
     assert np.mean(np.array(missed) < .01) > .9 and max(missed) < .3    # channels end at 0 and 255
 
 
+def test_letters_have_their_places(monkeypatch):
+    """Letters without the space between them, without their own place beside the pen, or that hop all the
+    same way."""
+    letter = render.Glyph(np.full((9, 5), 255, np.uint8), left=2, top=-9, advance=7)
+    monkeypatch.setattr(render, "SPACING", (.25, 0))                    # of 48 pixels
+    monkeypatch.setattr(render, "P_HOP", 0)
+    corners = render.place_glyphs(random.Random(0), [letter] * 4)
+    assert corners == [(2, -9), (21, -9), (40, -9), (59, -9)]
+    monkeypatch.setattr(render, "SPACING", (-9, 0))
+    corners = render.place_glyphs(random.Random(0), [letter] * 2)
+    assert corners[1][0] == round(2 + 7 - .04 * 48)                     # MIN_SPACING
+    monkeypatch.setattr(render, "P_HOP", 1)
+    heights = [y + 9 for x, y in render.place_glyphs(random.Random(0), [letter] * 200)]
+    assert min(heights) == -6 and max(heights) == 6                     # 0.12 of 48 pixels
+
+
+def test_a_lone_sign_does_not_fill_its_crop():
+    """A "." as large as a word."""
+    for sign in ".", "l":
+        coverage, char_map = render.set_letters(random.Random(0), sign, [None])
+        assert coverage.shape[0] >= 2 * 26 and coverage.shape[1] >= 26      # half a letter size, and rims
+        y, x = char_map.nonzero()
+        assert abs(y.min() + y.max() + 1 - coverage.shape[0]) <= 3          # in the middle
+        assert abs(x.min() + x.max() + 1 - coverage.shape[1]) <= 3
+
+
+def test_letters_that_overlap_stay_whole(monkeypatch):
+    """A letter that wipes out what lies below its box, as the end of an italic before it."""
+    monkeypatch.setattr(render, "STROKES", {0: 1})
+    monkeypatch.setattr(render, "place_glyphs", lambda rng, glyphs: [(0, -40)] * len(glyphs))
+    alone, _ = render.set_letters(random.Random(0), "H", [None])
+    both, _ = render.set_letters(random.Random(0), "Ho", [None])
+    assert both.shape == alone.shape and (both >= alone).all() and (both > alone).any()
+
+
+def test_bends_keep_their_limits(monkeypatch):
+    """Long words turned or bent so far that they leave nothing of the letters; italics that lean to the left."""
+    monkeypatch.setattr(render, "STRETCH", (0, 0))
+    monkeypatch.setattr(render, "TAPER", (0, 9))
+    monkeypatch.setattr(render, "SHEAR", (0, 0))
+
+    def bends(aspect, chance):
+        for name in "P_ITALIC", "P_SAG", "P_STEEP_TURN":
+            monkeypatch.setattr(render, name, chance)
+        rng = random.Random(0)
+        return [render.draw_bend(rng, aspect) for _ in range(300)]
+
+    for aspect, most_sag, most_angle in (1, 0, .26), (4, .8, .195), (12, 1, .065):
+        drawn = bends(aspect, 1)
+        assert max(abs(bend.sag) for bend in drawn) == pytest.approx(most_sag, rel=.05)
+        assert max(abs(bend.angle) for bend in drawn) == pytest.approx(most_angle, rel=.05)
+        assert {bend.shear for bend in drawn} == {.25} and {bend.aspect for bend in drawn} == {aspect}
+        tapers = [bend.taper for bend in drawn]
+        assert max(tapers) == .35 == -min(tapers) and len(set(tapers)) > 3
+    drawn = bends(4, 0)
+    assert {(bend.sag, bend.shear) for bend in drawn} == {(0, 0)}
+    assert np.std([bend.angle for bend in drawn]) == pytest.approx(.03, rel=.15)
+
+
+def test_a_crop_tells_its_true_shape():
+    """The height divided by the width: few pixels that squeeze a long word into a square. Between the marks
+    of two characters, those of one that stands elsewhere."""
+    for label, least, most in ("H" * 12, 5, 20), ("l", .3, 1.5):
+        rng = random.Random(0)
+        coverage, char_map = render.set_letters(rng, label, [None])
+        coverage, char_map, crop_aspect = render.bend_word(rng, coverage, 20 * char_map)
+        assert least < crop_aspect < most and 0 <= coverage.min() < coverage.max() <= 1
+        assert np.unique(char_map).tolist() == [20 * k for k in range(len(label) + 1)]
+
+
+def test_letters_and_ground_are_apart(monkeypatch):
+    """Letters that are as light as what they stand on: the words that nobody can read."""
+    for chance, (least, most) in (0, render.CONTRAST), (1, render.FAINT_CONTRAST):
+        monkeypatch.setattr(render, "P_FAINT", chance)
+        rng = random.Random(0)
+        drawn = np.array([render.choose_lightness(rng) for _ in range(500)])
+        assert drawn.min() >= 0 and drawn.max() <= 1
+        contrasts = abs(drawn[:, 0] - drawn[:, 1])
+        assert least <= contrasts.min() < least + .02 and most - .02 < contrasts.max() <= most
+        assert .4 < np.mean(drawn[:, 0] < drawn[:, 1]) < .6
+
+    asked = []
+
+    def draw_colour(rng, lightness):
+        asked.append(lightness)
+        return np.full((3, 1, 1), 255 * lightness, np.float32)
+    monkeypatch.setattr(render, "draw_colour", draw_colour)
+    monkeypatch.setattr(render, "P_SECOND_INK", 1)
+    limits = {"colour_ground": (-.16, .44), "colour_ink": (.62, 1.04)}      # shares of the way from .2 to .8
+    for kind in "plain", "shaded", "two colours":
+        monkeypatch.setattr(render, "GROUNDS", {kind: 1})
+        for name, (least, most) in limits.items():
+            asked.clear()
+            for i in range(100):
+                drawn = getattr(render, name)(random.Random(i), .2, .8)
+            assert least < min(asked) and max(asked) < most
+            of_two = name == "colour_ink" or kind == "two colours"
+            assert len(asked) == (200 if of_two else 100)
+            if of_two or kind == "shaded":
+                assert drawn.shape == (3, 32, 128) and drawn.std() > 1
+            else:
+                assert drawn.shape == (3, 1, 1)
+
+
+def test_reliefs_look_as_they_are_called(monkeypatch):
+    """Hollow letters that are filled, a shadow above the letters or in their colour, letters and ground
+    exchanged. Light that is uneven where it should be even."""
+    coverage = np.zeros((32, 128), np.float32)
+    coverage[10:20, 30:60] = 1
+    monkeypatch.setattr(render, "choose_lightness", lambda rng: (0, 1))
+    monkeypatch.setattr(render, "colour_ground", lambda *_: np.zeros((3, 1, 1), np.float32))
+    monkeypatch.setattr(render, "colour_ink", lambda *_: np.full((3, 1, 1), 200, np.float32))
+    lightness = []
+
+    def draw_colour(rng, light):
+        lightness.append(light)
+        return np.full((3, 1, 1), 100, np.float32)
+    monkeypatch.setattr(render, "draw_colour", draw_colour)
+    monkeypatch.setattr(render, "RELIEF_OPACITY", (1, 1))
+    monkeypatch.setattr(render, "SHADOW_DOWN", [2])
+    monkeypatch.setattr(render, "SHADOW_RIGHT", [1])
+    monkeypatch.setattr(render, "P_UNEVEN_LIGHT", 0)
+    # in the letter, just above it, just below it, far away
+    looks = {"none": (200, 0, 0, 0), "shadow": (200, 0, 100, 0), "outline": (200, 100, 100, 0),
+             "hollow": (100, 200, 200, 0)}
+    for relief, wanted in looks.items():
+        monkeypatch.setattr(render, "RELIEFS", {relief: 1})
+        image = render.colour_word(random.Random(0), coverage)
+        assert image.shape == (3, 32, 128)
+        assert tuple(image[0, [15, 9, 20, 3], 45]) == wanted, relief
+    monkeypatch.setattr(render, "P_UNEVEN_LIGHT", 1)
+    lit = [render.colour_word(random.Random(i), coverage)[0, 11:19, 31:59] for i in range(20)]
+    assert len(lightness) == 3 + 20 and -1 <= min(lightness) < max(lightness) <= .3     # nearer to the ground
+    assert np.std(lit, axis=(1, 2)).max() > 1 and np.min(lit) >= .4 * 100 and np.max(lit) <= 1.4 * 100
+
+
+def test_a_window_may_be_anywhere():
+    """Textures and noise that are always cut out of the same corner; a texture that is nearly flat."""
+    maps = np.arange(64 * 192).reshape(64, 192)
+    rng = random.Random(0)
+    corners = np.array([divmod(int(render.cut_window(rng, maps)[0, 0]), 192) for _ in range(1000)])
+    assert corners.min(0).tolist() == [0, 0] and corners.max(0).tolist() == [32, 64]
+    textures = render.textures()
+    assert (textures.min((1, 2)) == 0).all() and (textures.max((1, 2)) == 1).all()
+    alike = (textures[:, 1:] == textures[:, :-1]).all(2).mean(1)        # to the row above
+    assert alike[::4].min() > .5 and alike[1::2].max() < .1             # upright cells with edges; turned ones
+
+
+def test_wear_is_as_strong_as_it_says(monkeypatch):
+    """A JPEG quality, a number of pixels or a blur that has no effect, or another; one that is left out where
+    it comes alone. Noise on white that comes out black."""
+    image = np.random.default_rng(0).uniform(0, 255, (3, 32, 128)).astype(np.float32)
+    happened = []
+    real = {name: getattr(render, name) for name in ("shrink", "compress")}
+
+    def shrink(picture, height, crop_aspect):
+        happened.append(("few pixels", height, crop_aspect))
+        return real["shrink"](picture, height, crop_aspect)
+
+    def compress(picture, quality):
+        happened.append(("blocks", picture.size, quality))
+        return real["compress"](picture, quality)
+
+    def blur(radius):
+        happened.append(("blur", radius))
+        return ImageFilter.BoxBlur(1)
+    monkeypatch.setattr(render, "shrink", shrink)
+    monkeypatch.setattr(render, "compress", compress)
+    monkeypatch.setattr(render.ImageFilter, "GaussianBlur", blur)
+    monkeypatch.setattr(render, "FEW_PIXELS", (16, 16))
+    monkeypatch.setattr(render, "JPEG_QUALITY", (33, 33))
+    monkeypatch.setattr(render, "BLUR", (1, 1))
+    one_by_one = {
+        (0, 0, 0): [],
+        (1, 0, 0): [("few pixels", 16, 4)],
+        (0, 1, 0): [("blocks", (128, 32), 33)],
+        (0, 0, 1): [("blur", 1)],
+        (1, 1, 1): [("few pixels", 16, 4), ("blocks", (64, 16), 33), ("blur", .5)],
+    }
+    for chances, wanted in one_by_one.items():
+        for name, chance in zip(("P_FEW_PIXELS", "P_JPEG", "P_BLUR"), chances):
+            monkeypatch.setattr(render, name, chance)
+        happened.clear()
+        worn = render.wear_out(random.Random(0), image, 4)
+        assert happened == wanted and worn.shape == (3, 32, 128) and worn.dtype == np.uint8
+
+    picture = Image.fromarray(image.transpose(1, 2, 0).astype(np.uint8))
+    errors = [np.abs(np.subtract(real["compress"](picture, quality), picture, dtype=float)).mean()
+              for quality in (90, 60, 15)]
+    assert errors[0] < errors[1] < errors[2]
+    for height, aspect, size in (10, 4, (40, 10)), (20, 10, (128, 20)), (10, .5, (12, 10)):
+        assert real["shrink"](picture, height, aspect).size == size
+    monkeypatch.setattr(render, "NOISE_DEVIATION", (50, 0))
+    for grey in 0, 255:
+        noisy = render.add_noise(random.Random(0), np.full((3, 32, 128), grey, np.float32))
+        assert abs(noisy.astype(int) - grey).mean() < 25 < noisy.std()
+
+
+def test_neighbours_come_as_often_as_the_table_says(monkeypatch):
+    """Lines above and below in most crops, or in none."""
+    seen = []
+
+    def add_neighbours(coverage):
+        seen.append(coverage)
+        return coverage
+    monkeypatch.setattr(render, "add_neighbours", add_neighbours)
+    for chance in 0, 1:
+        seen.clear()
+        monkeypatch.setattr(render, "P_NEIGHBOURS", chance)
+        for i in range(5):
+            render_word(0, i, [None], PRINTABLE)
+        assert len(seen) == 5 * chance
+
+
 def test_every_number_of_the_table_is_read():
     """A teacher changes a number, and nothing changes: it stands in the table and nowhere else."""
     source = inspect.getsource(render)
@@ -589,6 +805,14 @@ def test_titles_font():
     assert bytes(nobody_has_it.getmask("b")) == bytes(ImageFont.load_default(14).getmask("b"))
 
 
+def test_a_title_with_a_blank_has_its_font(tmp_path):
+    """A font passed over for want of a blank, which no font draws: every title in Pillow's own."""
+    (tmp_path / "a.ttf").write_bytes(own_font(family="Bileron"))
+    path = str(tmp_path / "a.ttf")
+    font = render.find_font("a b", 14, [path])
+    assert font.getname()[0] == "Bileron" and font.size == 14
+
+
 def test_glyph_is_placed_by_its_pen():
     """A corner that is off by the font's ascent, or ink that is cut: letters of a word hop."""
     glyph = render.draw_glyph(None, "H")
@@ -654,8 +878,12 @@ def test_systems_fonts_of_symbols_are_left_out(monkeypatch, tmp_path):
     folder.mkdir()
     for name in ("NotoColorEmoji.ttf", "Wingdings.TTF", "Plain.otf", "b.ttc", "c.txt"):
         (folder / name).write_bytes(b"")
-    monkeypatch.setattr(render, "FONT_FOLDERS", [str(tmp_path)])
-    assert render.font_files() == [None, str(folder / "Plain.otf"), str(folder / "b.ttc")]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FONTS", str(folder))
+    for place in str(tmp_path), "~/coding", "$FONTS":
+        monkeypatch.setattr(render, "FONT_FOLDERS", [place])
+        if place != "~/coding" or sys.platform != "win32":
+            assert render.font_files() == [None, str(folder / "Plain.otf"), str(folder / "b.ttc")]
 
 
 def test_pillows_own_font_is_enough(monkeypatch):
@@ -723,13 +951,17 @@ def test_greek_needs_a_font_that_has_it():
     assert np.array_equal(synth.get(0).image.numpy(), drawn)
 
 
-def test_no_font_has_it():
+def test_no_font_has_it(tmp_path):
     """A charset that nothing draws must stop at the start, naming the letters, not in a worker much later."""
     charset = "ab\U0010fffd"
     with pytest.raises(UserError, match="U0010fffd.*--fonts"):
         render.fonts_with(charset, FONTS)
     with pytest.raises(UserError, match="U0010fffd.*--fonts"):
         Synth(3, 0, None, charset)
+    for last in "`", "y":                                       # without small letters; without z
+        (tmp_path / f"{ord(last)}.ttf").write_bytes(own_font(last=last))
+    with pytest.raises(UserError, match="the best lacks 'z'; give one with --fonts"):
+        render.fonts_with("Aaz", render.font_files_under(tmp_path))
 
 
 def test_folder_without_fonts(tmp_path):
