@@ -595,7 +595,7 @@ def torchrun(folder, *argv):
     """The script on two ranks -> its standard output."""
     start = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     command = [sys.executable, *start, SCRIPT, *map(str, argv)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
