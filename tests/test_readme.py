@@ -397,8 +397,9 @@ def test_code_is_plain():
     assert len(lambdas) <= 5, lambdas
 
 
-# What is imported before the script is, so that only the script's own doing is seen.
-IMPORT_ALONE = """
+# Other people's modules are imported first, then our scripts, each after those that it imports, so that only
+# a script's own doing is seen.
+IMPORT_EACH = """
 import atexit, importlib, json, os, random, signal, sys, warnings
 for number in signal.valid_signals() - {{signal.SIGKILL, signal.SIGSTOP}}:
     if signal.getsignal(number) is signal.SIG_IGN:          # handed on by the process of the tests
@@ -416,21 +417,26 @@ def state():
                 threads=torch.get_num_threads(), dtype=str(torch.get_default_dtype()))
 
 sys.path.insert(0, {root!r})
-for other in {own}:
-    importlib.import_module(other)
-before = state()
-importlib.import_module({script!r})
-after = state()
-print(json.dumps([name for name in before if before[name] != after[name]]))
+changed = {{}}
+for script in {scripts}:
+    before = state()
+    importlib.import_module(script)
+    after = state()
+    changed[script] = [name for name in before if before[name] != after[name]]
+print(json.dumps(changed))
 """
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_importing_does_nothing(script, tmp_path):
+def test_importing_does_nothing(tmp_path):
     """A signal handler, a warning filter, a file or a variable of the environment that comes with an import:
     someone who wants one function gets them all. What the script imports of ours has its own test."""
-    others, own = split_imports(script)
-    program = IMPORT_ALONE.format(others=["import torch", *others], own=own, root=ROOT, script=script[:-3])
+    others, scripts = ["import torch"], []
+    for script in [*SCRIPTS[:-2], "evaluate.py", "finetune.py"]:            # finetune.py imports evaluate.py
+        theirs, own = split_imports(script)
+        assert set(own) <= set(scripts), script
+        others += theirs
+        scripts.append(script.removesuffix(".py"))
+    program = IMPORT_EACH.format(others=others, scripts=scripts, root=ROOT)
     # The variables of the tests' own process would hide those that the script sets: it was imported there.
     environment = dict(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
     for name in ("PATH", "HOME", "LD_LIBRARY_PATH"):
@@ -440,7 +446,7 @@ def test_importing_does_nothing(script, tmp_path):
                           text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert json.loads(done.stdout) == [], f"importing {script} changes these"
+    assert json.loads(done.stdout) == {script: [] for script in scripts}, "importing changes these"
 
 
 def split_imports(script):
