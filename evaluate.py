@@ -220,6 +220,7 @@ HEADER_WORDS = {
 
 
 def is_header(label, prediction):
+    """True if these, the columns of a first line, name what stands below them."""
     words = re.split("[ _-]+", f"{label} {prediction}".lower())
     return label.lower() != prediction.lower() and HEADER_WORDS.issuperset(words)
 

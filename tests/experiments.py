@@ -16,6 +16,7 @@ A run's folder holds what the scripts write, log.txt, and done.json, by which `r
 So when you have changed what a method is, name another --out. The tables show what is in --out, and what
 the file --record holds of earlier runs.
 """
+import contextlib
 import json
 import os
 import platform
@@ -30,7 +31,7 @@ from collections import namedtuple
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 sys.path.insert(0, ROOT)
 from common import Parser, UserError, run_main
-from data import list_start, open_source
+from data import Damaged, list_start, open_source
 
 
 # ---- what is run
@@ -164,8 +165,8 @@ def untrained_reader_job(name, seed, out):
     run = f"{name}-s{seed}-before"
     folder = f"{out}/{run}"
     init, needs = pretrained(name, seed, out)
-    train = ["finetune.py", *init, *size_flags(name), "--freeze_encoder", "--data", "synth:64", "--max_steps", "1",
-             "--seed", str(seed), "--workers", "0", "--resume", "--out_dir", folder]
+    train = ["finetune.py", *init, *size_flags(name), "--freeze_encoder", "--data", "synth:64",
+             "--max_steps", "1", "--seed", str(seed), "--workers", "0", "--resume", "--out_dir", folder]
     return Job(run, [train, attention_command(folder)], needs)
 
 
@@ -228,7 +229,9 @@ def pack(source, kept, train, path):
     with open(without, "w", encoding="utf-8") as file:
         for i in range(len(source)):
             if i not in kept:
-                file.write(f"{list_start(source, i)}\n")
+                # what cannot be read is no entry of a list: data.py leaves it out by itself
+                with contextlib.suppress(Damaged):
+                    file.write(f"{list_start(source, i)}\n")
     if not os.path.exists(path):
         run_script("data.py", "pack", train, path, "--without", without)
 
@@ -494,9 +497,7 @@ def words_read_table(found, names, length):
         row.append(list_seeds(found, run))
         rows.append(row)
     title = (f"Words read (%) after {kind.steps:,} steps of fine-tuning on rendered words "
-             f"and {kind.labels} of the real ones")
-    if names == LARGE_ROWS:
-        title += f", with {LARGE[1]}"
+             f"and {kind.labels} of the real ones, {size_flags(names[0])[1]}")
     head = ["from", "validation", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "each seed"]
     return markdown(title, head, rows)
 

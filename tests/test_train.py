@@ -1869,10 +1869,12 @@ def test_flags_that_must_match_on_resume(capsys):
     known = set(vars(parsed(pretrain))) | set(vars(parsed(finetune)))
     assert known - {"objective"} == set(MUST_MATCH) | set(MAY_CHANGE)
 
-    def check(**flags):
+    def check_both(there, here):
         order = dict(crops_per_step=16, n_crops=64)
-        stored = dict(args={name: "there" for name in flags}, order=order, path="a/last.pt")
-        common.check_resume(stored, SimpleNamespace(**flags), 16, 64)
+        common.check_resume(dict(args=there, order=order, path="a/last.pt"), SimpleNamespace(**here), 16, 64)
+
+    def check(**flags):
+        check_both({name: "there" for name in flags}, flags)
     for name in MUST_MATCH:
         said = f"--resume a/last.pt: --{name} there there, here here; name another"
         with pytest.raises(UserError, match=said):
@@ -1892,10 +1894,8 @@ def test_flags_that_must_match_on_resume(capsys):
     # the method's row: a key that has another value, that is there alone, that is here alone
     for there, here in ((1, 2), (4, None), (None, 4)):
         rows = [{} if value is None else dict(nsp=value) for value in (there, here)]
-        order = dict(crops_per_step=16, n_crops=64)
-        stored = dict(args=dict(objective=rows[0]), order=order, path="a/last.pt")
         with pytest.raises(UserError, match=f"the method's nsp {there} there, {here} here"):
-            common.check_resume(stored, SimpleNamespace(objective=rows[1]), 16, 64)
+            check_both(dict(objective=rows[0]), dict(objective=rows[1]))
 
 
 def test_dtype_is_stored_as_what_auto_became(go, monkeypatch, tmp_path):
