@@ -972,6 +972,7 @@ class Log:
         self.args, self.total_steps, self.crops_per_step = args, total_steps, crops_per_step
         self.device, self.group = device, group
         self.path = os.path.join(args.out_dir, "log.jsonl")
+        self.file = None
         if rank() == 0 and os.path.exists(self.path):
             cut_log(self.path, step)
         if step >= total_steps:
@@ -1028,10 +1029,16 @@ class Log:
             say(f"this takes {days:.1f} days on this CPU; {less_work(self.args.model)}")
         if rank() == 0:
             with tolerate_full_disk(self.path, step):
-                os.makedirs(self.args.out_dir, exist_ok=True)
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(dict(step=step, **finite_or_null(row))) + "\n")
+                self.append(dict(step=step, **finite_or_null(row)))
         self.start_line()
+
+    def append(self, row):
+        # It stays open. As long as it is, no other run can open it.
+        if self.file is None or not os.path.exists(self.path):
+            os.makedirs(self.args.out_dir, exist_ok=True)
+            self.file = open_alone(self.path)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
 
 
 def less_work(model):
@@ -1058,6 +1065,20 @@ def log_line(step, row, means):
     return line
 
 
+def open_alone(path):
+    """Opens a file to append to it. UserError if another process has it open in this way: two
+    runs in one folder would overwrite each other's checkpoints."""
+    file = open(path, "a")
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):      # which of them differs between systems
+        raise UserError(f"{path}: another run writes to it; name another --out_dir") from None
+    except (ImportError, OSError):
+        pass                                        # Windows and some network disks have no lockf
+    return file
+
+
 def finite_or_null(row):
     """JSON has no NaN: a number that is not finite becomes None, which is written as null."""
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
@@ -1068,6 +1089,7 @@ def cut_log(path, step):
     off, as are torn ones."""
     whole_line = re.compile(r'{"step": (\d+), [^{}]*}\n')      # [1] is its step
     with tolerate_full_disk(path, step):
+        open_alone(path).close()
         with open(path, errors="replace") as old, open(path + ".tmp", "w") as new:
             for line in old:
                 found = whole_line.fullmatch(line)

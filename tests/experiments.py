@@ -74,6 +74,7 @@ MAIN_ROWS = ["scratch", "mim", "nsp", "lmim", "mnsp"]
 EQUAL_TIME = ["mim_long", "nsp_long", "lmim", "mnsp"]
 LARGE_ROWS = ["large_mim", "large_mnsp"]
 ALL_SEEDS = [*MAIN_ROWS, "mim_long"]            # the others are run with the first seed alone
+LONG_ROWS = ["scratch", "mim_long", "mnsp"]     # the first seed of these is also fine-tuned for long
 
 # steps; how many of the real labels, in words; the part of the split that has them; how often
 # each of its crops counts
@@ -81,6 +82,7 @@ FineTuning = namedtuple("FineTuning", "steps labels part times")
 FINE_TUNING = {
     "all": FineTuning(4000, "all", "fit", 12),
     "tenth": FineTuning(2000, "a tenth", "tenth", 120),
+    "long": FineTuning(12000, "all", "fit", 12),
 }
 
 
@@ -117,6 +119,8 @@ def all_jobs(real, out, fonts):
             if PRETRAINING[name] is not None:
                 jobs.append(untrained_reader_job(name, seed, out))
             jobs.append(fine_tuning_job(name, seed, "tenth", tests, out, fonts))
+    for name in LONG_ROWS:
+        jobs.append(fine_tuning_job(name, SEEDS[0], "long", tests, out, fonts))
     return {job.name: job for job in jobs}
 
 
@@ -428,7 +432,8 @@ NOTHING = "-"                                   # of a run that has not been mad
 
 def all_tables(found):
     """All records, as Markdown."""
-    tables = [words_read_table(found, MAIN_ROWS, length) for length in FINE_TUNING]
+    tables = [words_read_table(found, MAIN_ROWS, length) for length in ("all", "tenth")]
+    tables.append(words_read_table(found, LONG_ROWS, "long"))
     tables.append(equal_time_table(found))
     tables.append(changes_table(found))
     tables.append(words_read_table(found, LARGE_ROWS, "all"))
@@ -506,7 +511,7 @@ def equal_time_table(found):
     rows = []
     for name in EQUAL_TIME:
         row = [f"`{name}`", f"{steps_of(name):,}"]
-        for length in FINE_TUNING:
+        for length in ("all", "tenth"):
             run = f"{name}-s{{}}-{length}"
             row.append(mean_sd(each_seed(found, run, "average")))
             row.append(list_seeds(found, run))
@@ -514,8 +519,8 @@ def equal_time_table(found):
             rows.append(row)
     title = "Words read (%) after pre-training for the same time, and the same fine-tuning: averages"
     head = ["pre-training", "its steps"]
-    for kind in FINE_TUNING.values():
-        head += [f"{kind.labels} of the real words", "each seed"]
+    for length in ("all", "tenth"):
+        head += [f"{FINE_TUNING[length].labels} of the real words", "each seed"]
     return markdown(title, head, rows)
 
 
