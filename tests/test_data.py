@@ -128,9 +128,10 @@ def test_lmdb_without_num_samples(tmp_path):
 
 
 def test_num_samples_that_is_not_true(tmp_path, capsys):
-    """Crops that are passed over in silence, or memory for a million million."""
+    """Crops that are passed over in silence, or memory for a million million; a count refused for the line end
+    behind it."""
     entries = [(encode(picture(i)), b"x") for i in range(6)]
-    for name, count in {"few": b"4", "many": b"10", "huge": b"999999999999", "impossible": b"14"}.items():
+    for name, count in {"few": b"4\n", "many": b"10", "huge": b"999999999999", "impossible": b"14"}.items():
         with lmdb.open(write_lmdb(tmp_path / name, entries)) as env, env.begin(write=True) as txn:
             txn.put(b"num-samples", count)
     few = data.open_source(str(tmp_path / "few"))
@@ -317,13 +318,18 @@ def test_foreign_sources(tmp_path, words):
 
 
 def test_the_entry_that_is_wrong_is_named(tmp_path):
-    """"Line 3 of 2,000,000" that is line 2, because an empty line was not counted."""
+    """"Line 3 of 2,000,000" that is line 2, because an empty line was not counted; a picture of two words that
+    gets the first one's label."""
     (tmp_path / "l.tsv").write_text("a.png\tone\n\nb.png two\n")
     with pytest.raises(UserError, match="l.tsv: line 3: expected path<TAB>label"):
         data.open_source(str(tmp_path / "l.tsv"))
     listed = [{"img_path": "a", "instances": [{"text": "x"}]}, {"img_path": "b", "instances": []}]
     (tmp_path / "l.json").write_text(json.dumps({"data_list": listed}))
     with pytest.raises(UserError, match="l.json: entry 2: expected MMOCR's.*0 instances; expected one"):
+        data.open_source(str(tmp_path / "l.json"))
+    listed[1]["instances"] = [{"text": "y"}, {"text": "z"}]
+    (tmp_path / "l.json").write_text(json.dumps({"data_list": listed}))
+    with pytest.raises(UserError, match="l.json: entry 2: expected MMOCR's.*2 instances; expected one"):
         data.open_source(str(tmp_path / "l.json"))
 
 
@@ -522,8 +528,8 @@ def corner(image):
 
 
 def test_modes():
-    """16 bits cut to white, 8 bits in a file of 16 read as black, transparency read as what lies hidden
-    below it, CMYK inverted."""
+    """16 bits cut to white, 8 bits in a file of 16 read as black, a black picture of whole numbers made white,
+    transparency read as what lies hidden below it, CMYK inverted."""
     colour, black, white = (200, 40, 80), (0, 0, 0), (255, 255, 255)
     red = Image.new("RGB", SIZE, colour)
     grey = round(.299 * 200 + .587 * 40 + .114 * 80)
@@ -538,8 +544,9 @@ def test_modes():
         (Image.new("RGBA", SIZE, (*colour, 255)), "PNG", colour),
         (Image.new("RGBA", SIZE, (0, 0, 0, 128)), "PNG", (127,) * 3),
     ]
-    deep = {(np.uint16, 100 * 257): 100, (np.uint16, 255): 255, (np.int32, 200): 200, (np.int32, 65535): 255,
-            (np.float32, .5): 127, (np.float32, 1): 255, (np.float32, 200): 200, (np.float32, 51400): 200}
+    deep = {(np.uint16, 100 * 257): 100, (np.uint16, 255): 255, (np.uint16, 1): 1, (np.int32, 200): 200,
+            (np.int32, 65535): 255, (np.float32, .5): 127, (np.float32, 1): 255, (np.float32, 200): 200,
+            (np.float32, 51400): 200}
     for (kind, value), wanted in deep.items():
         image = Image.fromarray(np.full((20, 40), value, kind))
         cases.append((image, "PNG" if kind == np.uint16 else "TIFF", (wanted,) * 3))
@@ -576,6 +583,13 @@ def test_transparency_has_a_ground_on_which_letters_show(colour):
     assert faint[16, 10] == crop[16, 10]
     grey = Image.open(io.BytesIO(letters_on_nothing((255,) * 3))).convert("LA")
     assert data.decode(encode(grey))[0, 16, 10] == 0
+
+
+def test_thin_letters_have_a_ground_on_which_they_show():
+    """White on white, because the few pixels that the ground was chosen by lie between the strokes."""
+    image = Image.new("RGBA", (512, 128), (0, 0, 0, 0))
+    image.paste((255,) * 4, (200, 40, 201, 90))                 # one pixel wide, of four that become one
+    assert data.decode(encode(image))[0, 16, 10] == 0
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
@@ -1646,6 +1660,15 @@ def test_warp_is_pillows_perspective():
     assert np.abs(ours.permute(1, 2, 0).numpy() - np.array(theirs) / 255)[2:-2, 2:-2].mean() < .01
 
 
+def test_points_that_bend_reach_the_rims():
+    """Outer points that stand inside the picture: what is between them moves too far, and the rims stiffly."""
+    image = to_unit(crops(1))
+    moves = torch.zeros(1, 2, 4, 4)
+    moves[:, 0] = torch.linspace(-.2, .2, 4)                # in x: as much wider as they are far from the middle
+    wider = data.warp(image, data.SQUARE[None] * torch.tensor([1.2, 1]))
+    assert (data.warp(image, data.SQUARE[None], moves) - wider).abs().mean() < .005
+
+
 def test_homography_takes_corners_to_corners():
     """Heckbert's letters in the wrong places: the unit square's corners go elsewhere, or in another order."""
     corners = data.SQUARE + .4 * torch.rand(5, 4, 2, generator=generator())
@@ -1708,6 +1731,8 @@ def test_coarse_and_unit():
     coarse = data.coarse_view(images, (16, 64))
     assert coarse.shape == (4, 3, 16, 64)
     assert torch.allclose(coarse[1, 2, 3, 5], images[1, 2, 6:8, 10:12].float().mean() / 255)
+    coarser = data.coarse_view(images, (8, 32))                         # of 16 pixels, not of the 4 in the middle
+    assert torch.allclose(coarser[1, 2, 3, 5], images[1, 2, 12:16, 20:24].float().mean() / 255)
     assert torch.allclose(to_unit(images), to_unit(images.float() / 255), atol=1e-6)
     assert to_unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, 1]
 
@@ -1758,11 +1783,13 @@ def test_flags_without_effect(tmp_path, words, monkeypatch, capsys):
 
 def test_pack(tmp_path, words, damaged, monkeypatch, capsys):
     """Images coded anew, labels shifted by damage, a data set overwritten, half of one under the final
-    name."""
+    name; a count that is missing, without which other programs read nothing."""
     said = call(monkeypatch, capsys, "pack", words, damaged[0], tmp_path / "out")
     source, packed = data.open_sources([words, damaged[0]]), data.open_source(str(tmp_path / "out"))
     kept = [i for i in range(80) if i - 50 not in damaged[1]]
     assert "72 of 80" in said and said.count("left out, damaged") == 8 and len(packed) == 72
+    with data.reading(packed.folder) as transaction:
+        assert transaction.get(b"num-samples") == b"72"
     for k, i in enumerate(kept):
         assert (packed.file_bytes(k), packed.label(k)) == (source.file_bytes(i), source.label(i))
     with pytest.raises(UserError, match="exists already"):

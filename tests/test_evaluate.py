@@ -1,5 +1,6 @@
 """Protocols, tables, files, readings and pictures of evaluate.py, on labels, crops and weights made here."""
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -192,6 +193,12 @@ def test_what_the_table_says(capsys):
     assert lines[3].index("647") > len("a_name_of_more_than_ten")            # columns stand below each other
     nothing_read = dict(accuracy=None, evaluated=0, dropped={"damaged": 3})
     assert evaluate.table_notes("SVT", nothing_read) == "   3 dropped: damaged"         # labels are not to blame
+
+
+def test_a_word_without_any_confidence_was_read():
+    """A crop called damaged, and dropped by --score, because its confidence is 0."""
+    line = evaluate.prediction_line(evaluate.Reading("a", "b", 0.0), "SVT 1.png")
+    assert line == "a\tb\t0\tSVT 1.png\n"
 
 
 # ---- the script
@@ -641,6 +648,17 @@ def test_images_over_two_ranks(bench):
     assert [row["path"] for row in json.loads((bench / "two.json").read_text())["images"]] == names
 
 
+def test_images_of_two_ranks_are_printed_in_their_order(monkeypatch, capsys):
+    """All of one rank's images, then all of the other's: no script that reads the lines expects that."""
+    monkeypatch.setattr(evaluate, "open_images", lambda _: range(4))
+    monkeypatch.setattr(evaluate, "image_path", lambda _, index: str(index))
+    gathered = {index: ("a", [0.5, 0.5]) for index in (0, 2, 1, 3)}             # a rank has every second image
+    monkeypatch.setattr(evaluate, "read_image_batches", lambda *_: [(gathered, [])])
+    args = SimpleNamespace(json=None, predictions=None, errors=None, attention=None)
+    evaluate.read_images(SimpleNamespace(rotate_tall=False), args, None)
+    assert capsys.readouterr().out == "".join(f"{index}\ta\t0.25\n" for index in range(4))
+
+
 class Pixels(torch.nn.Module):
     """In place of an encoder: patches as they are, so that 1,000 crops take a second and are all unlike."""
 
@@ -1023,8 +1041,9 @@ def test_two_sets_of_one_name(bench, call, tmp_path, monkeypatch):
 
 def test_heights_and_rotations():
     """32 pixels and 0 degrees return the crop itself, or the drop would measure the resampling. 8 pixels are
-    means, not samples: they forget noise, and stripes of 2 pixels. A turned crop is what Pillow makes with a
-    grown canvas; a wrong sign, aspect or order of turning and squeezing would show."""
+    means, not samples: they forget noise, and stripes of 2 pixels. So do 30 degrees with stripes of one, which
+    fewer points would alias. A turned crop is what Pillow makes with a grown canvas; a wrong sign, aspect or
+    order of turning and squeezing would show."""
     crop = torch.rand(1, 3, 32, 128, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(evaluate.reduce_height(crop, 32), crop, atol=1e-5)
     assert torch.allclose(evaluate.rotate(crop, 0.0), crop, atol=1e-5)
@@ -1037,6 +1056,8 @@ def test_heights_and_rotations():
         assert (evaluate.reduce_height(crop, height)[0] - want).abs().mean() < apart
     stripes = (torch.arange(128) // 2 % 2).float().expand(1, 3, 32, 128)
     assert evaluate.reduce_height(stripes, 8).std() < 0.1 < evaluate.reduce_height(stripes, 32).std()
+    lying = (torch.arange(32) % 2).float()[:, None].expand(1, 3, 32, 128)
+    assert evaluate.rotate(lying, 30)[..., 12:20, 50:78].std() < 0.1        # 0.16 with 2 x 2 points
 
     blobs = F.interpolate(crop[:, :, :4, :16], size=(32, 128), mode="bicubic").clamp(0, 1)
     blobs[:, :, [0, -1]] = 0    # what lies outside is black in both
@@ -1100,10 +1121,25 @@ class Rendered(data.Source):
         return data.Crop(torch.full((3, 32, 128), 90 * i, dtype=torch.uint8), "ab", mask)
 
 
+def test_views_are_scored_as_the_crops_are(monkeypatch):
+    """Views that another protocol judges: a drop that is none. A set whose seconds hold those of the sets
+    before it."""
+    net = SimpleNamespace(device=torch.device("cpu"), read=lambda images, *_: [("AB!", 0.5)] * len(images))
+    args = SimpleNamespace(dtype="float32", batch_size=2, workers=0)
+    sources = {"one": Rendered(), "two": Rendered()}
+    clock = itertools.count(0, 5)
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    for protocol, accuracy in (("waics", 100), ("exact", 0)):
+        changes = {"8": lambda images: images}
+        got = evaluate.read_changed(net, sources, protocol, args, None, changes)["8"]
+        assert got["protocol"] == protocol and got["average"] == accuracy
+        assert [row["seconds"] for row in got["sets"].values()] == [5, 5]
+
+
 def test_attention_on_text(bench, tmp_path, monkeypatch):
     """Attention spread evenly has the text's share of the area and entropy 1; attention on one text patch has
-    share 1 and entropy 0. Catches rows and columns of the grid exchanged, [cls] left among the keys, and the
-    end counted as a letter."""
+    share 1 and entropy 0. Catches rows and columns of the grid exchanged, [cls] left among the keys, the
+    end counted as a letter, and crops that the net is not shown as in training."""
     net = evaluate.load_recognizer(str(bench / "tiny.pt"))
     h, w = net.encoder.grid
     monkeypatch.setattr(evaluate, "N_DRAWN", 2)                             # all three are measured
@@ -1112,13 +1148,20 @@ def test_attention_on_text(bench, tmp_path, monkeypatch):
     point[:, 0], point[:, 1 + w] = 0.5, 0.5                                 # [cls]; the first patch of row 2
     ids = torch.tensor([[0, 1, net.end], [0, net.end, net.end], [2, 3, 4]])
     last_patch = F.one_hot(torch.tensor(h * w - 1), h * w).float()
+    crops = torch.stack([Rendered().get(i).image for i in range(3)])
+    shown = []
+
+    def look(net, images):
+        shown.append(images)
+        return ids, encoder, decoder
+    monkeypatch.setattr(evaluate, "attention", look)
     for weights, share, entropy in ((even, 36 / 128, 1), (point, 1, 0)):
         encoder = weights[:, None].expand(-1, 1 + h * w, -1)
         decoder = weights[:, 1:] / weights[:, 1:].sum(1, keepdim=True)
         decoder = decoder[:, None].repeat(1, 3, 1)
         decoder[ids == net.end] = last_patch                                # which is no text
-        monkeypatch.setattr(evaluate, "attention", lambda *_: (ids, encoder, decoder))
         got = evaluate.report_attention(net, Rendered(), str(tmp_path / "look.png"))
+        assert torch.equal(shown.pop(), model.normalize_pixels(crops))
         assert got["n"] == 3 and got["text_area"] == pytest.approx(36 / 128)
         for who in ("cls", "patches", "decoder"):
             assert got[who] == pytest.approx({"share": share, "entropy": entropy}, abs=1e-5), who

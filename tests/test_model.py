@@ -80,6 +80,16 @@ def move_weights(module, by=0.1):
         parameter.data += by * torch.randn_like(parameter)
 
 
+def assert_same_gradients(got, expected, inputs):
+    """Equal numbers may hide a detach: then what they were made of learns otherwise, or nothing."""
+    inputs = list(inputs)
+    weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(0))
+    found = torch.autograd.grad((got * weights).sum(), inputs, retain_graph=True)
+    wanted = torch.autograd.grad((expected * weights).sum(), inputs, retain_graph=True)
+    for grad, other in zip(found, wanted):
+        torch.testing.assert_close(grad, other, rtol=0, atol=1e-4 * other.abs().max().item() + 1e-7)
+
+
 def head_outputs(m):
     """-> a list to which every forward pass adds what the decoder's head puts out, in order."""
     outputs = []
@@ -199,13 +209,15 @@ def test_vit_equals_plain_vit(size, patch):
 @pytest.mark.parametrize("cross", [True, False])
 def test_masked_prediction_equals_a_plain_decoder(grid, cross):
     """Memory mixed with queries, a norm in the wrong place, hidden tokens not last, places of the
-    wrong patches, the second view's tokens left out."""
+    wrong patches, the second view's tokens left out, or tokens that are detached."""
     torch.manual_seed(0)
     decoder = Decoder(24, 10, [grid], 2, 48, 3, 96, dropout=0.0, cross=cross)
     move_weights(decoder)
     ids_keep, ids_mask = hide(2, grid, 0.7)
     seen = torch.randn(2, 1 + ids_keep.shape[1], 24)
     others = [torch.randn(2, 6, 24), torch.randn(2, 4, 24)] if cross else []
+    for tokens in (seen, *others):
+        tokens.requires_grad_()
     got = decoder.predict_hidden(others, seen, ids_keep, ids_mask)
 
     # the plain way keeps every patch at its place, and picks the hidden ones at the end
@@ -218,6 +230,7 @@ def test_masked_prediction_equals_a_plain_decoder(grid, cross):
     out = plain_decoder_layers(decoder, x, torch.cat(others, dim=1) if cross else None)
     expected = torch.stack([out[b, 1 + ids_mask[b]] for b in range(2)])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert_same_gradients(got, expected, [seen, *others, *decoder.parameters()])
 
 
 @pytest.mark.parametrize("scale", [0, 1])
@@ -782,6 +795,23 @@ def test_mim_sees_its_guide_and_no_other_view(name):
     assert torch.equal(coarse_changed["mim"], pred["mim"])
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_every_view_learns(name, monkeypatch):
+    """Tokens that are detached on their way into a decoder: the numbers stay, and the encoder learns nothing of
+    that view from that prediction."""
+    shallow_encoder(monkeypatch, 1)
+    m, image, guide, coarse, ids_keep, ids_mask = batch(name, n=2, scales=TWO_SCALES)
+    views = dict(mim=[image], nsp=coarse)
+    if guide is not None:
+        views["mim"].append(guide)
+    for view in (*views["mim"], *coarse):
+        view.requires_grad_()
+    _, _, pred = m(image, guide, coarse, ids_keep, ids_mask)
+    for term in pred:
+        for grad in torch.autograd.grad(pred[term].square().sum(), views[term], retain_graph=True):
+            assert grad.abs().max() > 0
+
+
 # ---- alignment
 
 def plain_infonce(a, b):
@@ -914,13 +944,16 @@ def plain_infonce_in_float32(a, b):
 
 
 def test_spread():
-    """A spread that does not fall to 0 on collapse would hide it; one that changes with the length
-    of the tokens, or that takes the lengths of columns for those of tokens."""
+    """A spread that does not fall to 0 on collapse would hide it, and so would the root of a number that rounding
+    made negative; one that changes with the length of the tokens, or that takes the lengths of columns for those of
+    tokens."""
     all_the_same = torch.ones(5, 8)
+    all_the_same_rounded_up = torch.ones(6, 7)
     all_about = torch.cat([torch.eye(8), -torch.eye(8)])
     a_right_angle = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
     half_of_it = torch.tensor([[1.0, 1.0], [0.0, 3.0]])
     assert float(model.spread(all_the_same)) == pytest.approx(0, abs=1e-3)
+    assert float(model.spread(all_the_same_rounded_up)) == pytest.approx(0, abs=1e-3)
     assert float(model.spread(all_about)) == pytest.approx(1, abs=1e-6)
     assert float(model.spread(a_right_angle)) == pytest.approx(math.sqrt(0.5), abs=1e-6)
     assert float(model.spread(half_of_it)) == pytest.approx(math.sin(math.pi / 8), abs=1e-6)
@@ -1329,7 +1362,7 @@ def test_decoding_equals_the_benchmark_s():
 
 def test_teacher_forcing_equals_a_plain_decoder():
     """A causal mask that lets a character see the next one, a memory of the wrong layer, a loss
-    that counts padding or that is a mean over characters."""
+    that counts padding or that is a mean over characters; an encoder that does not learn from it."""
     m, images = recognizer(6)
     targets = torch.randint(0, 36, (6, 5))
     targets[:, 3], targets[:, 4] = m.end, m.pad
@@ -1352,11 +1385,15 @@ def test_teacher_forcing_equals_a_plain_decoder():
     nats = nats[targets != m.pad].sum() / 6
     torch.testing.assert_close(loss, nats, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(terms["read"], nats, atol=1e-4, rtol=1e-4)
+    learning = [m.encoder.norm.weight, m.embed.weight]
+    for part in (m.proj, m.layers, m.classifier):
+        learning += part.parameters()
+    assert_same_gradients(loss, nats, learning)
 
 
 def test_spelling_loss_by_hand():
     """Patches whose character is not known counted as right or wrong, crops with few known patches
-    counted for less, the weight left out."""
+    counted for less, the weight left out, an encoder that does not learn from it."""
     torch.manual_seed(0)
     m = Recognizer(ViT(1, 48, 3, (8, 8)), CHARS, 6, 1, 48, 3, 96, spell=2.0)
     move_weights(m)
@@ -1371,6 +1408,8 @@ def test_spelling_loss_by_hand():
     expected = 2 * (first + nats[1, 40, 9] + 0) / 3
     torch.testing.assert_close(terms["spell"], expected)
     torch.testing.assert_close(loss, terms["read"] + terms["spell"])
+    learning = [*m.encoder.blocks.parameters(), *m.char_head.parameters()]
+    assert_same_gradients(terms["spell"], expected, learning)
 
 
 def test_reading_says_text_and_confidence():

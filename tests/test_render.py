@@ -482,13 +482,22 @@ def test_bends_keep_their_limits(monkeypatch):
 
 def test_a_crop_tells_its_true_shape():
     """The height divided by the width: few pixels that squeeze a long word into a square. Between the marks
-    of two characters, those of one that stands elsewhere."""
+    of two characters, those of one that stands elsewhere; marks where hardly any ink is."""
     for label, least, most in ("H" * 12, 5, 20), ("l", .3, 1.5):
         rng = random.Random(0)
         coverage, char_map = render.set_letters(rng, label, [None])
         coverage, char_map, crop_aspect = render.bend_word(rng, coverage, 20 * char_map)
         assert least < crop_aspect < most and 0 <= coverage.min() < coverage.max() <= 1
         assert np.unique(char_map).tolist() == [20 * k for k in range(len(label) + 1)]
+        assert coverage[char_map > 0].min() > render.MIN_INK / 255
+
+
+def test_fine_strokes_are_averaged():
+    """A long word of which single columns are drawn and the rest is skipped."""
+    coverage = np.zeros((80, 1000), np.uint8)
+    coverage[20:60, ::2] = 255
+    bent, _, _ = render.bend_word(random.Random(0), coverage, coverage)
+    assert bent[12:20, 40:88].mean() == pytest.approx(.5, abs=.02) and bent[12:20, 40:88].std() < .1
 
 
 def test_letters_and_ground_are_apart(monkeypatch):
@@ -557,8 +566,9 @@ def test_reliefs_look_as_they_are_called(monkeypatch):
     assert np.std(lit, axis=(1, 2)).max() > 1 and np.min(lit) >= .4 * 100 and np.max(lit) <= 1.4 * 100
 
 
-def test_a_window_may_be_anywhere():
-    """Textures and noise that are always cut out of the same corner; a texture that is nearly flat."""
+def test_a_window_may_be_anywhere(monkeypatch):
+    """Textures and noise that are always cut out of the same corner; a texture that is nearly flat, or that is
+    never drawn."""
     maps = np.arange(64 * 192).reshape(64, 192)
     rng = random.Random(0)
     corners = np.array([divmod(int(render.cut_window(rng, maps)[0, 0]), 192) for _ in range(1000)])
@@ -567,11 +577,15 @@ def test_a_window_may_be_anywhere():
     assert (textures.min((1, 2)) == 0).all() and (textures.max((1, 2)) == 1).all()
     alike = (textures[:, 1:] == textures[:, :-1]).all(2).mean(1)        # to the row above
     assert alike[::4].min() > .5 and alike[1::2].max() < .1             # upright cells with edges; turned ones
+    numbered = np.arange(len(textures))[:, None, None] * np.ones((64, 192), int)
+    monkeypatch.setattr(render, "textures", lambda: numbered)
+    assert {render.draw_texture(rng)[0, 0] for _ in range(5000)} == set(range(len(textures)))
 
 
 def test_wear_is_as_strong_as_it_says(monkeypatch):
     """A JPEG quality, a number of pixels or a blur that has no effect, or another; one that is left out where
-    it comes alone. Noise on white that comes out black."""
+    it comes alone; few pixels in the shape of the crop and not in the word's, or enlarged to blocks. Noise on
+    white that comes out black."""
     image = np.random.default_rng(0).uniform(0, 255, (3, 32, 128)).astype(np.float32)
     happened = []
     real = {name: getattr(render, name) for name in ("shrink", "compress")}
@@ -595,17 +609,18 @@ def test_wear_is_as_strong_as_it_says(monkeypatch):
     monkeypatch.setattr(render, "BLUR", (1, 1))
     one_by_one = {
         (0, 0, 0): [],
-        (1, 0, 0): [("few pixels", 16, 4)],
+        (1, 0, 0): [("few pixels", 16, 3)],
         (0, 1, 0): [("blocks", (128, 32), 33)],
         (0, 0, 1): [("blur", 1)],
-        (1, 1, 1): [("few pixels", 16, 4), ("blocks", (64, 16), 33), ("blur", .5)],
+        (1, 1, 1): [("few pixels", 16, 3), ("blocks", (48, 16), 33), ("blur", .5)],
     }
     for chances, wanted in one_by_one.items():
         for name, chance in zip(("P_FEW_PIXELS", "P_JPEG", "P_BLUR"), chances):
             monkeypatch.setattr(render, name, chance)
         happened.clear()
-        worn = render.wear_out(random.Random(0), image, 4)
+        worn = render.wear_out(random.Random(0), image, 3)
         assert happened == wanted and worn.shape == (3, 32, 128) and worn.dtype == np.uint8
+        assert (worn[:, ::2] == worn[:, 1::2]).mean() < .5              # 16 rows that are not each drawn twice
 
     picture = Image.fromarray(image.transpose(1, 2, 0).astype(np.uint8))
     errors = [np.abs(np.subtract(real["compress"](picture, quality), picture, dtype=float)).mean()

@@ -238,7 +238,7 @@ def drive_ranks(path):
                 pretend_to_record(patch, SCRIPTS[script])
             if plant == "fewer" and rank == 1:
                 flags = [*flags, "--data", os.environ["FEWER_CROPS"]]
-            patch.setattr(pretrain, "draw_samples", lambda *_: None)
+            patch.setattr(pretrain, "draw_samples", lambda *_: open(f"{name}.drawn{rank}", "w").close())
             patch.setattr(sys, "argv", [script, *flags])
             try:
                 SCRIPTS[script].main()
@@ -345,9 +345,12 @@ def assert_same_gradients(path, expected_path):
 
 
 def assert_same_losses(out, expected_out):
-    one = losses(expected_out)
-    assert losses(out) == pytest.approx(one, abs=1e-5 * max(1, one[0]))
-    assert len(set(one)) == len(one) == 4
+    """The loss and its terms; spread is left out, since a mean of two halves' is another number."""
+    rows, expected = log_of(out), log_of(expected_out)
+    for name in {"loss", "mim", "nsp", "align", "read", "spell"} & set(expected[0]):
+        one = [row[name] for row in expected]
+        assert [row[name] for row in rows] == pytest.approx(one, abs=1e-5 * max(1, one[0])), name
+        assert len(set(one)) == len(one) == 4
 
 
 @pytest.mark.parametrize("name", [*JOBS, *(f"{name} recorded" for name in RECORDED)])
@@ -361,6 +364,11 @@ def test_two_processes_equal_one(two, whole, many, name):
         assert_same_gradients(f"{both}.gradients{rank}", f"{one}.gradients")
     for row in log_of(both):
         assert row["crops_per_s"] * row["ms_per_step"] == pytest.approx(1000 * 16)
+
+
+def test_one_rank_draws(two):
+    """Pictures that every rank draws, all into the same file."""
+    assert (two.folder / "mnsp.drawn0").exists() and not (two.folder / "mnsp.drawn1").exists()
 
 
 def test_ranks_share_the_validation(two, whole, many):
@@ -688,6 +696,20 @@ def test_weights_of_terms(go, whole, capsys):
     assert checkpoint(out)["args"]["objective"] == expected
 
 
+def test_set_and_scales_reach_the_views(go, monkeypatch):
+    """A loss of the row that --set makes, and views of the row before; --scales that is parsed and not used."""
+    monkeypatch.setitem(MODELS, "vit_nano", SMALL)
+    shapes = []
+    for flags in ("--set guide=full", "--set guide=none", "--set nsp=0", "--scales 16x32 16x64"):
+        with monkeypatch.context() as patch:
+            calls = record_calls(patch, Pretrainer)
+            go(pretrain, *f"{flags} --batch_size 2 --max_steps 1".split(), out=flags)
+        _, guide, coarse, _, _ = calls[0].given
+        shapes.append([view if view is None else tuple(view.shape[2:]) for view in (guide, *coarse)])
+    half, quarter = (16, 64), (16, 32)
+    assert shapes == [[(32, 128), half], [None, half], [half], [half, quarter, half]]
+
+
 def test_a_teachers_features_are_the_target(go, whole, monkeypatch, capsys):
     """--teacher that is loaded and not used, that is trained, or that is saved; that changes the student's
     first weights, so that two targets cannot be compared. One that is loaded, unsaid."""
@@ -974,9 +996,14 @@ def test_best_is_the_first_of_the_highest(go, monkeypatch, capsys, later, kept, 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_clipping(go, monkeypatch, script):
     """--clip_grad that is parsed and not used, that clips each micro-batch, that clips by another norm, or
-    before float16's scale is taken off."""
-    taken = []
-    plain = script.step_unless_not_finite
+    before float16's scale is taken off; a --clip_grad of 0 that clips at some norm that these small gradients do
+    not reach."""
+    taken, limits = [], []
+    plain, plain_clip = script.step_unless_not_finite, torch.nn.utils.clip_grad_norm_
+
+    def clip(parameters, max_norm):
+        limits.append(max_norm)
+        return plain_clip(parameters, max_norm)
 
     def keep(optimizer, scaler, grad_norm, skipped):
         parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
@@ -985,11 +1012,13 @@ def test_clipping(go, monkeypatch, script):
         assert scaler.get_scale() == 4096, "float16 is not scaled"
         plain(optimizer, scaler, grad_norm, skipped)
     monkeypatch.setattr(script, "step_unless_not_finite", keep)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     monkeypatch.setitem(MODELS, "vit_nano", SMALL)
     small = "--dtype float16 --batch_size 4 --accum_iter 2 --max_steps 2 --clip_grad".split()
     go(script, *small, "0.01", out="clipped")
     go(script, *small, "0", out="free")
     clipped, free = taken[:2], taken[2:]
+    assert limits == [0.01, 0.01, math.inf, math.inf]
     for before, norm in clipped:
         assert before > 0.1 and norm == pytest.approx(0.01, rel=1e-3)
     for before, norm in free:
@@ -998,9 +1027,9 @@ def test_clipping(go, monkeypatch, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-def test_learning_rate(go, monkeypatch, script):
+def test_learning_rate(go, monkeypatch, capsys, script):
     """A first step at rate 0, a warm-up that never ends, a cosine that ends early; a rate that is logged and
-    does not reach the optimizer."""
+    does not reach the optimizer. First lines that promise other numbers."""
     used, plain = [], script.step_unless_not_finite
 
     def keep(optimizer, *rest):
@@ -1008,7 +1037,10 @@ def test_learning_rate(go, monkeypatch, script):
         plain(optimizer, *rest)
     monkeypatch.setattr(script, "step_unless_not_finite", keep)
     schedule = "--lr 1e-3 --min_lr 1e-5 --warmup_epochs 0.25 --epochs 0.5 --batch_size 4".split()
-    rates = [row["lr"] for row in log_of(go(script, *schedule))]
+    out = go(script, *schedule)
+    rates = [row["lr"] for row in log_of(out)]
+    said = f"  64 crops  4 a step  6 steps  lr 1.00e-03  warm-up 3 steps  out {out}\n"
+    assert said in capsys.readouterr().out
     cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * i / 3)) / 2 for i in range(3)]
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, *cosine])
     assert used == [{rate} for rate in rates]
@@ -1017,8 +1049,9 @@ def test_learning_rate(go, monkeypatch, script):
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_flags_reach_what_they_are_of(go, real, tmp_path, monkeypatch, capsys, script):
     """A flag that is parsed and not used: --seed of weights, order, dropout, masks and augmentation, --workers,
-    --fonts, --rotate_tall, --max_damaged, --dtype of the network, --compile, --device. Ranks that are not asked
-    whether they agree; first lines from which nobody can tell later what was run."""
+    --fonts, --rotate_tall, --max_damaged, --dtype of the network, --compile, --device. Epochs that are counted in
+    micro-batches. Ranks that are not asked whether they agree; first lines from which nobody can tell later what
+    was run."""
     monkeypatch.setitem(MODELS, "vit_nano", SMALL)
     monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: True)
     seeds, seen = [], {}
@@ -1049,8 +1082,13 @@ def test_flags_reach_what_they_are_of(go, real, tmp_path, monkeypatch, capsys, s
         seen.update(max_damaged=limit)
         return data.DamageCount(limit)
 
+    def count_steps(args, *counts):
+        seen.update(counted=counts)
+        return common.count_steps(args, *counts)
+
     monkeypatch.setattr(script, "open_sources", open_sources)
     monkeypatch.setattr(script, "batches", batches)
+    monkeypatch.setattr(script, "count_steps", count_steps)
     monkeypatch.setattr(script, "DamageCount", damage_count)
     monkeypatch.setattr(script, "pick_device", pick_device)
     monkeypatch.setattr(script, "compile_layers", lambda network: seen.update(compiled=True))
@@ -1061,10 +1099,10 @@ def test_flags_reach_what_they_are_of(go, real, tmp_path, monkeypatch, capsys, s
     calls = record_calls(monkeypatch, Pretrainer if script is pretrain else Recognizer)
     flags = "--seed 7 --workers 3 --rotate_tall --max_damaged 0.3 --dtype auto --compile".split()
     flags += ["--fonts", str(tmp_path), "--data", real, "synth:4"]
-    out = go(script, *flags, "--max_steps", "1", "--batch_size", "4")
+    out = go(script, *flags, "--max_steps", "1", "--batch_size", "4", "--accum_iter", "2")
     assert len(seeds) >= 4 and set(seeds) == {7}
     expected = dict(fonts=str(tmp_path), rotate_tall=True, workers=3, max_damaged=0.3, compiled=True)
-    assert seen == dict(expected, n_crops=20, agreed=(0, 20), device="cpu")
+    assert seen == dict(expected, n_crops=20, counted=(20, 8), agreed=(0, 20), device="cpu")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{script.__name__}.py --model vit_nano") and " --seed 7 " in lines[0]
     assert lines[1] == f"torch {torch.__version__}  cpu x1  bfloat16"
@@ -1082,7 +1120,7 @@ BETAS = {pretrain: (0.9, 0.95), finetune: (0.9, 0.999)}
 def test_rate_and_decay_of_each_weight(go, script):
     """--blr that is not scaled by the crops of a step; --weight_decay or --layer_decay that does not reach
     the optimizer, or that decays biases, norms, tokens and the embedding of letters; other betas than
-    MAE's and LMIM's."""
+    MAE's and LMIM's, or an epsilon that is not AdamW's own."""
     flags = "--batch_size 8 --accum_iter 2 --max_steps 1 --blr 1e-3 --weight_decay 0.07".split()
     if script is finetune:
         flags += ["--layer_decay", "0.5"]
@@ -1100,7 +1138,7 @@ def test_rate_and_decay_of_each_weight(go, script):
     for group in groups:
         found[group["weight_decay"] == 0.07] += len(group["params"])
         assert group["weight_decay"] in (0, 0.07)
-        assert tuple(group["betas"]) == BETAS[script]
+        assert tuple(group["betas"]) == BETAS[script] and group["eps"] == 1e-8
     assert found == expected
 
     rates = sorted({group["lr"] for group in groups})
@@ -1217,6 +1255,21 @@ def test_time_of_a_step(go, monkeypatch, capsys):
     assert [row["wait"] for row in rows] == pytest.approx([2 / 13, 2 / 13, 4 / 16, 4 / 16])
     assert [row["eta_s"] for row in rows] == pytest.approx([5 * 13, 4 * 13, 2 * 8, 0])
     assert "  eta 0:01:05\n" in capsys.readouterr().out                    # 65 seconds
+
+
+def test_time_of_a_step_of_fine_tuning(go, monkeypatch):
+    """A validation or a checkpoint counted as training."""
+    monkeypatch.setitem(MODELS, "vit_nano", SMALL)
+    monkeypatch.setattr(finetune, "validate", lambda *_: (dict(accuracy=50.0, ned=50.0), []))
+    clock = Clock(monkeypatch)
+    clock.takes(1, finetune, "encode_labels")
+    clock.takes(2, data, "read_batch")
+    clock.takes(100, finetune, "save_checkpoint")
+    clock.takes(1000, finetune, "validate")
+    flags = "--val synth:4:1 --batch_size 4 --max_steps 3 --sample_every 1 --save_every 1".split()
+    rows = log_of(go(finetune, *flags))
+    assert [row["ms_per_step"] for row in rows] == [3000] * 3
+    assert [row["wait"] for row in rows] == pytest.approx([2 / 3] * 3)
 
 
 @pytest.mark.parametrize("platform, unit", [("linux", 2 ** 10), ("darwin", 1)])
@@ -1544,7 +1597,7 @@ def test_each_rank_takes_the_gpu_of_its_node(monkeypatch):
 @pytest.mark.parametrize("script, flags, kind", [
     (pretrain, ["--method", "mnsp"], signal.SIGTERM),
     (finetune, "--dropout 0.1 --drop_path 0.1 --batch_size 8 --accum_iter 2".split(), signal.SIGINT)])
-def test_resume_is_bit_identical(go, whole, tmp_path, script, flags, kind):
+def test_resume_is_bit_identical(go, whole, tmp_path, capsys, script, flags, kind):
     """Anything that a checkpoint forgets: moments, position in the data, masks, views, dropout. A signal
     saves and leaves, and `pretrain.py && finetune.py` must not go on with half a run."""
     unbroken = whole(script, *flags)
@@ -1552,6 +1605,7 @@ def test_resume_is_bit_identical(go, whole, tmp_path, script, flags, kind):
         after_line(patch, 3, lambda: signal.raise_signal(kind))
         go(script, *flags)
     assert checkpoint(tmp_path / "run")["step"] == 3
+    assert "stopped by a signal at step 3; add --resume to go on\n" in capsys.readouterr().out
     shutil.copytree(tmp_path / "run", tmp_path / "parts")
     assert same_run(go(script, *flags, "--resume"), unbroken)
 
@@ -1597,7 +1651,7 @@ def interrupts(number):
     return False
 
 
-def test_a_signal_ends_a_validation(go, monkeypatch, tmp_path):
+def test_a_signal_ends_a_validation(go, monkeypatch, tmp_path, capsys):
     """A long --val that is read to its end while the cluster's patience runs out; the accuracy of half a
     validation, or a best.pt of it. The last one is read to its end: a finished run has no other."""
     plain, read = Recognizer.read, []
@@ -1612,6 +1666,7 @@ def test_a_signal_ends_a_validation(go, monkeypatch, tmp_path):
         go(finetune, *flags)
     assert read == [4]
     assert sorted(os.listdir(tmp_path / "run")) == ["last.pt", "log.jsonl"]
+    assert "step 2: the validation was cut short by a signal" in capsys.readouterr().out
     assert checkpoint(tmp_path / "run")["step"] == 2 and "val_accuracy" not in log_of(tmp_path / "run")[-1]
     out = go(finetune, *flags, "--resume")
     assert [row["step"] for row in log_of(out) if "val_accuracy" in row] == [4]
@@ -1798,6 +1853,9 @@ def test_what_is_counted_over_all_ranks(tmp_path, monkeypatch, capsys):
         assert common.resume_training(dict(state, path=path), layer, optimizer, scaler, skipped, after) == 3
         assert after.seen == seen and common.save_checkpoint(path, state, None)
         assert os.path.exists(path) == (rank == 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "sum_over_ranks", lambda group, failed: [failed + 1.0])
+        assert not common.save_checkpoint(path, state, "group"), "rank 1 does not hear that rank 0 could not write"
     said = capsys.readouterr().out
     assert "0.pt at step 3" in said and "1.pt" not in said
 
@@ -2250,7 +2308,7 @@ def test_best_that_could_not_be_written_is_not_announced(go, real, monkeypatch, 
 
 
 def test_weights_that_are_not_finite_are_not_saved(go, monkeypatch, tmp_path):
-    """A last.pt full of NaN, because the run ended before --max_bad_steps."""
+    """A last.pt with NaN in one tensor of many, because the run ended before --max_bad_steps."""
     networks, wrap = [], pretrain.wrap_model
 
     def keep_network(network, recorded):
@@ -2258,8 +2316,7 @@ def test_weights_that_are_not_finite_are_not_saved(go, monkeypatch, tmp_path):
         return wrap(network, recorded)
 
     def spoil():
-        for parameter in networks[0].parameters():
-            parameter.data.fill_(math.nan)
+        networks[0].decoder.mask_token.data[..., 0] = math.nan
     monkeypatch.setattr(pretrain, "wrap_model", keep_network)
     after_line(monkeypatch, 3, spoil)
     with pytest.raises(UserError, match="last checkpoint was not written"):
@@ -2660,6 +2717,19 @@ def test_val_of_which_nothing_can_be_read(real, monkeypatch):
     args = SimpleNamespace(batch_size=4, workers=0)
     with pytest.raises(UserError, match="2 of its 16 crops cannot be read"):
         finetune.validate(network, data.open_source(real), "waics", args, torch.float32, None, None)
+
+
+def test_ranks_validate_together(monkeypatch):
+    """Ranks that each read all of --val, or one that goes on when a signal came to another: it would wait for that
+    one for half an hour."""
+    def read_source(read, source, batch_size, workers, group):
+        assert group == "ranks"
+        return [], []
+    monkeypatch.setattr(evaluate, "read_source", read_source)
+    stop = SimpleNamespace(first=None, came=lambda group: group == "ranks")
+    args = SimpleNamespace(batch_size=4, workers=0)
+    network = torch.nn.Linear(2, 2)
+    assert finetune.validate(network, None, "waics", args, torch.float32, stop, "ranks") == (None, None)
 
 
 def test_val_of_another_script(go, tmp_path, capsys):
