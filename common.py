@@ -1,13 +1,15 @@
 """What every script needs. Read this last: a script's main() says what is called when.
 
-    errors and flags    UserError, run_main, Parser, number_in, add_training_flags
-    device              pick_device, pick_dtype, autocast, to_device
+    errors and flags    UserError, run_main, Parser, number_in, parse_size, typed_flags,
+                        add_training_flags, parse_with_recipe, check_training_flags
+    device              pick_device, pick_dtype, autocast, to_device, to_unit
     ranks               rank, world_size, join_ranks, sum_over_ranks, StopSignal
     checkpoints         read_checkpoint, load_state, find_checkpoint, check_resume,
                         resume_training, training_state, save_checkpoint
     steps               count_steps, peak_learning_rate, learning_rate, weight_groups, wrap_model,
-                        join_gradients, average_over_ranks, is_recorded, Replayed,
-                        step_unless_not_finite
+                        join_gradients, average_over_ranks, is_recorded, Replayed
+    random numbers      number_of, step_generator, seed_dropout
+    bad steps           step_unless_not_finite, stop_if_not_finite
     log                 say, Log
 
 A checkpoint is one dict of plain types and tensors: model, optimizer, scaler, step, skipped,
@@ -30,6 +32,7 @@ import time
 import traceback
 import uuid
 import warnings
+import zipfile
 
 import torch
 import torch.distributed as dist
@@ -107,6 +110,8 @@ def line_for_user(error):
         return text
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full; lower --batch_size (and raise --accum_iter as much)"
+    if isinstance(error, RuntimeError) and "can't allocate memory" in text:
+        return "memory is full; lower --batch_size (and raise --accum_iter as much)"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return f"{text.rstrip('.')}; {advice}"
     if isinstance(error, RuntimeError) and re.search(r"No working C\+\+|C compiler", str(error)):
@@ -129,12 +134,12 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self):
         """An empty value, such as that of a shell's variable that is not set, is an error: left
         out, the flag would have its default. A flag that is typed twice is said, since values
-        are lost: of `--data A --data B` it is A."""
+        are lost: `--data A --data B` would lose A."""
         args = super().parse_args()
         for flag, times in collections.Counter(flags_as_typed()).items():
-            if times > 1 and rank() == 0:
-                print(f"{self.prog}: --{flag} stands there {times} times, and the last counts",
-                      file=sys.stderr)
+            if times > 1:
+                say(f"{self.prog}: --{flag} stands there {times} times, and the last counts",
+                    sys.stderr)
         for name, value in vars(args).items():
             if value == "" or (isinstance(value, list) and "" in value):
                 self.error(f"--{name} is empty; give it a value, or leave it out")
@@ -363,7 +368,9 @@ def to_unit(images):
 # ---- ranks
 
 def rank():
-    """This process's number among all of torchrun's; 0 without it."""
+    """This process's number among all of torchrun's; 0 of a lone process."""
+    if world_size() == 1:                       # a RANK without others is left from elsewhere
+        return 0
     return int(os.environ.get("RANK") or 0)
 
 
@@ -377,8 +384,10 @@ def join_ranks(device):
     for a lone process."""
     if world_size() == 1:
         return None
-    if "RANK" not in os.environ:
-        raise UserError("WORLD_SIZE is set and RANK is not; start with torchrun, or unset it")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(f"WORLD_SIZE is set and {name} is not; start with torchrun, or unset "
+                            "WORLD_SIZE")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
@@ -456,13 +465,16 @@ def leave_ranks(status):
 
 
 class StopSignal:
-    """From now on SIGTERM and Ctrl-C ask for a stop between two steps. A second Ctrl-C, two seconds
-    later or more, ends at once. (Under torchrun one Ctrl-C arrives twice.)"""
+    """From now on SIGTERM, Ctrl-C and a terminal that is closed ask for a stop between two steps. A
+    second Ctrl-C, two seconds later or more, ends at once. (Under torchrun one Ctrl-C arrives
+    twice.)"""
 
     def __init__(self):
         self.first = None                                       # when one came, in seconds
         signal.signal(signal.SIGTERM, self.handle)
         signal.signal(signal.SIGINT, self.handle)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, self.handle)           # nohup ignores it: so do we then
 
     def handle(self, number, frame):
         now = time.monotonic()
@@ -505,10 +517,11 @@ def why_refused(path, error):
     """What a file is that torch.load refused, and what to do about it."""
     if os.path.isdir(path):
         return f"a folder; name the checkpoint in it, such as {os.path.join(path, 'last.pt')}"
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}; expected a checkpoint file (.pt, .pth)"
-    with open(path, "rb") as file:
-        begins = file.read(30)
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(30)
+    except OSError as cannot_open:
+        return f"{cannot_open.strerror}; expected a checkpoint file (.pt, .pth)"
     if begins == b"":
         return "an empty file; copy or download it again"
     if begins.startswith(b"version https://git-lfs"):
@@ -521,6 +534,8 @@ def why_refused(path, error):
     if "TorchScript" in str(error):
         return ("a TorchScript archive; expected a state dict, which this makes of it: "
                 f"torch.save(torch.jit.load('{path}').state_dict(), 'weights.pt')")
+    if begins.startswith(b"PK\3\4") and not zipfile.is_zipfile(path):
+        return "a checkpoint that was cut short; copy it again"
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused:
         return (f"a pickle that wants {refused[1]}, which could run code and is not loaded; if you "
@@ -653,7 +668,8 @@ def check_resume(checkpoint, args, crops_per_step, n_crops):
                       "order would be another")
     if differ:
         path = checkpoint["path"]
-        raise UserError(f"--resume {path}: {'; '.join(differ)}; name another --out_dir")
+        raise UserError(f"--resume {path}: {'; '.join(differ)}; type it as there, or name another "
+                        "--out_dir")
 
     said = []
     for name in now.keys() & stored.keys():
@@ -714,7 +730,7 @@ def save_checkpoint(path, state, group):
 
 def write_checkpoint(path, state):
     """To a temporary file, flushed, then renamed: at no moment is there half a checkpoint. False
-    if it could not be written; then training goes on."""
+    if the weights are not finite, or if it could not be written; then training goes on."""
     if not all(value.isfinite().all() for value in state["model"].values()):
         say(f"step {state['step']}: the weights are not finite and were not saved; "
             "lower --lr or --blr")
@@ -782,7 +798,7 @@ def learning_rate(step, total_steps, warmup_steps, lr, min_lr):
 def weight_groups(model, weight_decay, layer_decay=1.0):
     """AdamW's groups. Matrices decay; biases, norms, tokens and the embedding of letters do not
     (MAE). Encoder layer i learns at layer_decay^(n + 1 - i) of the rate (BEiT): of n blocks, block
-    1 to n, the patch embedding as layer 0, and all that is above the blocks as layer n + 1."""
+    1 to n, the patch embedding as layer 0, and all else as layer n + 1."""
     groups, n = {}, len(model.encoder.blocks)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -899,9 +915,11 @@ class Replayed:
         return graph, inputs, outputs
 
 
+# ---- random numbers
+
 def number_of(seed, step):
-    """No other step (or epoch) has this number, nor has one of another seed: runs are shorter than
-    1,000,003 steps."""
+    """A number that no other pair of a seed and a step (or epoch) has, as long as steps are fewer
+    than 1,000,003."""
     return seed * 1_000_003 + step
 
 
@@ -916,6 +934,8 @@ def seed_dropout(seed, step):
     on each rank."""
     torch.manual_seed(number_of(seed, step) * 4096 + rank())        # for up to 4096 ranks
 
+
+# ---- bad steps
 
 def step_unless_not_finite(optimizer, scaler, grad_norm, skipped):
     """Steps, or does nothing if the gradient is not finite. Gradients were averaged over the
@@ -944,12 +964,13 @@ def stop_if_not_finite(skipped, step, args):
 
 # ---- log
 
-def say(text):
-    """Prints on rank 0. Whoever calls this goes on where that is not possible."""
+def say(text, file=None):
+    """Prints on rank 0, to stdout or another file. Whoever calls this goes on where that is not
+    possible."""
     if rank() > 0:
         return
     try:
-        print(text, flush=True)
+        print(text, file=file, flush=True)
     except BrokenPipeError:                         # nobody listens any more
         hush_output()
     except OSError:                                 # it goes to a file, and the disk is full
@@ -1088,6 +1109,7 @@ def cut_log(path, step):
     """Lines after the checkpoint's step belong to steps that are run again: they are cut
     off, as are torn ones."""
     whole_line = re.compile(r'{"step": (\d+), [^{}]*}\n')      # [1] is its step
+    n_cut = 0
     with tolerate_full_disk(path, step):
         open_alone(path).close()
         with open(path, errors="replace") as old, open(path + ".tmp", "w") as new:
@@ -1095,7 +1117,11 @@ def cut_log(path, step):
                 found = whole_line.fullmatch(line)
                 if found and int(found[1]) <= step:
                     new.write(line)
+                else:
+                    n_cut += 1
         os.replace(path + ".tmp", path)
+    if n_cut > 0:
+        say(f"{path}: {n_cut} lines, of steps after {step}, are cut off")
 
 
 def peak_memory(device):

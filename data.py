@@ -8,7 +8,7 @@ The parts of this file, in the order of reading:
 
     sources     decode, Lmdb, Files, Synth, Parts, Subset, open_source, open_sources
     labels      CHARSETS, read_charset, fit_label, fit_labels
-    views       guidance_view, augment, coarse_view: whole batches, on their device
+    views       moved_view, still_view, augment, coarse_view: whole batches, on their device
     batches     read_batch, batches, next_batch, fill_places, read_all, DamageCount
     pictures    draw_sheet
     commands    show, check, pack
@@ -54,7 +54,7 @@ import common
 from common import H, W, Parser, UserError, number_in, parse_size, run_main
 from common import say, to_device, to_unit, typed_flags
 from render import MAX_LENGTH, MAX_LINE, PRINTABLE, describe_fonts, find_font, font_files
-from render import font_files_under, fonts_with, render_word, word_label
+from render import font_files_under, render_word, word_label
 
 
 # ---- sources: one crop
@@ -127,8 +127,10 @@ def decode(data, rotate_tall=False):
     is not a whole image.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return read_pixels(image, rotate_tall)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # of EXIF that is broken: the picture is not
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return read_pixels(image, rotate_tall)
     except UnidentifiedImageError:
         raise Damaged(f"{kind_of_file(data)} ({len(data)} bytes)") from None
     except Damaged:
@@ -453,7 +455,7 @@ def read_labels(path):
             at = f"{path}: {unit} {number}"
             image_path, label = parse_entry(entry, kind)
             check_names(image_path, label)
-            if may_be_header and is_header(image_path, os.path.dirname(path)):
+            if may_be_header and names_columns(image_path, os.path.dirname(path)):
                 say(f"{at} is taken for a header: {entry}")
             else:
                 yield image_path, label
@@ -494,8 +496,10 @@ def parse_entry(entry, kind):
     if kind == ".csv":
         (fields,) = csv.reader([entry], strict=True)
     else:
-        fields = entry.split("\t", 1)
-    image_path, label = fields                      # ValueError unless they are two
+        fields = entry.split("\t")
+    if len(fields) != 2:
+        raise ValueError(f"{len(fields)} columns in {entry[:60]!r}")
+    image_path, label = fields
     return image_path, label
 
 
@@ -514,8 +518,8 @@ def check_names(image_path, label):
         raise ValueError("a NUL in a path")
 
 
-def is_header(image_path, folder):
-    """True for a first line such as "filename,words", which names no file."""
+def names_columns(image_path, folder):
+    """True for a first line such as "filename,words": its first field names no file."""
     return suffix_of(image_path) == "" and not os.path.isfile(os.path.join(folder, image_path))
 
 
@@ -559,8 +563,8 @@ class Synth(Source):
     """n rendered words. Crop i depends on (seed, i) alone, whatever the process or the order.
 
     fonts: a folder, whose fonts alone are drawn; None: the system's. charset: the characters to
-    draw, in fonts that have them all; None: a keyboard's, in all its fonts. Other fonts, as
-    another machine has, draw other pictures of the same words. max_length: above MAX_LENGTH it
+    draw, in fonts that have them all; None: a keyboard's, in all fonts. Other fonts, as another
+    machine has, draw other pictures of the same words. max_length: above MAX_LENGTH it
     asks for lines too, of so many characters at most; below, nothing changes.
     """
     name = "synth"
@@ -569,15 +573,11 @@ class Synth(Source):
         self.n = n
         self.seed = seed
         self.max_length = max(max_length, MAX_LENGTH)
-        if charset is None:
-            self.charset = PRINTABLE
-            self.fonts = font_files(fonts)
-            return
-        self.charset = "".join(charset.split())             # no blanks
-        if fonts:
-            self.fonts = font_files(fonts, self.charset)
-        else:
-            self.fonts = fonts_with(self.charset, font_files())
+        self.charset = PRINTABLE
+        if charset is not None:
+            charset = "".join(charset.split())              # no blanks
+            self.charset = charset
+        self.fonts = font_files(fonts, charset)
 
     def get(self, i):
         image, label, char_map = render_word(
@@ -818,6 +818,8 @@ def how_to_mend_paths(source):
         return "write the path first, then the label"
     if "\\" in source.path(0):
         return "write their \\ as /"
+    if "://" in source.path(0):
+        return "download the images, and write where they lie now"
     return "move it to the folder that they start from"
 
 
@@ -1068,47 +1070,46 @@ AUGMENTATION = dict(chances=14, changed=1) | POINT_COLUMNS | MOVE_COLUMNS | LOOK
 AUGMENTATION |= NOISE_COLUMNS | dict(more_chances=4)
 
 
-def guidance_view(images, generator, moved=True, strength=1.0):
+def guidance_view(images, generator):
     """The same word, looking different, each crop in its own way: (B, 3, H, W) uint8 or float in
-    [0, 1] -> float in [0, 1].
-
-    LMIM's list: at least three of ten operations, then colour jitter and loss of colour.
-    moved=False is for nsp's coarse views, which must show where the letters are that nsp predicts:
-    every pixel keeps its place, and letters stay darker or lighter than the ground. So of the ten
-    the four of LOOK are left, and noise is added. strength scales every range; 0 changes nothing.
-    """
-    numbers = draw_numbers(len(images), VIEW_NUMBERS, generator, images.device)
-    return view_from_numbers(images, numbers, moved, strength)
+    [0, 1] -> float in [0, 1]."""
+    return moved_view(images, uniform_numbers(len(images), VIEW_NUMBERS, generator, images.device))
 
 
 def augment(images, generator):
     """Fine-tuning's augmentation, each crop's its own: (B, 3, H, W) uint8 or float in [0, 1] ->
     float in [0, 1]."""
-    numbers = draw_numbers(len(images), AUGMENT_NUMBERS, generator, images.device)
+    numbers = uniform_numbers(len(images), AUGMENT_NUMBERS, generator, images.device)
     return augment_from_numbers(images, numbers)
 
 
-def draw_numbers(rows, columns, generator, device):
+def uniform_numbers(rows, columns, generator, device):
     """(rows, columns) in [0, 1), drawn where the generator is: the host's gives the same numbers
     to every device."""
     numbers = torch.rand(rows, columns, generator=generator, device=generator.device)
     return to_device(numbers, device)
 
 
-def view_from_numbers(images, numbers, moved=True, strength=1.0):
+def moved_view(images, numbers, strength=1.0):
     """guidance_view with its numbers, (B, VIEW_NUMBERS) in [0, 1). Rows of a larger draw give the
-    same views as in that larger batch."""
-    images = to_unit(images)
-    if moved:
-        drawn = name_columns(numbers, MOVED_VIEW)
-        strengths = choose_operations(drawn, strength)
-        images = move_and_bend(images, strengths, drawn)
-        images = change_look(images, strengths, drawn)
-        return solarize(images, strengths, drawn)
+    same views as in that larger batch. strength scales every range; 0 changes nothing.
 
+    What is done is LMIM's list: at least three of ten operations, colour jitter and loss of colour.
+    The order is ours."""
+    drawn = name_columns(numbers, MOVED_VIEW)
+    strengths = choose_operations(drawn, strength)
+    images = move_and_bend(to_unit(images), strengths, drawn)
+    images = change_look(images, strengths, drawn)
+    return solarize(images, strengths, drawn)
+
+
+def still_view(images, numbers, strength=1.0):
+    """As moved_view, but for nsp's coarse views, which must show where the letters are that nsp
+    predicts: every pixel keeps its place, and letters stay darker or lighter than the ground. So
+    of the ten operations the four of LOOK are left. Noise is added, which is not LMIM's."""
     drawn = name_columns(numbers, STILL_VIEW)
     strengths = choose_operations(drawn, strength)
-    images = change_look(images, strengths, drawn)
+    images = change_look(to_unit(images), strengths, drawn)
     return add_noise(images, strengths, drawn)
 
 
@@ -1165,6 +1166,8 @@ def choose_augmentations(drawn):
     """What fine-tuning does to each crop -> {operation: (B,)}: 1, or 0 where it does not."""
     changed = drawn["changed"] > P_UNCHANGED
     numbers = torch.cat([drawn["chances"], drawn["more_chances"]], 1)
+    if len(AUGMENT_CHANCES) > numbers.shape[1]:
+        raise ValueError("AUGMENT_CHANCES: more_chances has room for four more, and no fifth")
     strengths = {}
     for (name, chance), number in zip(AUGMENT_CHANCES.items(), numbers.unbind(1)):
         strengths[name] = ((number < chance) & changed).float()
@@ -1195,8 +1198,8 @@ def move_and_bend(images, strengths, drawn):
 
     # Each corner moves inward, by its own number. `tilt` is the mean move, in shares of a side.
     tilt = strengths["tilt"] * in_range(drawn, "tilt")
-    moves = 2 * drawn["corners"].view(b, 4, 2)                                  # their mean is 1
-    inward = for_matrices(tilt) * moves * side
+    corner_moves = 2 * drawn["corners"].view(b, 4, 2)                           # their mean is 1
+    inward = for_matrices(tilt) * corner_moves * side
     corners = copy_once(SQUARE, images.device) * (1 - inward)                   # (B, 4, 2)
 
     # All of it turns.
@@ -1217,9 +1220,9 @@ def move_and_bend(images, strengths, drawn):
     # 4 x 4 points move in x and y. `bend` is the standard deviation of the moves, in shares of a
     # side.
     bend = strengths["bend"] * in_range(drawn, "bend")
-    moves = drawn["bend_points"].view(b, 2, 4, 4) - 0.5
-    moves = for_images(bend) * moves * (side * TO_DEVIATION_1)
-    return warp(images, corners, moves)
+    point_moves = drawn["bend_points"].view(b, 2, 4, 4) - 0.5
+    point_moves = for_images(bend) * point_moves * (side * TO_DEVIATION_1)
+    return warp(images, corners, point_moves)
 
 
 def change_look(images, strengths, drawn):
@@ -1332,8 +1335,8 @@ def determinant(p, q):
 
 
 def warp(images, corners, moves=None):
-    """Pictures (B, 3, H, W), each seen through four corners (B, 4, 2). With SQUARE's it is seen as
-    it is. moves (B, 2, 4, 4): how far 4 x 4 points, spread over the picture, go in x and y."""
+    """Pictures (B, 3, H, W), each seen through four corners (B, 4, 2). SQUARE leaves them as they
+    are. moves (B, 2, 4, 4): how far 4 x 4 points, spread over the picture, go in x and y."""
     b, _, height, width = images.shape
     device = images.device
     u = (torch.arange(width, device=device) + 0.5) / width          # the middles of pixels
@@ -1394,7 +1397,8 @@ def gaussian_kernel(variance):
 
 # The grey of a colour is the sum of its red, green and blue with these weights.
 LUMA = torch.tensor([0.299, 0.587, 0.114])
-# NTSC writes a colour as its grey (Y) and two axes of hue (I, Q). From these to RGB:
+# NTSC writes a colour as its grey (Y) and a point of a plane (I, Q), whose direction is the hue.
+# From these to RGB:
 FROM_YIQ = torch.tensor([[1, 0.956, 0.619], [1, -0.272, -0.647], [1, -1.106, 1.703]])
 # Takes the grey away and turns the hue by 90 degrees, in YIQ.
 QUARTER_TURN_OF_IQ = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])
@@ -1427,8 +1431,8 @@ def recolour(images, saturation, hue, brightness, contrast, haze):
     #     contrast     c  ->  contrast * c + (1 - contrast) * mean
     #     haze         c  ->  keep * c + (1 - keep) * 0.5
     #
-    # The mean is the brightened crop's, brightness * mean_grey: saturation and hue leave a grey as
-    # it is. All in all c -> keep * contrast * brightness * c + offset.
+    # The mean is the brightened crop's, brightness * mean_grey: saturation and hue leave a colour's
+    # grey as it is. All in all c -> keep * contrast * brightness * c + offset.
     keep = 1 - haze
     matrix = for_matrices(keep * contrast * brightness) * matrix
     mean_grey = images.mean((2, 3)) @ luma                                      # (B,)
@@ -1475,7 +1479,7 @@ def copy_once(constant, device):
 Batch = namedtuple("Batch", "images labels char_maps damaged indices places")
 
 
-def read_batch(asked_for, source, char_maps=False):
+def read_batch(source, asked_for, char_maps=False):
     """The crops of these numbers -> Batch."""
     crops = []
     damaged = []
@@ -1516,7 +1520,7 @@ class BatchReader(Dataset):
         self.char_maps = char_maps
 
     def __getitem__(self, indices):
-        return read_batch(indices, self.source, self.char_maps)
+        return read_batch(self.source, indices, self.char_maps)
 
 
 BATCHES_AHEAD = 4                       # how many each worker has ready
@@ -1543,10 +1547,8 @@ def loader(source, index_lists, workers, char_maps=False):
     """Lists of indices -> an iterator over their Batches. Worker processes are handed indices
     alone."""
     if workers:
-        # When a process ends, what was registered last runs first, and end_workers has to run
-        # before multiprocessing's own end, which would wait. That is registered when somebody first
-        # needs it, perhaps only now. So ours is registered anew, and taken out before, lest it
-        # stand there twice.
+        # When a process ends, what was registered last runs first. end_workers has to run before
+        # multiprocessing's own end, which would wait. Taken out before, lest it stand there twice.
         atexit.unregister(end_workers)
         atexit.register(end_workers)
     with warnings.catch_warnings():
@@ -1742,6 +1744,8 @@ def draw_sheet(rows, path, fonts=None):
         sheet.save(path)
     except ValueError as error:
         raise UserError(f"{path}: {error}; expected a picture's name, such as sheet.png") from None
+    except OSError as error:
+        raise UserError(f"{path}: could not be written ({error.strerror})") from None
 
 
 def row_height(row):
@@ -1772,7 +1776,7 @@ def draw_text(sheet, pieces, x, y, size, files):
         x += font.getlength(text)
 
 
-# ---- the command show
+# ---- files that are written
 
 def check_output(path, srcs):
     """UserError if the file that will be written is one that is read, or is a picture in a folder
@@ -1802,6 +1806,43 @@ def check_crops_stay(path, source):
                                 "name a file elsewhere")
 
 
+def check_writable(path):
+    """An OSError now, and not after an hour of reading, if a file cannot be written. What is in it
+    stays until there is a result. Its folder is made."""
+    path = os.path.realpath(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    is_new = not os.path.exists(path)
+    open(path, "a").close()
+    if is_new:
+        with contextlib.suppress(FileNotFoundError):        # another rank was faster
+            os.remove(path)
+
+
+def write_file(text, path, errors="backslashreplace"):
+    """What was there stays until all of the text is written. UserError names the file.
+
+    Of a file name that is not UTF-8 Python makes lone surrogates. They are written as JSON does,
+    \\udcff, and are no error; errors="surrogateescape" writes the name's own bytes."""
+    path = os.path.realpath(path)               # a link stays a link
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            write_text(text, path, errors)      # into a pipe, or /dev/null
+            return
+        write_text(text, path + ".tmp", errors)
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise UserError(f"{path}: could not be written ({error.strerror})") from None
+
+
+def write_text(text, path, errors):
+    with open(path, "w", encoding="utf-8", errors=errors, newline="\n") as file:
+        file.write(text)
+
+
+# ---- the command show
+
 def show(args):
     """Draws crops, and beside each the views that were asked for."""
     check_output(args.out, args.src)
@@ -1809,12 +1850,12 @@ def show(args):
     check_crops_stay(args.out, source)
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(source), generator=generator)[:args.n].tolist()
-    batch = read_batch(chosen, source)
+    batch = read_batch(source, chosen)
     if len(batch.images) == 0:
         raise UserError(f"{source.name}: none of {len(batch.damaged)} crops could be read, "
                         f"the first: {batch.damaged[0]}")
 
-    views = make_views(batch.images, generator, args)
+    views = views_to_show(batch.images, generator, args)
     cells = []
     for k, label in enumerate(batch.labels):
         crop, *others = [(255 * view[k]).byte() for view in views]
@@ -1846,12 +1887,13 @@ def open_to_draw(args):
     return source
 
 
-def make_views(images, generator, args):
+def views_to_show(images, generator, args):
     """-> a list of batches (B, 3, 32, 128) in [0, 1], the first being the crops themselves."""
     views = [to_unit(images)]
     if args.guidance:
-        views.append(guidance_view(images, generator, moved=True))
-        views.append(guidance_view(images, generator, moved=False))
+        views.append(guidance_view(images, generator))
+        numbers = uniform_numbers(len(images), VIEW_NUMBERS, generator, images.device)
+        views.append(still_view(images, numbers))
     if args.augment:
         views.append(augment(images, generator))
         views.append(augment(images, generator))
@@ -1887,7 +1929,7 @@ def check(args):
             check_crops_stay(args.write_list, tests)
         known = KnownCrops(tests, args.workers)
         if args.write_list:
-            open(args.write_list, "a").close()      # fails now, not after an hour of reading
+            check_writable(args.write_list)
 
     counts = Counts()
     lines = []
@@ -1908,7 +1950,7 @@ def check(args):
             print(line)
     if args.write_list:
         text = "".join(f"{line}\n" for line in lines)
-        pathlib.Path(args.write_list).write_text(text, "utf-8", "surrogateescape")
+        write_file(text, args.write_list, errors="surrogateescape")
 
 
 class Counts:
@@ -1940,10 +1982,10 @@ class Counts:
     def report(self, source):
         print(f"{source.name}: {len(source):,} entries = {len(self.widths):,} read "
               f"+ {len(self.damaged):,} damaged")
-        print(f"width {spread(self.widths)}; height {spread(self.heights)}")
+        print(f"width {range_and_median(self.widths)}; height {range_and_median(self.heights)}")
 
         commonest = " ".join(f"{char!r} {n:,}" for char, n in self.chars.most_common(12))
-        print(f"{len(self.lengths):,} labels, length {spread(self.lengths)}; "
+        print(f"{len(self.lengths):,} labels, length {range_and_median(self.lengths)}; "
               f"{len(self.chars)} characters, the commonest {commonest}")
 
         outside = [(char, n) for char, n in self.chars.most_common() if char not in CHARSETS["94"]]
@@ -1960,7 +2002,7 @@ class Counts:
             print(f"damaged: {line}")
 
 
-def spread(numbers):
+def range_and_median(numbers):
     if not numbers:
         return "none"
     least, median, most = np.quantile(numbers, (0, 0.5, 1))
@@ -2056,13 +2098,12 @@ def pack(args):
     shutil.rmtree(unfinished, ignore_errors=True)           # what a pack left that was stopped
     try:
         kept = write_lmdb(unfinished, source, skip, args.workers)
-    except (lmdb.Error, OSError) as error:
+    except BaseException as error:                          # Ctrl-C too
         shutil.rmtree(unfinished, ignore_errors=True)
+        if not isinstance(error, (lmdb.Error, OSError)):
+            raise
         raise UserError(f"{out}: cannot be written ({error}); expected a new folder, in one that "
                         "is there, on a disk with room") from None
-    except UserError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     check_written(unfinished, out, source, kept)
     os.rename(unfinished, out)
     print(f"{out}: {len(kept):,} of {len(source):,} entries written and read back, "
@@ -2099,7 +2140,8 @@ def write_lmdb(folder, source, skip, workers):
     kept = []
     labelled = None                                 # whether the first crop has a label
     room = 2 ** 24                                  # bytes that the file may have
-    with lmdb.open(folder, map_size=room) as environment:
+    # Without a lock file: nobody else knows this folder yet.
+    with lmdb.open(folder, map_size=room, lock=False) as environment:
         for batch in read_all(source, READ_AT_ONCE, workers):
             for line in batch.damaged:
                 print(f"left out, damaged: {line}")
@@ -2110,19 +2152,24 @@ def write_lmdb(folder, source, skip, workers):
                 for i, label, file in zip(batch.indices, batch.labels, files):
                     if i in skip:
                         continue
-                    has_label = label is not None
                     if not kept:
-                        labelled = has_label
-                    if has_label != labelled:
-                        has = "a" if has_label else "no"
-                        raise UserError(f"{source.where(i)}: {has} label, unlike those before it; "
-                                        "pack labelled and unlabelled crops apart")
+                        labelled = label is not None
+                    check_labelled(source, i, label, labelled)
                     kept.append(i)
                     put_crop(transaction, len(kept), file, label)
                 transaction.put(b"num-samples", b"%d" % len(kept))
     if not kept:
         raise UserError(f"{source.name}: none of its {len(source):,} crops is left to pack")
     return kept
+
+
+def check_labelled(source, i, label, expected):
+    """UserError if crop i has a label and none is expected, or the other way round."""
+    has_label = label is not None
+    if has_label != expected:
+        has = "a" if has_label else "no"
+        raise UserError(f"{source.where(i)}: {has} label, unlike those before it; "
+                        "pack labelled and unlabelled crops apart")
 
 
 def put_crop(transaction, number, file, label):
@@ -2152,6 +2199,8 @@ def main():
     add_check(commands)
     add_pack(commands)
     args = parser.parse_args()
+    if common.world_size() > 1:                 # each rank would read a share of the crops
+        parser.error("works as one process; start it without torchrun, or unset WORLD_SIZE")
     args.command(args)
 
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import data
 import model
 from common import (
-    H, W, Parser, UserError, autocast, check_data_flags, hush_output, join_ranks, load_state,
+    H, W, Parser, UserError, check_data_flags, hush_output, join_ranks, load_state,
     number_in, pick_device, rank, read_checkpoint, run_main, say, to_device, to_unit, typed_flags,
     world_size,
 )
@@ -56,7 +56,6 @@ DAMAGED = Reading(None, None, None)
 
 # ---- protocols and scores
 
-LETTERS_AND_DIGITS = data.CHARSETS["62"]        # ASCII's, in both cases
 PARSEQ_LONGEST = 25                             # characters, counted after NFKD
 
 # Full-width characters and their half-width forms: U+FF01 to U+FF5E are ASCII's "!" to "~".
@@ -89,7 +88,7 @@ def fold_zh(text):
 
 
 def keep_letters_and_digits(text):
-    return "".join(char for char in text if char in LETTERS_AND_DIGITS)
+    return "".join(char for char in text if char in data.CHARSETS["62"])
 
 
 def to_ascii(text):
@@ -174,7 +173,7 @@ def score(pairs, protocol):
     code, and a reading without any is right. Where all labels are such (another script, say),
     the figures would mean nothing, and are None."""
     n, right = 0, 0
-    any_label_counts = False            # one label at least has what the protocol counts
+    any_label_counts = False                    # one label at least has what the protocol counts
     dropped = Counter()                         # {reason: how often}
     nearness = []                               # 1 - distance / length of the longer word
     for label, text in pairs:
@@ -216,6 +215,7 @@ def timed_score(pairs, protocol, began):
 HEADER_WORDS = {
     "label", "labels", "gt", "ground", "truth", "groundtruth", "true", "target", "reference",
     "text", "pred", "preds", "prediction", "predictions", "predicted", "reading", "model", "ocr",
+    "expected", "output",
 }
 
 
@@ -228,8 +228,8 @@ def is_header(label, prediction):
 def parse_predictions(path):
     """A file of lines label<TAB>prediction -> [(label, prediction)]; UserError for any other file.
 
-    Further columns are passed over. But --predictions writes "damaged" into the third where a crop
-    could not be decoded: there the prediction is None."""
+    A third column is a confidence, and further ones are passed over. But --predictions writes
+    "damaged" into the third where a crop could not be decoded: there the prediction is None."""
     expected = "expected lines of label<TAB>prediction in UTF-8"
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
@@ -239,7 +239,7 @@ def parse_predictions(path):
     except UnicodeDecodeError as error:
         raise UserError(f"--score {path}: {error}; {expected}") from None
 
-    pairs = []
+    pairs, third = [], []                       # third: what is said of third columns
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r\n")
         if line == "":
@@ -256,11 +256,23 @@ def parse_predictions(path):
             continue
         if len(columns) > 2 and columns[2] == "damaged":
             prediction = None
+        elif len(columns) > 2 and columns[2] != "" and not is_number(columns[2]):
+            third.append(f"line {number}: the third column is {columns[2]!r}, and no confidence")
         pairs.append((label, prediction))
     if not pairs:
         raise UserError(f"--score {path}: no line in it; {expected}")
     check_columns(path, pairs, expected)
+    if third:
+        raise UserError(f"--score {path}: {third[0]}; {expected}, in the first two columns")
     return pairs
+
+
+def is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def check_columns(path, pairs, expected):
@@ -435,15 +447,18 @@ def is_recognizer(checkpoint):
     return isinstance(checkpoint.get("model"), dict)
 
 
-def read_source(read, source, batch_size, workers, group=None):
+def read_source(read, source, batch_size, workers, group=None, stop=None):
     """Reads every crop once. The ranks share the work, and each returns what all of them read.
 
     read: a function, crops uint8 (B, 3, 32, 128) -> [(text, confidence)]. group: join_ranks'.
+    stop: a StopSignal; once it has come, this rank reads no further.
     -> a Reading for every crop, in the source's order, and a line for every damaged crop that
     says where it is and why."""
     readings = {}                               # {number in the source: Reading}
     damaged = []
     for batch in data.read_all(source, batch_size, workers):
+        if stop is not None and stop.first is not None:
+            break
         damaged += batch.damaged
         if len(batch.images) == 0:
             continue
@@ -556,29 +571,13 @@ def image_path(source, index):
     return part.where(number)
 
 
-@torch.inference_mode()
-def read_characters(net, images, dtype):
-    """As net.read, but -> [(text, confidences)], one for each character and one for the end. Their
-    product is the word's confidence."""
-    images = model.normalize_pixels(to_device(images, net.device))
-    with autocast(net.device, dtype):
-        characters, confidences = net.decode(images)            # (B, T) each
-    words = []
-    for row, probabilities in zip(characters.tolist(), confidences.cpu().double().tolist()):
-        n = row.index(net.end)
-        text = "".join(net.charset[character] for character in row[:n])
-        words.append((text, probabilities[:n + 1]))
-    return words
-
-
 def read_image_batches(net, source, args, group):
-    """Yields, as soon as every rank has read a batch, {number in the source: (text, confidences)}
-    and the lines of damaged images."""
+    """Yields, as soon as every rank has read a batch, {number in the source: (text, confidences)},
+    see Recognizer.read_letters, and the lines of damaged images."""
+    dtype = getattr(torch, args.dtype)
     rounds_over = 0
     for batch in data.read_all(source, args.batch_size, args.workers):
-        words = []
-        if len(batch.images) > 0:
-            words = read_characters(net, batch.images, getattr(torch, args.dtype))
+        words = net.read_letters(batch.images, args.batch_size, dtype)
         yield gather_readings(dict(zip(batch.indices, words)), batch.damaged, group)
         rounds_over += 1
 
@@ -594,8 +593,8 @@ def read_images(net, args, group):
     --predictions. Ends with an error if one could not be decoded, once all the others are done."""
     source = open_images(args)
     prepare_files(args)
-    if rank() == 0 and net.rotate_tall:
-        print(ROTATE_TALL, file=sys.stderr)
+    if net.rotate_tall:
+        say(ROTATE_TALL, sys.stderr)
 
     only_prints = not args.json and not args.predictions
     readings, damaged = {}, []
@@ -634,7 +633,7 @@ def write_images(source, readings, args):
                      "characters": characters, "end": end})
         lines.append(prediction_line(Reading(None, text, confidence), path))
     if args.predictions:
-        write_file("".join(lines), args.predictions)
+        data.write_file("".join(lines), args.predictions)
     if args.json:
         write_json({"images": rows}, args.json)
 
@@ -734,7 +733,7 @@ def report_attention(net, source, path):
     pixels are known, also measures which share of it falls on text -> attention_on_text's dict, or
     None."""
     first = range(min(N_MEASURED, len(source)))
-    batch = data.read_batch(first, source, char_maps=True)
+    batch = data.read_batch(source, first, char_maps=True)
     rendered = bool(batch.char_maps.any())      # other crops have no map of their characters
     images = batch.images
     if not rendered:                            # nothing to measure: what is drawn is enough
@@ -970,7 +969,7 @@ def files_to_write(args):
 
 
 def check_outputs(parser, args):
-    """The same if a result would be written over what is read, or over another result."""
+    """Ends with one line if a result would be written over what is read, or over another result."""
     read = [*(args.data or ()), *(args.images or ())]
     read += [path for path in (args.ckpt, args.score) if path]
     written = files_to_write(args)
@@ -989,7 +988,7 @@ def check_outputs(parser, args):
 
 
 def check_sets(parser, args):
-    """The same for what --data names."""
+    """Ends with one line if a set of --data has no end, or is named twice."""
     check_data_flags(parser, args)
     if "synth" in args.data:
         parser.error("--data synth: a million words take too long to read; type synth:1000:1")
@@ -1011,22 +1010,18 @@ def open_sets(args, net):
             name = src.rstrip("/")
         if name in sources:
             name = os.path.abspath(src)
-        source.name = name                      # by which its crops are named, too
+        # Crops are named by it, too, and those of a tree of LMDBs by the names of its parts.
+        for part in getattr(source, "parts", []):
+            part.name = name + part.name.removeprefix(source.name)
+        source.name = name
         sources[name] = source
     return sources
 
 
 def prepare_files(args):
-    """Makes the folders that will be written. If a file or a folder cannot be, this is known now
-    and not after an hour of reading."""
+    """Makes the folders to write into. If a file or a folder cannot be, this is known now."""
     for path in files_to_write(args):
-        path = os.path.realpath(path)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        is_new = not os.path.exists(path)
-        open(path, "a").close()                 # what is in it stays until there is a result
-        if is_new:
-            with contextlib.suppress(FileNotFoundError):        # another rank was faster
-                os.remove(path)
+        data.check_writable(path)
     if args.attention:
         os.makedirs(args.attention, exist_ok=True)
 
@@ -1045,32 +1040,11 @@ def write_predictions(sources, readings, path):
     for name, source in sources.items():
         for index, reading in enumerate(readings[name]):
             lines.append(prediction_line(reading, source.where(index)))
-    write_file("".join(lines), path)
+    data.write_file("".join(lines), path)
 
 
 def write_json(result, path):
-    write_file(json.dumps(result, indent=1, ensure_ascii=False), path)
-
-
-def write_file(text, path):
-    """What was there stays until all of the text is written. UserError names the file.
-
-    Of a file name that is not UTF-8 Python makes lone surrogates. They are written as JSON does,
-    \\udcff, and are no error."""
-    path = os.path.realpath(path)               # a link stays a link
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            write_text(text, path)              # into a pipe, or /dev/null
-            return
-        write_text(text, path + ".tmp")
-        os.replace(path + ".tmp", path)
-    except OSError as error:
-        raise UserError(f"{path}: could not be written ({error.strerror})") from None
-
-
-def write_text(text, path):
-    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.write(text)
+    data.write_file(json.dumps(result, indent=1, ensure_ascii=False), path)
 
 
 def score_file(args):
@@ -1154,8 +1128,8 @@ def main():
 
     device = pick_device(args.device)
     net = load_recognizer(args.ckpt or SHIPPED, device)
-    if not args.ckpt and rank() == 0:           # to stderr: stdout is for readings alone
-        print(f"no --ckpt, so {SHIPPED.name} reads: {net.about}", file=sys.stderr, flush=True)
+    if not args.ckpt:                           # to stderr: stdout is for readings alone
+        say(f"no --ckpt, so {SHIPPED.name} reads: {net.about}", sys.stderr)
     if net.rotate_tall:
         args.rotate_tall = True
     # Only readings travel between ranks, so their group is the CPUs', even with GPUs.

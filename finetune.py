@@ -126,7 +126,10 @@ def build_recognizer(args, charset):
     matched = load_state(encoder, stored, f"--init {args.init}", hint)
     checkpoint = read_checkpoint(args.init)
     if isinstance(checkpoint.get("charset"), str) and "model" in checkpoint:
-        return model, load_recognizer_tensors(model, checkpoint, args.init)
+        said = load_recognizer_tensors(model, checkpoint, args.init)
+        if checkpoint.get("args", {}).get("rotate_tall") and not args.rotate_tall:
+            said += "; it was trained with --rotate_tall"
+        return model, said
     return model, f"--init {args.init}: all {matched} tensors of the encoder loaded"
 
 
@@ -187,13 +190,14 @@ def open_val(args, charset, protocol, options):
     charset, or if none can be scored. Labels that do not fit stay in it and count as wrong."""
     val = open_sources(args.val, **options)
     can_be_scored = False
-    for i in range(len(val)):
-        with contextlib.suppress(Damaged):                  # which is counted when it is read
-            label = val.label(i)
-            if label is None:
-                raise UserError(f"--val {val.where(i)}: no label; expected labelled crops")
-            if evaluate.normalize(label, protocol) != "":
-                can_be_scored = True
+    for part in dict.fromkeys(val.parts):                   # those of SRC@N once
+        for i in range(len(part)):
+            with contextlib.suppress(Damaged):              # which is counted when it is read
+                label = part.label(i)
+                if label is None:
+                    raise UserError(f"--val {part.where(i)}: no label; expected labelled crops")
+                if evaluate.normalize(label, protocol) != "":
+                    can_be_scored = True
     if not can_be_scored:
         raise UserError(f"--val {val.name}: no label keeps a letter under the protocol {protocol}, "
                         "which goes with --charset")
@@ -230,18 +234,17 @@ def validate(model, val, protocol, args, dtype, stop, group):
     """Reads --val, every crop once over all ranks -> evaluate.score's dict, and the first few
     readings; or None, None if a signal came meanwhile. With stop=None no signal cuts it short."""
     def read(images):
-        if stop is not None and stop.first is not None:     # a signal came: hurry to the end
-            return [("", 0.0)] * len(images)
         return model.read(images, len(images), dtype)
 
     model.eval()
-    rows, broken = evaluate.read_source(read, val, args.batch_size, args.workers, group)
+    rows, broken = evaluate.read_source(
+        read, val, args.batch_size, args.workers, group, stop)
     model.train()
     if stop is not None and stop.came(group):
         return None, None
     if broken:
-        say(f"--val: {len(broken)} crops are damaged and were not read, the first being "
-            f"{broken[0]}")
+        say(f"--val: {len(broken)} of {len(val)} crops are damaged and were not read, the first "
+            f"being {broken[0]}")
     result = evaluate.score([(row.label, row.text) for row in rows], protocol)
     if result["accuracy"] is None:
         raise UserError(f"--val {val.name}: {len(broken)} of its {len(val)} crops cannot be read, "
@@ -275,8 +278,8 @@ def main():
     source, report = fit_labels(source, charset, args.max_length)
     say(report)
     if len(source) == 0:
-        raise UserError(f"--data {' '.join(args.data)}: no crop has a label that fits --charset "
-                        f"{args.charset} and --max_length {args.max_length}")
+        raise UserError(f"--data {report}: no crop has a label that fits --charset {args.charset} "
+                        f"and --max_length {args.max_length}; fine-tuning needs labelled crops")
     val = None
     if args.val:
         val = open_val(args, charset, protocol, options)

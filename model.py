@@ -535,22 +535,24 @@ class Pretrainer(nn.Module):
 
         # not by `self.teacher = ...`, which would make it a part of the model: trained and saved
         self.__dict__["teacher"] = teacher
-        if teacher is None:
-            out = 3 * math.prod(self.encoder.patch)
-        else:
+        if teacher is not None:
             teacher.requires_grad_(False)
             teacher.eval()
-            out = teacher.width
 
         # the fine scale is always a target. nsp predicts each scale from coarser ones, so that all
         # but the coarsest are targets too
         self.target_sizes = [*self.scales[1:], self.encoder.size]
         self.target_grids = [self.encoder.grid_of(size) for size in self.target_sizes]
         self.decoder = Decoder(
-            self.encoder.width, out, self.target_grids,
+            self.encoder.width, 3 * math.prod(self.encoder.patch), self.target_grids,
             visible=self.method["mim"] > 0,
             cross=self.method["nsp"] > 0 or self.method["guide"] != "none",
             **MODELS[model]["decoder"])
+        if teacher is not None:
+            # its features are as wide as it is. This is drawn last, so that all else begins with
+            # the same weights as without a teacher
+            self.decoder.pred = nn.Linear(self.decoder.pred.in_features, teacher.width)
+            init_weights(self.decoder.pred)
 
     @torch.no_grad()
     def targets(self, image):
@@ -700,9 +702,9 @@ def encoder_tensors(checkpoint, path):
     needed = "blocks.0.attn.qkv.weight"         # every encoder has it, after the prefix
     found = [prefix for prefix in ENCODER_PREFIXES if prefix + needed in tensors]
     if not found:
-        begins = ", ".join(list(tensors)[:3]) or "no tensor"
+        begins = ", ".join(str(name) for name in list(tensors or checkpoint)[:3]) or "nothing"
         raise UserError(f"{path}: no {needed} in it, but {begins}; expected the encoder of a ViT "
-                        "with MAE's or timm's names")
+                        'with MAE\'s or timm\'s names, or a dict that has it as "model"')
     prefix = found[0]
     encoder = {}
     for name, x in tensors.items():
@@ -889,11 +891,17 @@ class Recognizer(nn.Module):
             self.recordings[key] = Replayed(decode, eager_calls=1)
         return self.recordings[key](images=images)
 
-    @torch.inference_mode()
     def read(self, images, batch_size=128, dtype=torch.float32):
         """uint8, or float in [0, 1], (B, 3, 32, 128) -> [(text, confidence)]: the product of the
         probabilities of its characters, end included. In float32 a reading does not depend on its
         batch; half precision gives no such promise."""
+        words = self.read_letters(images, batch_size, dtype)
+        return [(text, math.prod(confidences)) for text, confidences in words]
+
+    @torch.inference_mode()
+    def read_letters(self, images, batch_size=128, dtype=torch.float32):
+        """As `read`, but -> [(text, confidences)]: a list of probabilities, one of each character
+        and one of the end."""
         check_crops(images)
         words = []
         for batch in images.split(batch_size):
@@ -903,10 +911,10 @@ class Recognizer(nn.Module):
             else:
                 with autocast(self.device, dtype):
                     characters, confidences = self.decode(batch)
-            confidences = confidences.cpu().double().prod(dim=1).tolist()
-            for row, confidence in zip(characters.tolist(), confidences):
-                text = "".join(self.charset[i] for i in row if i != self.end)
-                words.append((text, confidence))
+            for row, sure in zip(characters.tolist(), confidences.cpu().double().tolist()):
+                n = row.index(self.end)
+                text = "".join(self.charset[i] for i in row[:n])
+                words.append((text, sure[:n + 1]))
         return words
 
 

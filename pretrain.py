@@ -37,8 +37,8 @@ from common import (
     weight_groups, world_size, wrap_model,
 )
 from data import (
-    GREY, VIEW_NUMBERS, DamageCount, batches, coarse_view, draw_sheet, next_batch,
-    open_sources, read_batch, rows_in_step, say_fonts, view_from_numbers,
+    GREY, VIEW_NUMBERS, DamageCount, batches, coarse_view, draw_sheet, moved_view, next_batch,
+    open_sources, read_batch, rows_in_step, say_fonts, still_view,
 )
 from model import (
     FORMS, GUIDES, METHODS, MODELS, Pretrainer, compile_layers, load_encoder,
@@ -89,12 +89,12 @@ def make_views(images, method, scales, numbers, strength):
     guide, coarse = None, []
     if method["nsp"]:
         drawn = to_device(numbers["coarse"], images.device)
-        view = view_from_numbers(images, drawn, moved=False, strength=strength)     # in [0, 1]
+        view = still_view(images, drawn, strength)                              # in [0, 1]
         for size in scales:
             coarse.append(normalize_pixels(coarse_view(view, size)))
     if method["guide"] != "none":
         drawn = to_device(numbers["guide"], images.device)
-        view = view_from_numbers(images, drawn, moved=True, strength=strength)
+        view = moved_view(images, drawn, strength)
         size = (H, W) if method["guide"] == "full" else scales[-1]
         guide = normalize_pixels(coarse_view(view, size))
     return guide, coarse
@@ -201,7 +201,7 @@ def main():
     stream = batches(source, args.batch_size, args.seed, step * crops_per_step,
                      rank(), world_size(), args.workers)
     # up to 8 sound crops for the pictures, of the first 64
-    pictured = read_batch(range(min(64, len(source))), source).images[:8]
+    pictured = read_batch(source, range(min(64, len(source)))).images[:8]
     n_parameters = sum(parameter.numel() for parameter in raw_model.parameters())
     say(f"{args.model}  {n_parameters / 1e6:.2f} M parameters  {len(source)} crops  "
         f"{crops_per_step} a step  {total_steps} steps  lr {peak_lr:.2e}  "

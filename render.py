@@ -26,7 +26,7 @@ from common import H, W, UserError, say
 PRINTABLE = "".join(chr(code) for code in range(33, 127))    # a keyboard's 94 characters
 LOWER_CASE = "abcdefghijklmnopqrstuvwxyz"
 MAX_LENGTH = 25                 # characters of the longest label, if no lines are asked for
-MAX_LINE = 40                   # of the longest line, each 3 pixels wide
+MAX_LINE = 40                   # characters of the longest line: each is 3 pixels wide
 
 
 # ---- the table: how often, and how much
@@ -312,10 +312,11 @@ LETTERS_AND_DIGITS = LOWER_CASE + LOWER_CASE.upper() + "0123456789"
 
 
 def font_files(folder=None, charset=None):
-    """A list of fonts. With a folder: its TrueType and OpenType files that have all of charset
-    (None: all letters and digits), and nothing else, so that pictures are the same on every
-    machine. UserError if there is none. Without a folder: None, then the files of the system.
-    Of a collection, .ttc, the first font is drawn."""
+    """A list of fonts that have all of charset. With a folder: its TrueType and OpenType files
+    (charset None: those with all letters and digits), and nothing else, so that pictures are the
+    same on every machine. Without a folder: None, which is Pillow's own font, and the files of the
+    system (charset None: all of them). UserError if there is none. Of a collection, .ttc, the
+    first font is drawn."""
     if folder:
         return list(usable_fonts(folder, charset))
     fonts = [None]
@@ -324,6 +325,8 @@ def font_files(folder=None, charset=None):
             name = os.path.basename(path)
             if not re.search(NO_LETTERS, name, re.IGNORECASE):
                 fonts.append(path)
+    if charset is not None:
+        return fonts_with(charset, fonts)
     return fonts
 
 
@@ -755,9 +758,9 @@ def bend_mesh(bend, crop, drawing_size):
 
     def drawn_at(x, y):
         u, v = unbend_point(bend, x, y)
-        right = drawing_w / 2 * (1 + u)
-        down = drawing_h / 2 + word_h / 2 * v
-        return right, down
+        drawn_x = drawing_w / 2 * (1 + u)
+        drawn_y = drawing_h / 2 + word_h / 2 * v
+        return drawn_x, drawn_y
 
     mesh = []
     for k in range(strips):

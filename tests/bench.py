@@ -331,7 +331,7 @@ def make_recorded_reading_step(net, images, dtype):
 
 def read(args):
     """Reading letter by letter with a cache, and without."""
-    batch = data.read_batch(range(args.batch_size), data.open_sources(args.data))
+    batch = data.read_batch(data.open_sources(args.data), range(args.batch_size))
     images = batch.images.to(args.device)
     dtype = getattr(torch, args.dtype)
     steps = {name: make() for name, make in load_peers(images, ["read"], args).items()}
@@ -474,11 +474,12 @@ def loading(args):
         return [view_by_pillow(picture, rng) for picture in pictures]
 
     guidance = partial(data.guidance_view, images, generator)
+    numbers = torch.rand(len(images), data.VIEW_NUMBERS, generator=generator)
     calls = {
         "decode": partial(draw_crops, source, args.batch_size, order),
         "render": partial(draw_crops, words, args.batch_size, order),
         "guidance": guidance,
-        "guidance, in place": partial(data.guidance_view, images, generator, moved=False),
+        "guidance, in place": partial(data.still_view, images, numbers),
         "augment": partial(data.augment, images, generator),
         "Pillow": views_by_pillow,
     }

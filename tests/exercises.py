@@ -40,7 +40,7 @@ def check(done, missing):
 
 def words(n=8):
     """n rendered words, uint8 (n, 3, 32, 128)."""
-    return read_batch(range(n), open_source("synth")).images
+    return read_batch(open_source("synth"), range(n)).images
 
 
 def inputs(net, images, mask="random", mask_ratio=0.8):

@@ -228,7 +228,7 @@ def readings(args):
     """Words that the device reads as the CPU does."""
     sizes = sizes_of(args)
     net = random_reader(sizes.model).eval()
-    images = data.read_batch(range(4 * sizes.crops), data.open_sources(["synth:100"])).images
+    images = data.read_batch(data.open_sources(["synth:100"]), range(4 * sizes.crops)).images
     expected = [text for text, _ in net.read(images)]
     there = copy.deepcopy(net).to(args.device)
     for turn in ("launched", "recorded", "replayed"):           # on a GPU, see Recognizer.decode_recorded

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import warnings
 import zlib
 from types import SimpleNamespace
 
@@ -31,6 +32,7 @@ from torch import multiprocessing
 import data
 import evaluate
 import finetune
+import render
 from common import to_unit
 from data import Damaged, UserError
 
@@ -183,10 +185,10 @@ def test_tree_and_several(tmp_path, words):
             data.open_sources([f"{words}@{wrong}"])
 
 
-ROWS = [("a.png", "one"), ("sub dir/ü b.jpg", "two words "), ("a.png", "\tthree"), ("sub dir/ü b.jpg", "")]
+ROWS = [("a.png", "one"), ("sub dir/ü b.jpg", "two words "), ("a.png", " three"), ("sub dir/ü b.jpg", "")]
 LAYOUTS = {
     "l.txt": "\ufeff" + "".join(f"{path}\t{label}\r\n" for path, label in ROWS[:2])
-             + "\r\na.png\t\tthree\nsub dir/ü b.jpg\t",
+             + "\r\na.png\t three\nsub dir/ü b.jpg\t",
     "l.tsv": "".join(f"{path}\t{label}\n" for path, label in ROWS),
     "l.jsonl": "\n\n".join(json.dumps({"filename": path, "text": label, "more": 1}) for path, label in ROWS),
     "l.json": json.dumps({"metainfo": {}, "data_list": [{"img_path": path, "instances": [{"text": label}]}
@@ -196,7 +198,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_labels_files(tmp_path, monkeypatch, name):
-    """A byte order mark, a Windows line end, a space or a tab becomes part of a path or label; paths from
+    """A byte order mark or a Windows line end becomes part of a path or label, a space is lost; paths from
     here."""
     os.makedirs(tmp_path / "sub dir")
     picture(0).save(tmp_path / "a.png")
@@ -410,6 +412,12 @@ def test_messages_about_paths(tmp_path, words):
     picture(0).save(tmp_path / "imgs" / "a.png")
     (tmp_path / "l.tsv").write_text("imgs\\a.png\tword\n")
     assert open_error(tmp_path / "l.tsv").endswith("write their \\ as /")
+    (tmp_path / "web.tsv").write_text("https://a.b/c.png\tword\n")
+    assert "download the images" in open_error(tmp_path / "web.tsv")
+    (tmp_path / "three.tsv").write_text("imgs/a.png\tword\t0.98\n")       # not the label "word\t0.98"
+    assert "line 1: expected path<TAB>label (ValueError: 3 columns in" in open_error(tmp_path / "three.tsv")
+    (tmp_path / "one.tsv").write_text("imgs/a.png;word\n")
+    assert "(ValueError: 1 columns in 'imgs/a.png;word')" in open_error(tmp_path / "one.tsv")
     (tmp_path / "folders.tsv").write_text("imgs\tone\nimgs\ttwo\n")
     assert "relative to the labels file" in open_error(tmp_path / "folders.tsv")
     (tmp_path / "swapped.tsv").write_text("one.\timgs/a.png\n")
@@ -498,9 +506,9 @@ def test_opening_a_large_lmdb_is_cheap(tmp_path):
         for kind in (b"image", b"label"):
             txn.cursor().putmulti(((b"%s-%09d" % (kind, i), b"label") for i in range(1, n + 1)), append=True)
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()                 # not the clock's: the machine may be busy
     source = data.open_source(str(tmp_path / "big"))
-    took, held = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+    took, held = time.process_time() - start, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(source) == n and source.label(n - 1) == "label" and held < 2 ** 20 and took < 1
 
@@ -614,6 +622,11 @@ def test_turned_images(tmp_path):
     for kind in "JPEG", "PNG", "WEBP", "TIFF":
         lying = encode(upright.transpose(Image.Transpose.ROTATE_90), kind, exif=exif, quality=95)
         assert (data.decode(lying).float() - plain.float()).abs().mean() < 6, kind
+    broken = encode(upright, "JPEG", quality=95, exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0")
+    with warnings.catch_warnings(record=True) as heard:                     # two lines, and no crop's name
+        warnings.simplefilter("always")
+        assert (data.decode(broken).float() - plain.float()).abs().mean() < 6
+    assert heard == []
     tall = encode(upright.transpose(Image.Transpose.ROTATE_270))            # reads from top to bottom
     assert torch.equal(data.decode(tall, rotate_tall=True), plain)
     assert not torch.equal(data.decode(tall), plain)
@@ -776,7 +789,7 @@ def test_places_of_damaged_crops_are_filled(damaged, char_maps):
     gets another's label or boxes; the same crop again and again in a batch that has many."""
     source = data.open_sources([damaged[0], "synth:2"])
     asked_for = [6, 0, 3, 30, 9, 31, 12]                                # 3, 6, 9, 12 are damaged
-    batch = data.read_batch(asked_for, source, char_maps)
+    batch = data.read_batch(source, asked_for, char_maps)
     filled = data.next_batch(iter([batch]), data.DamageCount(.9))
     assert filled.indices == [0, 0, 31, 30, 30, 31, 0] and filled.damaged == batch.damaged
     assert filled.labels == [source.label(i) for i in filled.indices] and filled.places == list(range(7))
@@ -834,8 +847,9 @@ def test_a_process_ends_with_its_workers():
     """Workers ignore the signals that multiprocessing sends them at the end, and it waits for them for
     ever."""
     code = """
-import data
-stream = data.batches(data.open_source("synth:100"), 2, seed=0, workers=2)
+import data, os
+too_many = os.cpu_count() + 1                                       # of which torch would warn
+stream = data.batches(data.open_source("synth:100"), 2, seed=0, workers=too_many)
 assert len(next(stream).images) == 2
 data.kept = [stream]                                                # as a traceback does
 """
@@ -1049,7 +1063,7 @@ def test_drawn_words_that_do_not_fit_are_found():
 def test_drawn_words_that_fit_are_not_asked(monkeypatch):
     """A million labels drawn one by one, to learn that each fits: a start that takes minutes."""
     monkeypatch.setattr(data.Synth, "label", lambda self, i: pytest.fail("it was asked"))
-    monkeypatch.setattr(data, "fonts_with", lambda charset, files: files)           # to look for them takes long
+    monkeypatch.setattr(render, "fonts_with", lambda charset, files: files)           # to look for them takes long
     for name in "36", "62", "94":
         chars = data.CHARSETS[name]
         source, _ = data.fit_labels(data.open_sources(["synth:9"], chars=chars), chars, 25)
@@ -1105,7 +1119,7 @@ def test_drawn_words_are_their_own_nfc():
 def test_words_of_an_accented_alphabet(monkeypatch):
     """Drawn from what is not ASCII alone: German of ä, ö and ü. Upper case never drawn where labels are
     folded."""
-    monkeypatch.setattr(data, "fonts_with", lambda charset, files: files)           # as if a font had them
+    monkeypatch.setattr(render, "fonts_with", lambda charset, files: files)           # as if a font had them
     synth = data.Synth(200, charset=data.CHARSETS["94"] + "äöüßÄÖÜ")
     drawn = "".join(synth.label(i) for i in range(200))
     assert .02 < sum(not c.isascii() for c in drawn) / len(drawn) < .3
@@ -1118,13 +1132,17 @@ def test_fonts_of_rendered_words(monkeypatch):
     """A charset that is drawn in a font without it; fonts sorted out for nothing where no charset is asked
     for."""
     monkeypatch.setattr(data, "font_files", lambda folder=None, charset=None: [folder, charset])
-    monkeypatch.setattr(data, "fonts_with", lambda charset, files: ["chosen", charset, files])
     plain = data.open_source("synth:3", fonts="mine")
     assert plain.fonts == ["mine", None] and plain.charset == data.PRINTABLE
     assert data.open_source("synth:3").fonts == [None, None]
     some = data.open_source("synth:3", fonts="mine", chars="a b")
     assert some.fonts == ["mine", "ab"] and set(some.label(0)) <= set("ab")
-    assert data.open_source("synth:3", chars="a b").fonts == ["chosen", "ab", [None, None]]
+    assert data.open_source("synth:3", chars="a b").fonts == [None, "ab"]
+    monkeypatch.undo()
+    monkeypatch.setattr(render, "fonts_with", lambda charset, files: ["chosen", charset, files])
+    files = render.font_files()
+    assert data.open_source("synth:3").fonts == files
+    assert data.open_source("synth:3", chars="a b").fonts == ["chosen", "ab", files]
 
 
 def test_charset(tmp_path):
@@ -1188,7 +1206,7 @@ def test_scripts_that_cannot_be_rendered_are_refused(chars, named):
 
 def test_a_space_is_not_drawn_and_that_is_said(monkeypatch, capsys):
     """A class that never comes, for a reason that nobody knows."""
-    monkeypatch.setattr(data, "fonts_with", lambda charset, files: files)
+    monkeypatch.setattr(render, "fonts_with", lambda charset, files: files)
     assert " " not in data.open_source("synth:5", chars="ab c").charset
     assert capsys.readouterr().out == "synth:5: rendered words hold no space, which the charset has\n"
     data.open_source("synth:5", chars="abcé")
@@ -1261,7 +1279,7 @@ def test_indices_and_places(damaged):
     """A number in the source that is taken for a place in the batch, or that is another crop's."""
     path, bad = damaged
     asked_for = [5, bad[1], 0, bad[0], 29]
-    batch = data.read_batch(asked_for, data.open_source(path))
+    batch = data.read_batch(data.open_source(path), asked_for)
     assert batch.indices == [5, 0, 29] and batch.places == [0, 2, 4]
     assert batch.labels == ["w5", "w0", "w29"] and len(batch.damaged) == 2
 
@@ -1309,7 +1327,7 @@ def test_masks():
 def test_crops_without_a_mask(words):
     """Real crops beside rendered words whose maps are left over from another crop."""
     source = data.open_sources(["synth:1", words])
-    maps = data.read_batch([1, 0, 2], source, char_maps=True).char_maps
+    maps = data.read_batch(source, [1, 0, 2], char_maps=True).char_maps
     assert not maps[0].any() and maps[1].any() and not maps[2].any()
 
 
@@ -1339,16 +1357,13 @@ def generator(seed=0):
 
 
 def still_view(images, generator):
-    return data.guidance_view(images, generator, moved=False)
-
-
-def still_view_from_numbers(images, numbers):
-    return data.view_from_numbers(images, numbers, moved=False)
+    numbers = data.uniform_numbers(len(images), data.VIEW_NUMBERS, generator, images.device)
+    return data.still_view(images, numbers)
 
 
 VIEWS = {       # each with the function that is given its random numbers, and how many of them a crop needs
-    "lmim": (data.guidance_view, data.view_from_numbers, data.VIEW_NUMBERS),
-    "nsp": (still_view, still_view_from_numbers, data.VIEW_NUMBERS),
+    "lmim": (data.guidance_view, data.moved_view, data.VIEW_NUMBERS),
+    "nsp": (still_view, data.still_view, data.VIEW_NUMBERS),
     "augment": (data.augment, data.augment_from_numbers, data.AUGMENT_NUMBERS),
 }
 
@@ -1425,6 +1440,9 @@ def test_an_augmentation_more_leaves_the_others_as_they_were(monkeypatch):
     assert torch.equal(strengths["mine"], ((drawn["more_chances"][:, 0] < .5) & changed).float())
     assert torch.equal(strengths["yours"], ((drawn["more_chances"][:, 1] < .5) & changed).float())
     assert torch.equal(data.augment_from_numbers(images, numbers), before)
+    monkeypatch.setattr(data, "AUGMENT_CHANCES", more | dict.fromkeys("abc", .5))
+    with pytest.raises(ValueError, match="no fifth"):                   # it would do nothing, and not say so
+        data.augment_from_numbers(images, numbers)
 
 
 def one_operation(name, **drawn):
@@ -1484,12 +1502,12 @@ def test_every_operation_that_is_chosen_acts(monkeypatch):
         return (view - as_they_are).abs().mean() > 1e-3
     for name in [*data.OPERATIONS, "jitter", "grey"]:
         monkeypatch.setattr(data, "choose_operations", one_strength(name))
-        assert changes(data.view_from_numbers(images, numbers, moved=True)), name
-        still = data.view_from_numbers(images, numbers, moved=False)
+        assert changes(data.moved_view(images, numbers)), name
+        still = data.still_view(images, numbers)
         assert changes(still) == (name in (*data.LOOK, "jitter", "grey")), name
     monkeypatch.setattr(data, "choose_operations", one_strength("noise"))
     random_numbers = torch.rand(6, 100, generator=generator())
-    assert changes(data.view_from_numbers(images, random_numbers, moved=False))
+    assert changes(data.still_view(images, random_numbers))
     for name in data.AUGMENT_CHANCES:
         monkeypatch.setattr(data, "choose_augmentations", one_strength(name))
         assert changes(data.augment_from_numbers(images, random_numbers)), name
@@ -1575,8 +1593,9 @@ def test_strength():
     """Strength 0 still changes something, or strength does not order the ablation's weak, medium and
     strong."""
     images = crops(64)
-    for moved in True, False:
-        views = [data.guidance_view(images, generator(), moved=moved, strength=s) for s in (0, .5, 1, 1.5)]
+    numbers = torch.rand(64, data.VIEW_NUMBERS, generator=generator())
+    for view in data.moved_view, data.still_view:
+        views = [view(images, numbers, strength) for strength in (0, .5, 1, 1.5)]
         changes = [(view - images / 255).abs().mean() for view in views]
         assert changes[0] < 1e-6 < changes[1] < changes[2] < changes[3]
 
@@ -1618,13 +1637,13 @@ def test_look_keeps_the_place():
     spots = [(random.Random(i).randrange(4, 28), random.Random(-i).randrange(4, 124)) for i in range(200)]
     for i, (y, x) in enumerate(spots):
         images[i, :, y - 1:y + 2, x - 1:x + 2] = 250
-    still, moved = (data.guidance_view(images, generator(), moved=m).mean(1) for m in (False, True))
+    still, moved = (view(images, generator()).mean(1) for view in (still_view, data.guidance_view))
     still = torch.nn.functional.avg_pool2d(still, 3, 1, 1).flatten(1).argmax(1)
     where = torch.stack([still // 128, still % 128], 1) - torch.tensor(spots)
     assert where.abs().max() <= 2 and where.float().mean().abs() < .1
     assert (moved.flatten(1).argmax(1) != still).float().mean() > .5
     crop = crops(100)
-    view = data.guidance_view(crop, generator(), moved=False)
+    view = still_view(crop, generator())
     likeness = (flat_grey(view) * flat_grey(crop / 255)).sum(1)
     assert (likeness > .5).float().mean() > .97
 
@@ -1763,6 +1782,9 @@ def test_one_line_and_status_2(tmp_path):
     tests = ["--against", tmp_path / "labels.tsv"]
     result = command("check", tmp_path / "labels.tsv", *tests, "--write_list", "/dev/full")
     assert result.returncode == 2 and "No space left" in result.stderr and result.stderr.count("\n") == 1
+    (tmp_path / "sheet.png").symlink_to("/dev/full")
+    result = command("show", tmp_path / "labels.tsv", "--out", tmp_path / "sheet.png")
+    assert result.returncode == 2 and "sheet.png: could not be written (No space left" in result.stderr
 
 
 def test_flags_without_effect(tmp_path, words, monkeypatch, capsys):
@@ -1804,7 +1826,25 @@ def test_pack(tmp_path, words, damaged, monkeypatch, capsys):
     (tmp_path / "bare" / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match="bare: none of its 1 crops is left to pack"):
         call(monkeypatch, capsys, "pack", tmp_path / "bare", tmp_path / "none")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "put_crop", interrupt)
+        call(monkeypatch, capsys, "pack", words, tmp_path / "none")
     assert sorted(os.listdir(tmp_path)) == ["bare", "damaged", "out"]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_commands_are_one_process(tmp_path, words, monkeypatch, capsys):
+    """`WORLD_SIZE` left over from elsewhere, or torchrun: each process takes its share of the crops for all of
+    them, and packs half a data set."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments in (["pack", words, tmp_path / "half"], ["check", words], ["show", words]):
+        with pytest.raises(SystemExit) as end:
+            call(monkeypatch, capsys, *arguments)
+        assert end.value.code == 2 and "start it without torchrun" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
 
 
 def test_pack_reads_back_what_it_wrote(tmp_path, words, monkeypatch, capsys):
@@ -1891,6 +1931,11 @@ def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
         call(monkeypatch, capsys, "check", words, "--write_list", tmp_path / "list.tsv")
     with pytest.raises(UserError, match="wrods"):               # `pack --without` would take an empty list
         call(monkeypatch, capsys, "check", "wrods", "--against", test, "--write_list", tmp_path / "none.tsv")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none of its 1 entries"):
+        call(monkeypatch, capsys, "check", tmp_path / "bad", "--against", test,
+             "--write_list", tmp_path / "none.tsv")
     assert not (tmp_path / "none.tsv").exists()
 
 

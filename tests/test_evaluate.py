@@ -299,7 +299,9 @@ def test_score_reproduces_known_counts(call, tmp_path, monkeypatch):
     assert (one["n"], one["evaluated"], one["accuracy"]) == (7, 5, 80)
     assert one["dropped"] == {"no letter or digit": 1, "longer than 25": 1}
 
-    monkeypatch.setenv("RANK", "1")    # of torchrun: the table is printed once
+    monkeypatch.setenv("RANK", "1")    # left from elsewhere: nothing would be printed at all
+    assert call("--score", file)[1] != ""
+    monkeypatch.setenv("WORLD_SIZE", "2")                     # of torchrun: the table is printed once
     assert call("--score", file)[:2] == (0, "")
 
 
@@ -340,6 +342,10 @@ def test_score_refuses_other_columns(call, tmp_path):
     refused(call("--score", file), "its labels are names of files, such as c/0.png")
     file.write_text("ab\tc/0.png\tab\nno.png\tc/1.png\tab\n\t\tdamaged\n")
     refused(call("--score", file), "its predictions are names of files, such as c/0.png")
+    file.write_text("1\tFace\tFace\n2\tcd\tcd\n")            # a number, the label, the prediction
+    refused(call("--score", file), "line 1: the third column is 'Face', and no confidence", "in the first two")
+    file.write_text("expected\toutput\tscore\nab\tab\t\nab\tab\t1e-3\n")
+    assert re.search(r"^p.tsv +2 +2 +100", call("--score", file)[1], re.M)
     file.write_bytes(b"ab\tab\rcd\tcd\r")
     refused(call("--score", file), "line 1 goes on after a carriage return")
 
@@ -472,10 +478,11 @@ def test_results_are_replaced_whole(call, tmp_path, monkeypatch):
         return file
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "open", open_on_a_full_disk, raising=False)
+        patch.setattr(data, "open", open_on_a_full_disk, raising=False)
         got = call(*command)
     refused(got, "real.json", "No space left on device")
     assert "average" in got[1] and (tmp_path / "r.json").read_text() == "before"
+    assert not (tmp_path / "real.json.tmp").exists()
 
     assert call(*command)[0] == 0
     assert (tmp_path / "r.json").is_symlink()
@@ -484,7 +491,7 @@ def test_results_are_replaced_whole(call, tmp_path, monkeypatch):
 
     os.mkfifo(tmp_path / "pipe")
     end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    evaluate.write_file("text", str(tmp_path / "pipe"))
+    data.write_file("text", str(tmp_path / "pipe"))
     assert os.read(end, 9) == b"text"
     os.close(end)
 
@@ -773,8 +780,8 @@ def test_images_of_an_lmdb(bench, call, tmp_path):
 def test_images_are_printed_as_they_are_read(bench, call, monkeypatch):
     """A million images, and nothing on the screen until the last is read."""
     happened = []
-    read, show = evaluate.read_characters, evaluate.print_at_once
-    monkeypatch.setattr(evaluate, "read_characters",
+    read, show = model.Recognizer.read_letters, evaluate.print_at_once
+    monkeypatch.setattr(model.Recognizer, "read_letters",
                         lambda *given: (happened.append("read"), read(*given))[1])
     monkeypatch.setattr(evaluate, "print_at_once",
                         lambda text: (happened.append(text.count("\n")), show(text))[1])
@@ -1033,6 +1040,13 @@ def test_two_sets_of_one_name(bench, call, tmp_path, monkeypatch):
     assert list(timeless(tmp_path / "r.json")["sets"]) == ["labels.tsv", "b/labels.tsv"]
     places = [row[3].split()[0] for row in columns(tmp_path / "p.tsv")]
     assert places == ["labels.tsv", "b/labels.tsv", "b/labels.tsv"]
+    for name in "x", "y":                       # trees of LMDBs, whose crops have the names of their parts
+        (tmp_path / name / "tree").mkdir(parents=True)
+        for part in "a", "b":
+            data.write_lmdb(str(tmp_path / name / "tree" / part), data.open_source("synth:1"), set(), 0)
+    call(*ckpt, "--predictions", "p.tsv", "--data", "x/tree", "y/tree")
+    places = [row[3].split()[0] for row in columns(tmp_path / "p.tsv")]
+    assert places == ["tree/a", "tree/b", "y/tree/a", "y/tree/b"]
     twice = [bench / "set" / "labels.tsv", bench / "set" / ".." / "set" / "labels.tsv"]
     refused(call(*ckpt, "--data", *twice), "one set twice")
 

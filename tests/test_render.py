@@ -144,9 +144,9 @@ def test_vocabulary_is_english_and_quick():
     """A word with a blank, an accent or a capital, or that comes twice: labels that the table does not
     promise. A slow reading: every process of the loader waits for it."""
     render.vocabulary.cache_clear()
-    start = time.perf_counter()
+    start = time.process_time()                 # not the clock's: the machine may be busy
     by_length = render.vocabulary()
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     words = render.WORDS.read_text("utf-8").split("\n")
     assert words.pop() == "" and 20_000 <= len(words) <= 50_000 and len(set(words)) == len(words)
     for word in words:
