@@ -85,13 +85,14 @@ def run_main(main):
         try:
             print(end="", flush=True)
         except OSError:
-            hush_output()
+            hush_output(sys.stdout)
     sys.exit(status)
 
 
-def hush_output():
-    """What could not be printed, and whatever is printed from now on, goes nowhere, quietly."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def hush_output(stream):
+    """What could not be printed to it, and whatever is printed there from now on, goes nowhere,
+    quietly."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def line_for_user(error):
@@ -111,7 +112,7 @@ def line_for_user(error):
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full; lower --batch_size (and raise --accum_iter as much)"
     if isinstance(error, RuntimeError) and "can't allocate memory" in text:
-        return "memory is full; lower --batch_size (and raise --accum_iter as much)"
+        return "memory is full; lower --batch_size"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return f"{text.rstrip('.')}; {advice}"
     if isinstance(error, RuntimeError) and re.search(r"No working C\+\+|C compiler", str(error)):
@@ -385,7 +386,7 @@ def join_ranks(device):
     if world_size() == 1:
         return None
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
+        if not os.environ.get(name):
             raise UserError(f"WORLD_SIZE is set and {name} is not; start with torchrun, or unset "
                             "WORLD_SIZE")
     if not dist.is_initialized():
@@ -473,8 +474,8 @@ class StopSignal:
         self.first = None                                       # when one came, in seconds
         signal.signal(signal.SIGTERM, self.handle)
         signal.signal(signal.SIGINT, self.handle)
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-            signal.signal(signal.SIGHUP, self.handle)           # nohup ignores it: so do we then
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.handle)           # nohup's is ignored, and stays so
 
     def handle(self, number, frame):
         now = time.monotonic()
@@ -972,7 +973,7 @@ def say(text, file=None):
     try:
         print(text, file=file, flush=True)
     except BrokenPipeError:                         # nobody listens any more
-        hush_output()
+        hush_output(file or sys.stdout)
     except OSError:                                 # it goes to a file, and the disk is full
         pass
 
@@ -996,6 +997,8 @@ class Log:
         self.file = None
         if rank() == 0 and os.path.exists(self.path):
             cut_log(self.path, step)
+            with tolerate_full_disk(self.path, step):
+                self.file = open_alone(self.path)
         if step >= total_steps:
             say(f"all {total_steps} steps are done; a larger --max_steps or --epochs goes on")
         self.start_line()
@@ -1054,12 +1057,19 @@ class Log:
         self.start_line()
 
     def append(self, row):
-        # It stays open. As long as it is, no other run can open it.
+        # It stays open: as long as it is, open_alone refuses it to other runs. (Whoever opens and
+        # closes it once more in this process gives it free.)
         if self.file is None or not os.path.exists(self.path):
             os.makedirs(self.args.out_dir, exist_ok=True)
             self.file = open_alone(self.path)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+
+    def close(self):
+        """When training is over: from then on another run may write there."""
+        if self.file is not None:
+            with contextlib.suppress(OSError):      # a line that a full disk did not take
+                self.file.close()
 
 
 def less_work(model):
@@ -1094,6 +1104,7 @@ def open_alone(path):
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):      # which of them differs between systems
+        file.close()
         raise UserError(f"{path}: another run writes to it; name another --out_dir") from None
     except (ImportError, OSError):
         pass                                        # Windows and some network disks have no lockf
@@ -1107,7 +1118,7 @@ def finite_or_null(row):
 
 def cut_log(path, step):
     """Lines after the checkpoint's step belong to steps that are run again: they are cut
-    off, as are torn ones."""
+    off, as are torn ones. UserError if another run writes there."""
     whole_line = re.compile(r'{"step": (\d+), [^{}]*}\n')      # [1] is its step
     n_cut = 0
     with tolerate_full_disk(path, step):
@@ -1120,8 +1131,8 @@ def cut_log(path, step):
                 else:
                     n_cut += 1
         os.replace(path + ".tmp", path)
-    if n_cut > 0:
-        say(f"{path}: {n_cut} lines, of steps after {step}, are cut off")
+        if n_cut > 0:
+            say(f"{path}: {n_cut} lines, torn or of steps after {step}, are cut off")
 
 
 def peak_memory(device):

@@ -128,7 +128,8 @@ def decode(data, rotate_tall=False):
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")         # of EXIF that is broken: the picture is not
+            # Pillow warns of broken EXIF. The pixels are sound.
+            warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return read_pixels(image, rotate_tall)
     except UnidentifiedImageError:
@@ -498,7 +499,7 @@ def parse_entry(entry, kind):
     else:
         fields = entry.split("\t")
     if len(fields) != 2:
-        raise ValueError(f"{len(fields)} columns in {entry[:60]!r}")
+        raise ValueError(f"number of columns in {entry[:60]!r}: {len(fields)}")
     image_path, label = fields
     return image_path, label
 
@@ -1565,6 +1566,8 @@ def start_worker(_):
     end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):                           # Windows has none
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def end_workers():
@@ -1744,8 +1747,9 @@ def draw_sheet(rows, path, fonts=None):
         sheet.save(path)
     except ValueError as error:
         raise UserError(f"{path}: {error}; expected a picture's name, such as sheet.png") from None
-    except OSError as error:
-        raise UserError(f"{path}: could not be written ({error.strerror})") from None
+    except OSError as error:                        # Pillow's own say neither the file nor a number
+        reason = error.strerror or error
+        raise OSError(error.errno, f"could not be written ({reason})", path) from None
 
 
 def row_height(row):
@@ -1809,6 +1813,8 @@ def check_crops_stay(path, source):
 def check_writable(path):
     """An OSError now, and not after an hour of reading, if a file cannot be written. What is in it
     stays until there is a result. Its folder is made."""
+    if is_pipe(path):                           # whoever reads it would see its end
+        return
     path = os.path.realpath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     is_new = not os.path.exists(path)
@@ -1823,17 +1829,22 @@ def write_file(text, path, errors="backslashreplace"):
 
     Of a file name that is not UTF-8 Python makes lone surrogates. They are written as JSON does,
     \\udcff, and are no error; errors="surrogateescape" writes the name's own bytes."""
-    path = os.path.realpath(path)               # a link stays a link
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            write_text(text, path, errors)      # into a pipe, or /dev/null
+        if is_pipe(path):
+            write_text(text, path, errors)
             return
+        path = os.path.realpath(path)           # a link stays a link
         write_text(text, path + ".tmp", errors)
         os.replace(path + ".tmp", path)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
         raise UserError(f"{path}: could not be written ({error.strerror})") from None
+
+
+def is_pipe(path):
+    """True for a pipe, and for a device such as /dev/stdout: they are written as they are."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def write_text(text, path, errors):
@@ -2098,13 +2109,13 @@ def pack(args):
     shutil.rmtree(unfinished, ignore_errors=True)           # what a pack left that was stopped
     try:
         kept = write_lmdb(unfinished, source, skip, args.workers)
+        check_written(unfinished, out, source, kept)
     except BaseException as error:                          # Ctrl-C too
         shutil.rmtree(unfinished, ignore_errors=True)
         if not isinstance(error, (lmdb.Error, OSError)):
             raise
         raise UserError(f"{out}: cannot be written ({error}); expected a new folder, in one that "
                         "is there, on a disk with room") from None
-    check_written(unfinished, out, source, kept)
     os.rename(unfinished, out)
     print(f"{out}: {len(kept):,} of {len(source):,} entries written and read back, "
           f"{len(skip):,} left out by list")

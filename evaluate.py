@@ -239,7 +239,8 @@ def parse_predictions(path):
     except UnicodeDecodeError as error:
         raise UserError(f"--score {path}: {error}; {expected}") from None
 
-    pairs, third = [], []                       # third: what is said of third columns
+    pairs = []
+    wrong = None                                # what is said of a third column
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r\n")
         if line == "":
@@ -257,13 +258,14 @@ def parse_predictions(path):
         if len(columns) > 2 and columns[2] == "damaged":
             prediction = None
         elif len(columns) > 2 and columns[2] != "" and not is_number(columns[2]):
-            third.append(f"line {number}: the third column is {columns[2]!r}, and no confidence")
+            wrong = wrong or f"line {number}: its third column is {columns[2]!r}, and no confidence"
         pairs.append((label, prediction))
     if not pairs:
         raise UserError(f"--score {path}: no line in it; {expected}")
     check_columns(path, pairs, expected)
-    if third:
-        raise UserError(f"--score {path}: {third[0]}; {expected}, in the first two columns")
+    if wrong is not None:
+        raise UserError(f"--score {path}: {wrong}; expected label, prediction and perhaps a "
+                        "confidence, with tabs between them")
     return pairs
 
 
@@ -382,7 +384,7 @@ def print_at_once(text):
         tqdm.write(text, end="")
         sys.stdout.flush()
     except BrokenPipeError:
-        hush_output()
+        hush_output(sys.stdout)
         return False
     return True
 
@@ -577,7 +579,9 @@ def read_image_batches(net, source, args, group):
     dtype = getattr(torch, args.dtype)
     rounds_over = 0
     for batch in data.read_all(source, args.batch_size, args.workers):
-        words = net.read_letters(batch.images, args.batch_size, dtype)
+        words = []
+        if len(batch.images) > 0:                   # all of them may be damaged
+            words = net.read_letters(batch.images, args.batch_size, dtype)
         yield gather_readings(dict(zip(batch.indices, words)), batch.damaged, group)
         rounds_over += 1
 

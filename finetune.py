@@ -127,7 +127,9 @@ def build_recognizer(args, charset):
     checkpoint = read_checkpoint(args.init)
     if isinstance(checkpoint.get("charset"), str) and "model" in checkpoint:
         said = load_recognizer_tensors(model, checkpoint, args.init)
-        if checkpoint.get("args", {}).get("rotate_tall") and not args.rotate_tall:
+        flags = checkpoint.get("args")
+        turned = isinstance(flags, dict) and flags.get("rotate_tall")
+        if turned and not args.rotate_tall:
             said += "; it was trained with --rotate_tall"
         return model, said
     return model, f"--init {args.init}: all {matched} tensors of the encoder loaded"
@@ -278,8 +280,8 @@ def main():
     source, report = fit_labels(source, charset, args.max_length)
     say(report)
     if len(source) == 0:
-        raise UserError(f"--data {report}: no crop has a label that fits --charset {args.charset} "
-                        f"and --max_length {args.max_length}; fine-tuning needs labelled crops")
+        raise UserError(f"--data {report}; expected labels that fit --charset {args.charset} and "
+                        f"--max_length {args.max_length}")
     val = None
     if args.val:
         val = open_val(args, charset, protocol, options)
@@ -414,6 +416,7 @@ def main():
         if step % args.save_every == 0 and step < total_steps and going_well:
             save("last.pt", best)
 
+    log.close()
     if not save("last.pt", best):
         raise UserError(f"{args.out_dir}: the last checkpoint was not written; mend the reason "
                         "above and add --resume")

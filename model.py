@@ -549,8 +549,8 @@ class Pretrainer(nn.Module):
             cross=self.method["nsp"] > 0 or self.method["guide"] != "none",
             **MODELS[model]["decoder"])
         if teacher is not None:
-            # its features are as wide as it is. This is drawn last, so that all else begins with
-            # the same weights as without a teacher
+            # the target has teacher.width numbers a patch. This is drawn last, so that all else
+            # begins with the same weights as without a teacher
             self.decoder.pred = nn.Linear(self.decoder.pred.in_features, teacher.width)
             init_weights(self.decoder.pred)
 
@@ -704,7 +704,7 @@ def encoder_tensors(checkpoint, path):
     if not found:
         begins = ", ".join(str(name) for name in list(tensors or checkpoint)[:3]) or "nothing"
         raise UserError(f"{path}: no {needed} in it, but {begins}; expected the encoder of a ViT "
-                        'with MAE\'s or timm\'s names, or a dict that has it as "model"')
+                        "with MAE's or timm's names, or a dict that has it under 'model'")
     prefix = found[0]
     encoder = {}
     for name, x in tensors.items():

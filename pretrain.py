@@ -273,6 +273,7 @@ def main():
         if step % args.save_every == 0 and step < total_steps and going_well:
             save("last.pt")
 
+    log.close()
     if not save("last.pt"):
         raise UserError(f"{args.out_dir}: the last checkpoint was not written; mend the reason "
                         "above and add --resume")

@@ -312,11 +312,12 @@ LETTERS_AND_DIGITS = LOWER_CASE + LOWER_CASE.upper() + "0123456789"
 
 
 def font_files(folder=None, charset=None):
-    """A list of fonts that have all of charset. With a folder: its TrueType and OpenType files
-    (charset None: those with all letters and digits), and nothing else, so that pictures are the
-    same on every machine. Without a folder: None, which is Pillow's own font, and the files of the
-    system (charset None: all of them). UserError if there is none. Of a collection, .ttc, the
-    first font is drawn."""
+    """A list of fonts that have all of charset; UserError if there is none. With a folder these are
+    its TrueType and OpenType files and nothing else, so that pictures are the same on every
+    machine. Without one they are None, which is Pillow's own font, and the files of the system.
+
+    charset=None asks a folder's fonts for all letters and digits, and the system's for nothing. Of
+    a collection, .ttc, the first font is drawn."""
     if folder:
         return list(usable_fonts(folder, charset))
     fonts = [None]

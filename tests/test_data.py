@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import string
 import struct
 import subprocess
@@ -415,9 +416,9 @@ def test_messages_about_paths(tmp_path, words):
     (tmp_path / "web.tsv").write_text("https://a.b/c.png\tword\n")
     assert "download the images" in open_error(tmp_path / "web.tsv")
     (tmp_path / "three.tsv").write_text("imgs/a.png\tword\t0.98\n")       # not the label "word\t0.98"
-    assert "line 1: expected path<TAB>label (ValueError: 3 columns in" in open_error(tmp_path / "three.tsv")
+    assert "line 1: expected path<TAB>label (ValueError: number of columns in 'imgs/a.png\\tword\\t0.98': 3)" in open_error(tmp_path / "three.tsv")
     (tmp_path / "one.tsv").write_text("imgs/a.png;word\n")
-    assert "(ValueError: 1 columns in 'imgs/a.png;word')" in open_error(tmp_path / "one.tsv")
+    assert "(ValueError: number of columns in 'imgs/a.png;word': 1)" in open_error(tmp_path / "one.tsv")
     (tmp_path / "folders.tsv").write_text("imgs\tone\nimgs\ttwo\n")
     assert "relative to the labels file" in open_error(tmp_path / "folders.tsv")
     (tmp_path / "swapped.tsv").write_text("one.\timgs/a.png\n")
@@ -848,13 +849,27 @@ def test_a_process_ends_with_its_workers():
     ever."""
     code = """
 import data, os
-too_many = os.cpu_count() + 1                                       # of which torch would warn
-stream = data.batches(data.open_source("synth:100"), 2, seed=0, workers=too_many)
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])      # two workers on a core: torch would warn
+stream = data.batches(data.open_source("synth:100"), 2, seed=0, workers=2)
 assert len(next(stream).images) == 2
 data.kept = [stream]                                                # as a traceback does
 """
     done = run_python(code)
     assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_workers_leave_signals_to_the_script():
+    """Ctrl-C, a scheduler or a terminal that is closed signals the whole group: a worker dies, and the script
+    with it, before it has saved."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        data.start_worker(0)
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 3
+    finally:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
 
 
 def test_error_of_a_worker_is_one_line(tmp_path):

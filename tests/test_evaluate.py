@@ -343,7 +343,7 @@ def test_score_refuses_other_columns(call, tmp_path):
     file.write_text("ab\tc/0.png\tab\nno.png\tc/1.png\tab\n\t\tdamaged\n")
     refused(call("--score", file), "its predictions are names of files, such as c/0.png")
     file.write_text("1\tFace\tFace\n2\tcd\tcd\n")            # a number, the label, the prediction
-    refused(call("--score", file), "line 1: the third column is 'Face', and no confidence", "in the first two")
+    refused(call("--score", file), "line 1: its third column is 'Face', and no confidence; expected label")
     file.write_text("expected\toutput\tscore\nab\tab\t\nab\tab\t1e-3\n")
     assert re.search(r"^p.tsv +2 +2 +100", call("--score", file)[1], re.M)
     file.write_bytes(b"ab\tab\rcd\tcd\r")

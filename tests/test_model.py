@@ -1193,7 +1193,7 @@ def test_an_encoder_is_found_in_odd_files(tmp_path):
     with pytest.raises(UserError, match=r"no blocks.0.attn.qkv.weight in it, but stem.weight; expected"):
         model.load_encoder(tmp_path / "other.pth")
     torch.save({"student": nano, "teacher": nano}, tmp_path / "two.pth")
-    with pytest.raises(UserError, match='in it, but student, teacher; expected .* a dict that has it as "model"'):
+    with pytest.raises(UserError, match="in it, but student, teacher; expected .* a dict that has it under 'model'"):
         model.load_encoder(tmp_path / "two.pth")
 
 

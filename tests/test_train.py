@@ -1635,8 +1635,9 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch):
         stop = common.StopSignal()
         assert not interrupts(signal.SIGHUP) and not stop.came(None)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)                    # a terminal that is closed
-        stop = common.StopSignal()
-        assert not interrupts(signal.SIGHUP) and stop.came(None)
+        for _ in range(2):                                              # two runs in one process
+            stop = common.StopSignal()
+            assert not interrupts(signal.SIGHUP) and stop.came(None)
         stop = common.StopSignal()
         assert not stop.came(None)
         assert not interrupts(signal.SIGINT) and stop.came(None)
@@ -2258,9 +2259,8 @@ def test_no_room_for_a_line_or_a_picture(tmp_path, monkeypatch, capsys):
     write_first_line(tmp_path)
     assert "step 1: could not write" in capsys.readouterr().out
 
-    def full(rows, path):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(pretrain, "draw_sheet", full)
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "5.png").symlink_to("/dev/full")
     args = SimpleNamespace(seed=0, mask="random", mask_ratio=0.8, guidance_strength=1.0)
     network, cpu = Pretrainer("mim", "vit_square"), torch.device("cpu")
     images = torch.zeros(1, 3, 32, 128, dtype=torch.uint8)
@@ -2308,10 +2308,27 @@ def test_a_folder_is_one_runs(monkeypatch, tmp_path, capsys):
         assert log.read_text() == '{"step": 1, "lr": 0.1}\n'
         other.communicate(b"\n")
     log_a_step()
+    take = [sys.executable, "-c", code.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB").replace("input()", "")]
+    assert subprocess.run(take, capture_output=True).returncode != 0, "another may write between two lines"
+    mine.close()
+    assert subprocess.run(take).returncode == 0
     assert log.read_text().count("\n") == 2
+    mine = common.Log(args, 1, 10, 8, torch.device("cpu"), None)
+    assert subprocess.run(take, capture_output=True).returncode != 0, "a resumed run is not alone before its line"
+    mine.close()
     capsys.readouterr()
     common.cut_log(str(log), 0)
-    assert log.read_text() == "" and "2 lines, of steps after 0, are cut off" in capsys.readouterr().out
+    assert log.read_text() == "" and "2 lines, torn or of steps after 0, are cut off" in capsys.readouterr().out
+
+
+def test_nobody_reads_stderr(capfd):
+    """`evaluate.py --images a.png 2> >(true)`: no reading on stdout, and status 0."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stderr:
+        common.say("which weights read", stderr)
+    os.write(1, b"a.png\tword")
+    assert capfd.readouterr().out == "a.png\tword"
 
 
 def test_full_disk_that_holds_the_log_too(monkeypatch):
@@ -2822,13 +2839,13 @@ def test_labels_that_do_not_fit(go, tmp_path, capsys):
     write_crops(crops, "synth:3")
     (crops / "labels.tsv").write_text("00.png\tда\n01.png\tнет\n02.png\tabcdef\n", "utf-8")
     flags = ["--data", str(crops / "labels.tsv"), "--batch_size", "4", "--max_steps", "1", "--max_length"]
-    with pytest.raises(UserError, match="no crop has a label that fits --charset 94 and --max_length 5"):
+    with pytest.raises(UserError, match="0 of 3 labels fit.*expected labels that fit --charset 94 and --max_length 5"):
         go(finetune, *flags, "5")
     assert os.listdir(tmp_path) == ["crops"]
     go(finetune, *flags, "6")
     assert "1 of 3 labels fit, 2 outside the charset" in capsys.readouterr().out
 
-    with pytest.raises(UserError, match="3 without a label.*fine-tuning needs labelled crops"):
+    with pytest.raises(UserError, match="3 without a label.*expected labels that fit"):
         go(finetune, "--data", str(crops), "--max_steps", "1", out="unlabelled")
     (crops / "val.tsv").write_text("00.png\tabcdefg\n", "utf-8")
     with pytest.raises(UserError, match="val.tsv: no label fits --charset 94 and --max_length 6"):
