@@ -135,6 +135,13 @@ def size_flags(name):
     return SMALL
 
 
+def network(name):
+    """Its name in a table's title."""
+    if name in LARGE_ROWS:
+        return "vit_mini with patches of 32 x 4"
+    return "vit_nano"
+
+
 def split_job(real, out):
     return Job("split", [["tests/experiments.py", "split", "--real", real, "--out", out]])
 
@@ -506,7 +513,7 @@ def words_read_table(found, names, length):
         row.append(list_seeds(found, run))
         rows.append(row)
     title = (f"Words read (%) after {kind.steps:,} steps of fine-tuning on rendered words "
-             f"and {kind.labels} of the real ones, {size_flags(names[0])[1]}")
+             f"and {kind.labels} of the real ones, {network(names[0])}")
     head = ["from", "validation", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "each seed"]
     return markdown(title, head, rows)
 
