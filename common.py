@@ -25,6 +25,7 @@ import inspect
 import json
 import math
 import os
+import pickletools
 import re
 import signal
 import sys
@@ -543,10 +544,25 @@ def why_refused(path, error):
                 "trust the file, load it with torch.load(..., weights_only=False) and torch.save "
                 "its state dict alone")
     if re.match(rb"\x80[\3-\5]", begins):                       # torch.save's begins with \x80\2
-        return ("a pickle that could run code; if you trust the file, read it with pickle.load "
-                "and torch.save its state dict alone")
+        return (f"a pickle that could run code (it wants {first_import(path)}); if you trust the file, "
+                "read it with pickle.load and torch.save its state dict alone")
     return (f"not a checkpoint that can be read safely ({type(error).__name__}); expected tensors "
             "and plain types saved by torch.save")
+
+
+def first_import(path):
+    """The first function or class that a pickle wants, such as "numpy.dtype", or "nothing". None of
+    it is run."""
+    words = []
+    with contextlib.suppress(ValueError), open(path, "rb") as file:     # it may be cut short
+        for opcode, value, _ in pickletools.genops(file):
+            if opcode.name == "GLOBAL":
+                return value.replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":                   # the last two words are its name
+                return ".".join(words[-2:])
+            if isinstance(value, str):
+                words.append(value)
+    return "nothing"
 
 
 def plain_names(state):

@@ -1737,6 +1737,7 @@ def write_foreign_files(folder):
     (folder / "lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (folder / "page.pt").write_text("<!DOCTYPE html>")
     (folder / "plain.pt").write_bytes(pickle.dumps({"model": Refused()}))
+    (folder / "bare.pt").write_bytes(pickle.dumps({"model": "a"})[:-3])
     torch.save({}, folder / "script.pt")
     with zipfile.ZipFile(folder / "script.pt", "a") as archive:         # by which torch knows a TorchScript
         archive.writestr("script/constants.pkl", b"")
@@ -1749,7 +1750,8 @@ def write_foreign_files(folder):
         "empty": "an empty file; copy or download it again",
         "lfs": "a Git LFS pointer, and not the file itself; type git lfs pull",
         "page": "a web page; download the file itself",
-        "plain": "a pickle that could run code; if you trust the file, read it with pickle.load",
+        "plain": "a pickle that could run code (it wants io.open); if you trust the file, read it with pickle.load",
+        "bare": "a pickle that could run code (it wants nothing); if you trust",
         "script": "a TorchScript archive; expected a state dict, which this makes of it: torch.save(torch.jit",
         "refused": "a pickle that wants io.open, which could run code and is not loaded; if you trust",
         "tar": "a pickle that wants io.open, which could run code and is not loaded; if you trust",
@@ -1793,8 +1795,8 @@ def test_kill_while_a_checkpoint_is_written(whole, many, tmp_path):
     """Half a file under a checkpoint's name, a step twice in the log, processes that read crops and outlive
     the run, or keep it from ending (tests/survive.py does this at length)."""
     flags, out = [*MIM, "--data", many, "--save_every", "1"], tmp_path / "run"
-    command = [sys.executable, os.path.join(ROOT, "pretrain.py"), *TINY, *flags, "--workers", "1", "--resume"]
-    command += ["--out_dir", str(out)]
+    script = ["-W", "error", os.path.join(ROOT, "pretrain.py")]          # a warning would end it
+    command = [sys.executable, *script, *TINY, *flags, "--workers", "1", "--resume", "--out_dir", str(out)]
     for _ in range(5):                                                  # on a busy machine it may end unseen
         if kill_in_midst_of_checkpoint(command, out):
             break
