@@ -544,8 +544,8 @@ def why_refused(path, error):
                 "trust the file, load it with torch.load(..., weights_only=False) and torch.save "
                 "its state dict alone")
     if re.match(rb"\x80[\3-\5]", begins):                       # torch.save's begins with \x80\2
-        return (f"a pickle that could run code (it wants {first_import(path)}); if you trust the file, "
-                "read it with pickle.load and torch.save its state dict alone")
+        return (f"a pickle that could run code (it wants {first_import(path)}); if you trust the "
+                "file, read it with pickle.load and torch.save its state dict alone")
     return (f"not a checkpoint that can be read safely ({type(error).__name__}); expected tensors "
             "and plain types saved by torch.save")
 
