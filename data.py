@@ -1073,7 +1073,10 @@ AUGMENTATION |= NOISE_COLUMNS | dict(more_chances=4)
 
 def guidance_view(images, generator):
     """The same word, looking different, each crop in its own way: (B, 3, H, W) uint8 or float in
-    [0, 1] -> float in [0, 1]."""
+    [0, 1] -> float in [0, 1]. UserError for other numbers."""
+    if images.is_floating_point() and len(images) > 0 and not images.max() <= 1:
+        raise UserError(f"guidance_view: numbers up to {images.max():g}; expected uint8, or float "
+                        "in [0, 1]")
     return moved_view(images, uniform_numbers(len(images), VIEW_NUMBERS, generator, images.device))
 
 

@@ -1769,6 +1769,8 @@ def test_coarse_and_unit():
     assert torch.allclose(coarser[1, 2, 3, 5], images[1, 2, 12:16, 20:24].float().mean() / 255)
     assert torch.allclose(to_unit(images), to_unit(images.float() / 255), atol=1e-6)
     assert to_unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, 1]
+    with pytest.raises(UserError, match="guidance_view: numbers up to 2.*; expected uint8, or float in"):
+        data.guidance_view(images.float(), generator())                 # white noise, and nobody says so
 
 
 # ---- the command line
