@@ -253,7 +253,7 @@ def parse_predictions(path):
             raise UserError(f"--score {path}: line {number} goes on after a carriage return; save "
                             "it with the line ends of Unix or Windows")
         if number == 1 and is_header(label, prediction):
-            print(f"--score {path}: line 1 is taken for a header: {line}", file=sys.stderr)
+            say(f"--score {path}: line 1 is taken for a header: {line}", sys.stderr)
             continue
         if len(columns) > 2 and columns[2] == "damaged":
             prediction = None

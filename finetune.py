@@ -416,10 +416,10 @@ def main():
         if step % args.save_every == 0 and step < total_steps and going_well:
             save("last.pt", best)
 
-    log.close()
     if not save("last.pt", best):
         raise UserError(f"{args.out_dir}: the last checkpoint was not written; mend the reason "
                         "above and add --resume")
+    log.close()
     if step < total_steps:
         say(f"stopped by a signal at step {step}; add --resume to go on")
         raise KeyboardInterrupt             # status 130, so that `finetune.py && ...` stops too

@@ -88,6 +88,7 @@ FINE_TUNING = {
     "tenth": FineTuning(2000, "a tenth", "tenth", 120),
     "long": FineTuning(12000, "all", "fit", 12),
 }
+COMPARED = ("all", "tenth")                     # the main rows are fine-tuned in these two ways
 
 
 class Job:
@@ -443,7 +444,7 @@ NOTHING = "-"                                   # of a run that has not been mad
 
 def all_tables(found):
     """All records, as Markdown."""
-    tables = [words_read_table(found, MAIN_ROWS, length) for length in ("all", "tenth")]
+    tables = [words_read_table(found, MAIN_ROWS, length) for length in COMPARED]
     tables.append(words_read_table(found, LONG_ROWS, "long"))
     tables.append(equal_time_table(found))
     tables.append(changes_table(found))
@@ -522,7 +523,7 @@ def equal_time_table(found):
     rows = []
     for name in EQUAL_TIME:
         row = [f"`{name}`", f"{steps_of(name):,}"]
-        for length in ("all", "tenth"):
+        for length in COMPARED:
             run = f"{name}-s{{}}-{length}"
             row.append(mean_sd(each_seed(found, run, "average")))
             row.append(list_seeds(found, run))
@@ -530,7 +531,7 @@ def equal_time_table(found):
             rows.append(row)
     title = "Words read (%) after pre-training for the same time, and the same fine-tuning: averages"
     head = ["pre-training", "its steps"]
-    for length in ("all", "tenth"):
+    for length in COMPARED:
         head += [f"{FINE_TUNING[length].labels} of the real words", "each seed"]
     return markdown(title, head, rows)
 
