@@ -501,8 +501,11 @@ def read_checkpoint(path):
             # torch warns of an old pickle's protocol; the error below says enough
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
+            damaged = damaged_part(path)
     except Exception as error:              # a dozen kinds; each means that it is no checkpoint
         raise UserError(f"{path}: {why_refused(path, error)}") from None
+    if damaged is not None:
+        raise UserError(f"{path}: {damaged} in it is not what was saved; copy the file again")
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a dict with 'model', "
                         "or a state dict")
@@ -513,6 +516,15 @@ def read_checkpoint(path):
     if isinstance(state.get("model"), dict):
         state["model"] = plain_names(state["model"])
     return state
+
+
+def damaged_part(path):
+    """The name of a tensor's record, in a file of torch.save, that does not agree with its
+    checksum, or None. torch.load does not look: a flipped bit would be another weight."""
+    if not zipfile.is_zipfile(path):                            # torch.save's before torch 1.6
+        return None
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()
 
 
 def why_refused(path, error):

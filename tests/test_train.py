@@ -1725,6 +1725,19 @@ def test_torn_checkpoint_is_named(go, whole, tmp_path):
     assert os.listdir(foreign) == ["last.pt"]
 
 
+def test_flipped_bit_of_a_checkpoint_is_named(tmp_path):
+    """A bit that a disk or a copy flipped in a weight: torch.load gives another number without a word."""
+    path = tmp_path / "last.pt"
+    torch.save({"model": {"w": torch.ones(1000)}}, path)
+    stored = bytearray(path.read_bytes())
+    at = stored.index(struct.pack("<f", 1.0) * 900)
+    stored[at + 2001] ^= 1
+    path.write_bytes(stored)
+    assert not torch.load(path)["model"]["w"].eq(1).all()           # torch itself does not look
+    with pytest.raises(UserError, match="last.pt: .*/data/0 in it is not what was saved; copy the file again"):
+        common.read_checkpoint(path)
+
+
 def write_foreign_files(folder):
     """-> {a file that is often given for a checkpoint: what is said of it}."""
     class Refused:
