@@ -683,11 +683,11 @@ def check_resume(checkpoint, args, crops_per_step, n_crops):
         if stored.get(name) != now.get(name):
             differ.append(f"--{name} {stored.get(name)} there, {now.get(name)} here")
 
-    stored_row = stored.get("objective", {})                    # METHODS' row, changed by --set
-    row = now.get("objective", {})
-    for name in {**stored_row, **row}:                          # whatever stands in one of them
-        if stored_row.get(name) != row.get(name):
-            differ.append(f"the method's {name} {stored_row.get(name)} there, {row.get(name)} here")
+    there = stored.get("objective", {})                         # METHODS' row, changed by --set
+    here = now.get("objective", {})
+    for name in {**there, **here}:                              # whatever stands in one of them
+        if there.get(name) != here.get(name):
+            differ.append(f"the method's {name} {there.get(name)} there, {here.get(name)} here")
 
     order = checkpoint["order"]
     if order["crops_per_step"] != crops_per_step:
@@ -1043,7 +1043,7 @@ class Log:
 
     def add(self, loss, terms):
         for name, value in dict(terms, loss=loss).items():
-            value = value.detach().float() / self.args.accum_iter
+            value = value.float() / self.args.accum_iter
             if name in self.sums:
                 value = self.sums[name] + value
             self.sums[name] = value
@@ -1076,9 +1076,6 @@ class Log:
             **more,
         )
         say(log_line(step, row, self.means))
-        days = row["eta_s"] / 86400
-        if step == 1 and self.device.type == "cpu" and days > 1:
-            say(f"this takes {days:.1f} days on this CPU; {less_work(self.args.model)}")
         if rank() == 0:
             with tolerate_full_disk(self.path, step):
                 self.append(dict(step=step, **finite_or_null(row)))
@@ -1100,18 +1097,14 @@ class Log:
                 self.file.close()
 
 
-def less_work(model):
-    """What to type where a run takes too long."""
-    if model in ("vit_nano", "vit_mini"):               # whose recipes set --max_steps
-        return "a smaller --max_steps takes less"
-    return "--model vit_nano takes minutes"
+LOGGED_ONLY = ("spread", "accuracy")        # no terms of the loss
 
 
 def log_line(step, row, means):
     """step 120  loss 0.813 = mim 0.402 + nsp 0.311 + align 0.100  lr 2.9e-04  812 img/s ..."""
     terms, others = [], ""
     for name, mean in means.items():
-        if name in ("spread", "accuracy"):
+        if name in LOGGED_ONLY:
             others += f"  {name} {mean:.3f}"
         elif name != "loss":
             terms.append(f"{name} {mean:.3f}")

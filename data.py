@@ -35,7 +35,6 @@ import pathlib
 import re
 import shutil
 import signal
-import time
 import unicodedata
 import warnings
 from collections import Counter, namedtuple
@@ -1619,14 +1618,10 @@ def rows_in_step(micro_step, batch_size):
     return slice(first, first + batch_size)
 
 
-def next_batch(stream, damage, log=None):
+def next_batch(stream, damage):
     """The next Batch of a stream, see `batches`, with its places filled. damage, a DamageCount, is
-    told what could not be read; log, a common.Log, how long it took. UserError if nothing could be
-    read."""
-    began = time.perf_counter()
+    told what could not be read. UserError if nothing could be read."""
     batch = next(stream)
-    if log is not None:
-        log.waited(time.perf_counter() - began)
     damage.add(len(batch.images) + len(batch.damaged), batch.damaged)
     if len(batch.images) == 0:
         raise UserError(f"no crop of a batch could be read, the first being {batch.damaged[0]}; "

@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import time
 
 if __name__ == "__main__":              # Ctrl-C while torch is loading ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -59,7 +60,7 @@ RECIPES = {
 
 def encode_labels(labels, model):
     """Words -> classes (B, T): characters, end, then padding. T is the longest, rounded up
-    to 4: few shapes to compile."""
+    to 4: a step is recorded for each shape, see Replayed in common.py."""
     rows = []
     for label in labels:
         rows.append([model.index[character] for character in label] + [model.end])
@@ -87,6 +88,7 @@ def augment_crops(images, numbers, untouched):
         return images
     numbers = to_device(numbers[chosen], images.device)
     chosen = to_device(chosen, images.device)
+    images = images.clone()                                 # the caller's own stay as they are
     images[chosen] = augment_from_numbers(images[chosen], numbers)
     return images
 
@@ -191,6 +193,20 @@ def open_val(args, charset, protocol, options):
     """--val as one Source. UserError, before any training, if a label is missing, if none fits the
     charset, or if none can be scored. Labels that do not fit stay in it and count as wrong."""
     val = open_sources(args.val, **options)
+    check_can_be_scored(val, protocol)
+    fitting, report = fit_labels(val, charset, args.max_length)
+    say(f"--val {report}")
+    if len(fitting) == 0:
+        raise UserError(f"--val {val.name}: no label fits --charset {args.charset} and "
+                        f"--max_length {args.max_length}; none could be read right")
+    for src in args.val:
+        if any(share_words(src, other) for other in args.data):
+            say(f"--val {src}: its words are trained on too; its accuracy says nothing of new ones")
+    return val
+
+
+def check_can_be_scored(val, protocol):
+    """UserError if a label of --val is missing, or if none keeps a letter under the protocol."""
     can_be_scored = False
     for part in dict.fromkeys(val.parts):                   # those of SRC@N once
         for i in range(len(part)):
@@ -203,16 +219,6 @@ def open_val(args, charset, protocol, options):
     if not can_be_scored:
         raise UserError(f"--val {val.name}: no label keeps a letter under the protocol {protocol}, "
                         "which goes with --charset")
-
-    fitting, report = fit_labels(val, charset, args.max_length)
-    say(f"--val {report}")
-    if len(fitting) == 0:
-        raise UserError(f"--val {val.name}: no label fits --charset {args.charset} and "
-                        f"--max_length {args.max_length}; none could be read right")
-    for src in args.val:
-        if any(share_words(src, other) for other in args.data):
-            say(f"--val {src}: its words are trained on too; its accuracy says nothing of new ones")
-    return val
 
 
 def share_words(src, other):
@@ -239,8 +245,10 @@ def validate(model, val, protocol, args, dtype, stop, group):
         return model.read(images, len(images), dtype)
 
     model.eval()
-    rows, broken = evaluate.read_source(
-        read, val, args.batch_size, args.workers, group, stop)
+    # eager, whatever is compiled: shapes change with every letter
+    with torch.compiler.set_stance("force_eager"):
+        rows, broken = evaluate.read_source(
+            read, val, args.batch_size, args.workers, group, stop)
     model.train()
     if stop is not None and stop.came(group):
         return None, None
@@ -359,7 +367,9 @@ def main():
         numbers = torch.rand(crops_per_step, AUGMENT_NUMBERS, generator=generator)  # of all ranks
 
         for micro_step in range(args.accum_iter):
-            batch = next_batch(stream, damage, log)
+            began = time.perf_counter()
+            batch = next_batch(stream, damage)
+            log.waited(time.perf_counter() - began)
             rows = rows_in_step(micro_step, args.batch_size)
             # labels as the charset writes them: in one case, say
             words = [fit_label(label, charset, args.max_length).text for label in batch.labels]
@@ -409,12 +419,12 @@ def main():
         if line_due:
             log.write(step, lr, skipped, damage.damaged, **scores)
             stop_if_not_finite(skipped, step, args)
-        if improved:
+        if improved:                            # saved after the line, which ends a bad run
             if save("best.pt", result["accuracy"]):
                 best = result["accuracy"]
-        going_well = skipped[0] == 0                        # not amid non-finite steps
-        if step % args.save_every == 0 and step < total_steps and going_well:
-            save("last.pt", best)
+        if step % args.save_every == 0 and step < total_steps:
+            if skipped[0] == 0:                 # else last.pt stays as before the bad steps
+                save("last.pt", best)
 
     if not save("last.pt", best):
         raise UserError(f"{args.out_dir}: the last checkpoint was not written; mend the reason "

@@ -186,7 +186,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         x = attend(q, k, v, dropout)                                    # (B, heads, T, d)
         x = self.proj(x.transpose(1, 2).flatten(2))                     # (B, T, D)
-        return F.dropout(x, dropout)
+        return F.dropout(x, self.dropout, self.training)
 
 
 class Mlp(nn.Module):
@@ -208,7 +208,6 @@ class Block(nn.Module):
 
     def __init__(self, width, heads, dropout=0.0, drop_path=0.0):
         super().__init__()
-        self.drop_path = drop_path
         # the share of crops that keep a branch. It is a tensor, since it differs from block to
         # block: with a Python float torch.compile would compile each block anew
         keep_path = torch.tensor(1 - drop_path) if drop_path else None
@@ -305,7 +304,7 @@ class ViT(nn.Module):
             x = take(x, ids_keep)                                       # (B, K, D)
 
         cls = self.cls_token + self.pos_embed[:, :1]                    # (1, 1, D)
-        cls = cls.expand(x.shape[0], -1, -1).to(x.dtype)
+        cls = cls.expand(x.shape[0], -1, -1)                            # (B, 1, D)
         x = torch.cat([cls, x], dim=1)                                  # (B, 1+K, D)
 
         for block in self.blocks:
@@ -338,7 +337,7 @@ class DecoderAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         x = attend(self.queries(x), keys, values, dropout, causal)      # (B, heads, T, d)
         x = self.proj(x.transpose(1, 2).flatten(2))                     # (B, T, D)
-        return F.dropout(x, dropout)
+        return F.dropout(x, self.dropout, self.training)
 
 
 class DecoderLayer(nn.Module):
@@ -455,15 +454,15 @@ def infonce(a, b, temperature=0.2):
     with torch.autocast(a.device.type, enabled=False):
         a = F.normalize(a.float(), dim=-1)
         b = F.normalize(b.float(), dim=-1)
-        all_a, all_b, before = gather_ranks(a, b)           # (S, D) each: S crops on all ranks
-        a_to_b = a @ all_b.T / temperature                              # (B, S)
+        all_a, all_b, before = gather_ranks(a, b)           # (R, D) each: R crops on all ranks
+        a_to_b = a @ all_b.T / temperature                              # (B, R)
         b_to_a = b @ all_a.T / temperature
-        partner = before + torch.arange(a.shape[0], device=a.device)    # its place among the S
+        partner = before + torch.arange(a.shape[0], device=a.device)    # its place among the R
         return (F.cross_entropy(a_to_b, partner) + F.cross_entropy(b_to_a, partner)) / 2
 
 
 def gather_ranks(a, b):
-    """a, b (B, D) of this rank -> those of all ranks, (S, D) each, and how many of the S stand
+    """a, b (B, D) of this rank -> those of all ranks, (R, D) each, and how many of the R stand
     before this rank's. All ranks have as many rows: next_batch in data.py fills the places of
     damaged crops.
 
@@ -471,7 +470,7 @@ def gather_ranks(a, b):
     on rank 0 alone, which would wait for the others for ever."""
     if not dist.is_initialized() or not torch.is_grad_enabled():
         return a, b, 0
-    both = GatherRows.apply(torch.cat([a, b], dim=1))                   # (S, 2*D), S = ranks * B
+    both = GatherRows.apply(torch.cat([a, b], dim=1))                   # (R, 2*D), R = ranks * B
     all_a, all_b = both.chunk(2, dim=1)
     return all_a, all_b, dist.get_rank() * a.shape[0]
 
@@ -637,7 +636,8 @@ def compile_layers(network):
     """Compiles the blocks of the encoder and the layers of the decoders, on their first call. Those
     of one kind share what is compiled for a shape: seconds, where a whole network takes minutes.
 
-    This is for training alone. `decode`, whose shapes change with every letter, runs eagerly."""
+    This is for training alone. Whoever reads or draws meanwhile, in other shapes, says so by
+    torch.compiler.set_stance("force_eager")."""
     for layer in network.modules():
         if isinstance(layer, (Block, DecoderLayer)):
             layer.compile(dynamic=False)                    # once for each size of a view
@@ -645,8 +645,6 @@ def compile_layers(network):
             layer.compile(dynamic=True)                     # once for words of any length
     if isinstance(network, Pretrainer) and network.teacher is not None:
         compile_layers(network.teacher)                     # which is none of its modules
-    if isinstance(network, Recognizer):
-        network.decode = torch.compiler.set_stance("force_eager")(network.decode)
 
 
 # ---- loading an encoder
@@ -732,7 +730,7 @@ class ReaderLayer(nn.Module):
 
     x (B, T, D) are characters, and crop_kv the keys and values of the crop's tokens. cache holds
     the keys and values of earlier characters (2, B, heads, t, d); it is None where x begins the
-    word. causal: no character of x may see the next. -> (B, T, D), and the cache with x."""
+    word, and no character of it may see the next. -> (B, T, D), and the cache with x."""
 
     def __init__(self, width, heads, ffn, dropout=0.0):
         super().__init__()
@@ -744,12 +742,12 @@ class ReaderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.norm3 = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, x, crop_kv, cache, causal):
+    def forward(self, x, crop_kv, cache):
         normed = self.norm1(x)
         kv = self.self_attn.keys_values(normed)                         # (2, B, heads, T, d)
         if cache is not None:
             kv = torch.cat([cache, kv], dim=3)                          # (2, B, heads, t+T, d)
-        x = x + self.self_attn(normed, kv, causal)
+        x = x + self.self_attn(normed, kv, causal=cache is None)
         x = x + self.cross_attn(self.norm2(x), crop_kv)
         branch = self.mlp(self.norm3(x))
         x = x + F.dropout(branch, self.dropout, self.training)
@@ -812,16 +810,15 @@ class Recognizer(nn.Module):
         Without caches the characters begin a word, and none sees the next. With caches there is
         one, T = 1, which sees all those in the caches and itself."""
         past = 0
-        if caches is not None:
+        if caches is None:
+            caches = [None] * len(self.layers)
+        else:
             past = caches[0].shape[3]
         x = self.embed(characters) + self.pos[:, past:past + characters.shape[1]]   # (B, T, D)
         x = F.dropout(x, self.dropout, self.training)
         kept = []
-        for i, layer in enumerate(self.layers):
-            if caches is None:
-                x, cache = layer(x, crop_kvs[i], cache=None, causal=True)
-            else:
-                x, cache = layer(x, crop_kvs[i], caches[i], causal=False)
+        for layer, crop_kv, cache in zip(self.layers, crop_kvs, caches):
+            x, cache = layer(x, crop_kv, cache)
             kept.append(cache)
         return self.classifier(self.norm(x)), kept
 

@@ -20,6 +20,7 @@ import math
 import os
 import signal
 import sys
+import time
 
 if __name__ == "__main__":              # Ctrl-C while torch is loading ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -85,18 +86,17 @@ def make_views(images, method, scales, numbers, strength):
     """The views of a row of METHODS, in [-1, 1]: mim's guide, or None, and a list of nsp's views,
     one of each of `scales`, coarse to fine. The guide is moved and bent, of full size or of the
     finest of `scales`. nsp's views stay in place: moved ones would not tell where the target's
-    letters are."""
+    letters are. images and numbers are on the same device."""
     guide, coarse = None, []
     if method["nsp"]:
-        drawn = to_device(numbers["coarse"], images.device)
-        view = still_view(images, drawn, strength)                              # in [0, 1]
+        still = still_view(images, numbers["coarse"], strength)         # in [0, 1]
         for size in scales:
-            coarse.append(normalize_pixels(coarse_view(view, size)))
+            coarse.append(normalize_pixels(coarse_view(still, size)))
     if method["guide"] != "none":
-        drawn = to_device(numbers["guide"], images.device)
-        view = moved_view(images, drawn, strength)
-        size = (H, W) if method["guide"] == "full" else scales[-1]
-        guide = normalize_pixels(coarse_view(view, size))
+        guide = moved_view(images, numbers["guide"], strength)          # in [0, 1]
+        if method["guide"] == "coarse":
+            guide = coarse_view(guide, scales[-1])
+        guide = normalize_pixels(guide)
     return guide, coarse
 
 
@@ -128,15 +128,12 @@ def block_keys(numbers, grid, patch, block=16):
     shift_x = (numbers[:, 1:2] * block_w).long()
     patch_numbers = numbers[:, SHIFT_NUMBERS:]                          # (B, N)
 
-    # blocks are numbered row by row
+    # blocks are numbered row by row, and as far apart as if there were w in a row
     rows = torch.arange(h, device=numbers.device)
     columns = torch.arange(w, device=numbers.device)
     block_row = (rows + shift_y) // block_h                             # (B, h)
     block_column = (columns + shift_x) // block_w                       # (B, w)
-    largest_shift = block_w - 1
-    last_column = (w - 1 + largest_shift) // block_w                    # of blocks
-    blocks_across = last_column + 1
-    block_id = block_row[:, :, None] * blocks_across + block_column[:, None, :]     # (B, h, w)
+    block_id = block_row[:, :, None] * w + block_column[:, None, :]     # (B, h, w), below N
     block_id = block_id.flatten(1)                                      # (B, N)
 
     # a block needs a random number of its own, and there are no more blocks than patches: block i
@@ -217,7 +214,7 @@ def main():
         """Adds a micro-batch's gradient to the weights' -> its loss, its terms. images are uint8
         (B, 3, 32, 128) on the device, and so are the crops' random numbers: draw_numbers'."""
         guide, coarse = make_views(
-            images, method, scales, crop_numbers, args.guidance_strength)
+            images, method, raw_model.scales, crop_numbers, args.guidance_strength)
         ids_keep, ids_mask = make_mask(
             crop_numbers["mask"], args.mask, args.mask_ratio, grid, patch)
         with autocast(device, dtype):
@@ -239,7 +236,9 @@ def main():
         numbers = draw_numbers(step, crops_per_step, method, args, grid)    # of all ranks
 
         for micro_step in range(args.accum_iter):
-            batch = next_batch(stream, damage, log)
+            began = time.perf_counter()
+            batch = next_batch(stream, damage)
+            log.waited(time.perf_counter() - began)
             images = to_device(batch.images, device)                # uint8 (B, 3, 32, 128)
             rows = rows_in_step(micro_step, args.batch_size)        # these crops' in numbers
             crop_numbers = {}
@@ -269,9 +268,9 @@ def main():
         if rank() == 0 and (step % args.sample_every == 0 or step == total_steps):
             path = os.path.join(args.out_dir, "samples", f"step_{step:06d}.png")
             draw_samples(raw_model, pictured, device, dtype, args, path, step)
-        going_well = skipped[0] == 0                        # not amid non-finite steps
-        if step % args.save_every == 0 and step < total_steps and going_well:
-            save("last.pt")
+        if step % args.save_every == 0 and step < total_steps:
+            if skipped[0] == 0:                 # else last.pt stays as before the bad steps
+                save("last.pt")
 
     if not save("last.pt"):
         raise UserError(f"{args.out_dir}: the last checkpoint was not written; mend the reason "
@@ -296,30 +295,33 @@ def draw_samples(model, images, device, dtype, args, path, step):
         return
     grid, patch = model.encoder.grid, model.encoder.patch
     numbers = draw_numbers(0, len(images), model.method, args, grid)
+    numbers = {name: to_device(drawn, device) for name, drawn in numbers.items()}
     images = to_device(images, device)
     guide, coarse = make_views(
         images, model.method, model.scales, numbers, args.guidance_strength)
-    ids_keep, ids_mask = make_mask(
-        to_device(numbers["mask"], device), args.mask, args.mask_ratio, grid, patch)
+    ids_keep, ids_mask = make_mask(numbers["mask"], args.mask, args.mask_ratio, grid, patch)
     image = normalize_pixels(images)
 
     model.eval()
     # eager, whatever is compiled: these crops are fewer, and drawn once in a while
     with torch.no_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
         _, _, pred = model(image, guide, coarse, ids_keep, ids_mask)
+        target = model.targets(image)[-1].float()                       # (B, N, C)
     model.train()
 
     columns = [("crop", image)]
     if "mim" in pred:
-        columns += mim_columns(model, image, guide, ids_mask, pred["mim"].float())
+        columns += mim_columns(model, image, guide, target, ids_mask, pred["mim"].float())
     if "nsp" in pred:
-        columns += nsp_columns(model, image, coarse, pred["nsp"].float())
+        columns += nsp_columns(model, image, coarse, target, pred["nsp"].float())
     if model.teacher is None:
-        target = model.targets(image)[-1] / WHITE_AT
-        columns.append(("target", unpatchify(target, grid, patch)))
+        columns.append(("target", unpatchify(target / WHITE_AT, grid, patch)))
 
     # a cell of the sheet is a picture or None, and pieces of text, each with its colour
-    rows = [[(None, [(title, GREY)]) for title, _ in columns]]
+    titles = []
+    for title, _ in columns:
+        titles.append((None, [(title, GREY)]))
+    rows = [titles]
     for k in range(len(images)):
         pictures = [to_uint8(column[k]) for _, column in columns]
         rows.append([(picture, []) for picture in pictures])
@@ -329,7 +331,7 @@ def draw_samples(model, images, device, dtype, args, path, step):
         say(f"picture    {path}")
 
 
-def mim_columns(model, image, guide, ids_mask, pred):
+def mim_columns(model, image, guide, target, ids_mask, pred):
     """[(title, pictures (B, 3, H, W) in [-1, 1])] of what mim sees and predicts."""
     grid, patch = model.encoder.grid, model.encoder.patch
     pixels = patchify(image, patch)
@@ -337,17 +339,17 @@ def mim_columns(model, image, guide, ids_mask, pred):
     columns = [("mim sees", unpatchify(put_in(pixels, ids_mask, grey), grid, patch))]
     if guide is not None:
         columns.append(("mim's guide", F.interpolate(guide, image.shape[-2:])))
-    return columns + predicted_columns(model, image, ids_mask, pred, "mim")
+    return columns + predicted_columns(model, image, target, ids_mask, pred, "mim")
 
 
-def nsp_columns(model, image, coarse, pred):
+def nsp_columns(model, image, coarse, target, pred):
     """The same of nsp, for which every patch is hidden."""
     columns = [("nsp sees", F.interpolate(view, image.shape[-2:])) for view in coarse]
     everything = torch.arange(pred.shape[1], device=image.device).expand(len(image), -1)
-    return columns + predicted_columns(model, image, everything, pred, "nsp")
+    return columns + predicted_columns(model, image, target, everything, pred, "nsp")
 
 
-def predicted_columns(model, image, ids, pred, name):
+def predicted_columns(model, image, target, ids, pred, name):
     """Pixels are shown twice: as the loss sees them, normalised per patch, and with the true mean
     and contrast of each patch put back, as MAE draws them.
 
@@ -362,9 +364,8 @@ def predicted_columns(model, image, ids, pred, name):
         return [(f"{name} predicts", unpatchify(normalised, grid, patch)),
                 (f"{name}, in colour", unpatchify(in_colour, grid, patch))]
 
-    target = take(model.targets(image)[-1], ids)
-    cosine = torch.cosine_similarity(pred, target, dim=-1)[..., None]   # (B, M, 1)
-    grey = 2 * cosine - 1                                   # [0, 1] -> [-1, 1], black to white
+    cosine = torch.cosine_similarity(pred, take(target, ids), dim=-1)   # (B, M)
+    grey = 2 * cosine[..., None] - 1                        # [0, 1] -> [-1, 1], black to white
     grey = grey.expand(-1, -1, pixels.shape[-1])                        # (B, M, 3*p*q)
     likeness = put_in(torch.ones_like(pixels), ids, grey)
     return [(f"{name}, likeness", unpatchify(likeness, grid, patch))]
@@ -378,7 +379,7 @@ def put_in(ground, ids, values):
 
 def to_uint8(picture):
     """[-1, 1] -> 0 to 255, on the host."""
-    return (127.5 * (picture.clamp(-1, 1) + 1)).byte().cpu()
+    return (127.5 * (picture.clamp(-1, 1) + 1)).round().byte().cpu()
 
 
 # ---- flags
@@ -454,18 +455,18 @@ def check_method(parser, args, method, scales):
     typed = typed_flags()
     guide = method["guide"]
     mim, nsp, align = method["mim"] > 0, method["nsp"] > 0, method["align"] > 0
-    row = f"--method {args.method}"
+    typed_method = f"--method {args.method}"
     if args.set:
-        row += f" --set {' '.join(args.set)}"
+        typed_method += f" --set {' '.join(args.set)}"
 
     if not mim and not nsp:
-        parser.error(f"{row}: nothing is predicted; give mim or nsp a weight")
+        parser.error(f"{typed_method}: nothing is predicted; give mim or nsp a weight")
     if guide != "none" and not mim:
-        parser.error(f"{row}: a guide needs mim, whose decoder sees it; give mim a weight, or set "
+        parser.error(f"{typed_method}: a guide needs mim, whose decoder sees it; give mim a weight, or set "
                      "guide=none")
 
     if align and "form" not in method:
-        parser.error(f"{row}: align needs a form; add form=infonce or form=mse to --set")
+        parser.error(f"{typed_method}: align needs a form; add form=infonce or form=mse to --set")
     n_cls = 0                                   # each view that is encoded has a [cls] token:
     if guide != "none":
         n_cls += 1                              # the guide,
@@ -474,30 +475,31 @@ def check_method(parser, args, method, scales):
     if mim:
         n_cls += 1                              # the masked crop
     if align and n_cls < 2:
-        parser.error(f"{row}: align needs two [cls] tokens, and there is one; set align=0")
+        parser.error(f"{typed_method}: align needs two [cls] tokens, and there is one; set align=0")
     if align and method["form"] == "infonce" and args.batch_size * world_size() == 1:
-        parser.error(f"{row}: InfoNCE compares crops, and there is one; raise --batch_size")
+        parser.error(f"{typed_method}: InfoNCE compares crops, and there is one; raise --batch_size")
     if not align and any(setting.startswith("form=") for setting in args.set):
-        parser.error(f"{row}: form has no effect without align; add align=0.02 to --set")
+        parser.error(f"{typed_method}: form has no effect without align; add align=0.02 to --set")
 
     patch_h, patch_w = MODELS[args.model]["encoder"]["patch"]
     for h, w in scales:
         if h % patch_h != 0 or w % patch_w != 0 or h > H or w > W or (h, w) == (H, W):
             parser.error(f"--scales {h}x{w}: expected multiples of the patch, {patch_h}x{patch_w}, "
                          f"below {H}x{W}")
-    if scales != sorted(set(scales)):
-        parser.error(f"--scales {' '.join(args.scales)}: expected coarse to fine, each once")
+    for (h, w), (finer_h, finer_w) in zip(scales, scales[1:]):
+        if h > finer_h or w > finer_w or (h, w) == (finer_h, finer_w):
+            parser.error(f"--scales {' '.join(args.scales)}: expected coarse to fine, each once")
 
     if "scales" in typed and not nsp and guide != "coarse":
-        parser.error(f"--scales has no effect with {row}, which has no coarse view")
+        parser.error(f"--scales has no effect with {typed_method}, which has no coarse view")
     if len(scales) > 1 and not nsp:
-        parser.error(f"--scales {' '.join(args.scales)}: {row} has one coarse view; give one size")
+        parser.error(f"--scales {' '.join(args.scales)}: {typed_method} has one coarse view; give one size")
     if "guidance_strength" in typed and not nsp and guide == "none":
-        parser.error(f"--guidance_strength has no effect with {row}, which has no view but the "
+        parser.error(f"--guidance_strength has no effect with {typed_method}, which has no view but the "
                      "crop")
     for flag in ("mask", "mask_ratio"):
         if flag in typed and not mim:
-            parser.error(f"--{flag} has no effect with {row}, which hides every patch")
+            parser.error(f"--{flag} has no effect with {typed_method}, which hides every patch")
 
 
 if __name__ == "__main__":

@@ -120,10 +120,10 @@ def draw_numbers(net, n_crops, step):
 
 
 def inputs_from_numbers(net, images, numbers):
+    numbers = {name: common.to_device(drawn, images.device) for name, drawn in numbers.items()}
     guide, coarse = pretrain.make_views(images, net.method, net.scales, numbers, 1.0)
-    mask_numbers = common.to_device(numbers["mask"], images.device)
     ids_keep, ids_mask = pretrain.make_mask(
-        mask_numbers, "random", MASK_RATIO, net.encoder.grid, net.encoder.patch)
+        numbers["mask"], "random", MASK_RATIO, net.encoder.grid, net.encoder.patch)
     return normalize_pixels(images), guide, coarse, ids_keep, ids_mask
 
 

@@ -763,19 +763,12 @@ def test_whole_batch_damaged(tmp_path):
 
 
 def test_next_batch(damaged, capsys):
-    """A step on no crop at all, whose loss is nan; damage that is passed on and not counted; a wait nobody
-    hears of."""
-    class Log:
-        seconds = 0
-
-        def waited(self, seconds):
-            self.seconds += seconds
-
+    """A step on no crop at all, whose loss is nan; damage that is passed on and not counted."""
     source = data.open_source(damaged[0])
-    log, damage = Log(), data.DamageCount(.9)
+    damage = data.DamageCount(.9)
     stream = data.batches(source, 10, seed=0)
-    sizes = [len(data.next_batch(stream, damage, log).images) for _ in range(3)]
-    assert sizes == [10] * 3 and damage.seen == 30 and damage.damaged == 8 and log.seconds > 0
+    sizes = [len(data.next_batch(stream, damage).images) for _ in range(3)]
+    assert sizes == [10] * 3 and damage.seen == 30 and damage.damaged == 8
     assert capsys.readouterr().out.count("damaged, left out: ") == 8
     first_bad = data.Subset(source, damaged[1])
     with pytest.raises(UserError, match="no crop of a batch .*, the first being damaged image-0") as error:

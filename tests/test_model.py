@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import bench
+import data
 import finetune
 import model
 import pretrain
@@ -366,7 +367,7 @@ def layers(rate):
     return {
         "block": (block, block, block_without_branches),
         "decoder": (decoder, lambda x: decoder(x, memory, x.shape[1]), decoder_without_branches),
-        "reader": (reader, lambda x: reader(x, keys_values, None, True)[0], lambda x: x),
+        "reader": (reader, lambda x: reader(x, keys_values, None)[0], lambda x: x),
     }
 
 
@@ -430,7 +431,8 @@ def test_drop_path():
     torch.manual_seed(0)
     vit = ViT(5, 48, 3, drop_path=0.4)
     assert vit.state_dict().keys() == ViT(5, 48, 3).state_dict().keys()
-    assert [block.drop_path for block in vit.blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert vit.blocks[0].keep_path is None
+    assert [float(block.keep_path) for block in vit.blocks[1:]] == pytest.approx([0.9, 0.8, 0.7, 0.6])
     skipped = vit.blocks[-1].leave_out_some(torch.ones(4000, 3, 2))
     each_crop = skipped[:, 0, 0]
     assert torch.equal(skipped, each_crop[:, None, None].expand(-1, 3, 2))
@@ -1065,21 +1067,26 @@ def test_a_teacher_is_compiled_too(monkeypatch):
 
 def test_compiled_recognizer_equals_an_eager_one(monkeypatch):
     """Code for each block's rate of drop-path, for each length of a word, or for each letter that is
-    read, which takes minutes; words that are read otherwise."""
+    read in a validation, which takes minutes; words that are read otherwise; a copy (an average of weights,
+    say) that reads with the weights of the network it was copied from."""
     torch.manual_seed(0)
     m = Recognizer(ViT(4, 48, 3, (8, 8), drop_path=0.4), CHARS, 26, 1, 48, 3, 96)
     move_weights(m)
-    images = torch.rand(3, 3, 32, 128)
+    images, val = torch.rand(3, 3, 32, 128), data.open_source("synth:3")
+    args = SimpleNamespace(batch_size=3, workers=0)
     words = {T: [images, torch.randint(0, 36, (3, T))] for T in (8, 4)}
     expected = {T: loss_and_grads(m, words[T]) for T in words}
-    read = m.eval().read(images)
+    read = finetune.validate(m, val, "exact", args, torch.float32, None, None)
     compile_quickly(m.train(), monkeypatch)
     found = {8: loss_and_grads(m, words[8])}
     # blocks with and without drop-path, a layer
     assert counters["stats"]["unique_graphs"] == 2 + 1
     with torch.compiler.set_stance("fail_on_recompile"):
         found[4] = loss_and_grads(m, words[4])
-        assert m.eval().read(images) == read
+        assert finetune.validate(m, val, "exact", args, torch.float32, None, None) == read
+        twin = copy.deepcopy(m)
+        twin.classifier.bias.data[5] = 1e4                  # of class 5 alone: its words are those of m.charset[5]
+        assert finetune.validate(twin, val, "exact", args, torch.float32, None, None)[1][0].text == CHARS[5] * 26
     for T in words:
         for one, other in zip(found[T], expected[T]):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
