@@ -144,7 +144,9 @@ class Parser(argparse.ArgumentParser):
                     sys.stderr)
         for name, value in vars(args).items():
             if value == "" or (isinstance(value, list) and "" in value):
-                self.error(f"--{name} is empty; give it a value, or leave it out")
+                if name in typed_flags():
+                    self.error(f"--{name} is empty; give it a value, or leave it out")
+                self.error(f"{name.upper()} is empty; give it a value")
         return args
 
     def error(self, message):

@@ -440,7 +440,7 @@ LABEL_FILES = {
     ".json": 'MMOCR\'s {"data_list": [{"img_path": ..., "instances": [{"text": ...}]}]}',
 }
 # A label that JSON takes for a number, such as 7 or 1.50, stays as it is written.
-NUMBERS_AS_TEXT = dict(parse_int=str, parse_float=str, parse_constant=str)
+NUMBERS_AS_TEXT = dict(parse_int=str, parse_float=str)
 
 
 def read_labels(path):
@@ -827,15 +827,21 @@ def open_sources(srcs, **options):
     """Several SRCs as one Source with .parts. SRC@N stands for N times SRC, to weigh more."""
     parts = []
     for src in srcs:
-        path = str(src)
-        times = "1"
-        if "@" in path and not os.path.exists(path):    # a file's own name may hold an @
-            path, times = path.rsplit("@", 1)
-            if not re.fullmatch("[1-9][0-9]{,5}", times):
-                raise UserError(f"{src}: no such file or folder, nor SRC@N with a whole number N "
-                                "from 1 to 999999")
+        path, times = split_times(src)
+        if not re.fullmatch("[1-9][0-9]{,5}", times):
+            raise UserError(f"{src}: no such file or folder, nor SRC@N with a whole number N from "
+                            "1 to 999999")
         parts += [open_source(path, **options)] * int(times)
     return Parts(parts, " ".join(str(src) for src in srcs))
+
+
+def split_times(src):
+    """SRC@N -> SRC, N as it was typed. A bare SRC counts once; its own name may hold an @."""
+    path = str(src)
+    if "@" in path and not os.path.exists(path):
+        path, times = path.rsplit("@", 1)
+        return path, times
+    return path, "1"
 
 
 # ---- charsets and labels
@@ -1073,9 +1079,11 @@ AUGMENTATION |= NOISE_COLUMNS | dict(more_chances=4)
 def guidance_view(images, generator):
     """The same word, looking different, each crop in its own way: (B, 3, H, W) uint8 or float in
     [0, 1] -> float in [0, 1]. UserError for other numbers."""
-    if images.is_floating_point() and len(images) > 0 and not images.max() <= 1:
-        raise UserError(f"guidance_view: numbers up to {images.max():g}; expected uint8, or float "
-                        "in [0, 1]")
+    if images.is_floating_point() and len(images) > 0:
+        low, high = images.min().item(), images.max().item()
+        if not (low >= 0 and high <= 1):                    # NaN is neither
+            raise UserError(f"guidance_view: numbers from {low:g} to {high:g}; expected uint8, or "
+                            "float in [0, 1]")
     return moved_view(images, uniform_numbers(len(images), VIEW_NUMBERS, generator, images.device))
 
 
@@ -1780,12 +1788,26 @@ def draw_text(sheet, pieces, x, y, size, files):
 
 # ---- files that are written
 
+# What no file of text is called: such a name is a slip, and would cost the file.
+NOT_TEXT = (*SUFFIXES, ".mdb", ".pt", ".pth")
+
+
+def check_text_output(path, srcs):
+    """check_output, and UserError unless the file that will be written may be one of text."""
+    check_output(path, srcs)
+    if path == "-" or path.endswith("/"):
+        raise UserError(f"{path}: expected the name of a file; /dev/stdout is the terminal")
+    if path.lower().endswith(NOT_TEXT):
+        raise UserError(f"{path}: expected the name of a text file, such as r.json; this may be a "
+                        "crop or a checkpoint")
+
+
 def check_output(path, srcs):
     """UserError if the file that will be written is one that is read, or is a picture in a folder
     that is read: the next time it would be one of the crops."""
     out = os.path.realpath(path)
     for src in srcs:
-        place = os.path.realpath(src)
+        place = os.path.realpath(split_times(src)[0])
         inside = os.path.isdir(place) and out.startswith(place + os.sep)
         if out == place or (inside and suffix_of(out) in SUFFIXES):
             raise UserError(f"{path}: {src} is read, and would be changed; name a file elsewhere")
@@ -1857,6 +1879,7 @@ def show(args):
     check_output(args.out, args.src)
     source = open_to_draw(args)
     check_crops_stay(args.out, source)
+    check_writable(args.out)
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(source), generator=generator)[:args.n].tolist()
     batch = read_batch(source, chosen)
@@ -1867,7 +1890,7 @@ def show(args):
     views = views_to_show(batch.images, generator, args)
     cells = []
     for k, label in enumerate(batch.labels):
-        crop, *others = [(255 * view[k]).byte() for view in views]
+        crop, *others = [(255 * view[k]).round().byte() for view in views]
         cells.append((crop, [(label or "", BLACK)]))
         cells += [(other, []) for other in others]
     crops_in_row = max(1, 4 // len(views))          # four pictures, or one crop with all its views
@@ -1928,7 +1951,7 @@ def check(args):
     if "alike" in typed_flags() and not args.against:
         raise UserError("--alike is of what --against finds; name test sets with it")
     if args.write_list:
-        check_output(args.write_list, args.src + args.against)
+        check_text_output(args.write_list, args.src + args.against)
     source = open_sources(args.src)
     known = None
     if args.against:
@@ -1949,6 +1972,9 @@ def check(args):
             matches = known.find(files, batch.images, args.alike)
             lines += list_lines(source, batch.indices, known.source, matches)
 
+    if args.write_list and counts.widths:       # first, should nobody hear what is printed
+        text = "".join(f"{line}\n" for line in lines)
+        write_file(text, args.write_list, errors="surrogateescape")
     counts.report(source)
     if not counts.widths:
         raise UserError(f"{source.name}: none of its {len(source):,} entries could be read")
@@ -1957,9 +1983,6 @@ def check(args):
         print(f"also in {known.source.name}: {len(lines):,}{first}")
         for line in lines[:20]:
             print(line)
-    if args.write_list:
-        text = "".join(f"{line}\n" for line in lines)
-        write_file(text, args.write_list, errors="surrogateescape")
 
 
 class Counts:
@@ -2128,7 +2151,10 @@ def read_list(path, source):
         for line in text.split("\n"):               # not splitlines: a label may hold a \r
             if line == "":
                 continue
-            i = int(line.split("\t")[0])
+            number = line.split("\t")[0]
+            if not number.isdecimal():
+                raise ValueError("a line does not begin with a number")
+            i = int(number)
             if not f"{line}\t".startswith(f"{list_start(source, i)}\t"):
                 raise ValueError("it names other entries")
             skip.add(i)

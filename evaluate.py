@@ -618,6 +618,8 @@ def read_images(net, args, group):
         write_images(source, readings, args)
         if damaged:
             first = "; ".join(damaged[:DAMAGED_NAMED])
+            if len(damaged) > DAMAGED_NAMED:
+                first += f"; and {len(damaged) - DAMAGED_NAMED} more"
             raise UserError(f"{len(damaged)} of {len(source)} could not be read: {first}")
 
 
@@ -938,9 +940,6 @@ def add_flags(parser):
         help="turn crops much taller than wide; for data with vertical words")
 
 
-# What no --json and no --predictions is called: such a name is a slip, and would cost the file.
-NOT_TEXT = (*data.SUFFIXES, ".mdb", ".pt", ".pth")
-
 # Flags that are about labelled sets, and flags about crops of any kind.
 NEED_DATA = ("heights", "rotations", "attention", "errors", "fonts")
 NEED_CROPS = ("ckpt", "batch_size", "workers", "device", "dtype", "rotate_tall")
@@ -977,15 +976,13 @@ def check_outputs(parser, args):
     read = [*(args.data or ()), *(args.images or ())]
     read += [path for path in (args.ckpt, args.score) if path]
     written = files_to_write(args)
-    for path in written:
-        data.check_output(path, read)
-        if path == "-" or path.endswith("/"):
-            parser.error(f"{path}: expected the name of a file; /dev/stdout is the terminal")
     for path in (args.json, args.predictions):
-        if path and path.lower().endswith(NOT_TEXT):
-            parser.error(f"{path}: expected the name of a text file, such as r.json; this may be "
-                         "a crop or a checkpoint")
+        if path:
+            data.check_text_output(path, read)
+    if args.errors:
+        data.check_output(args.errors, read)
     if args.attention:
+        data.check_output(os.path.join(args.attention, "set.png"), read)
         written.append(args.attention)
     if len(set(map(os.path.realpath, written))) < len(written):
         parser.error(f"{' '.join(written)}: one name for two results; give each its own")
@@ -994,6 +991,10 @@ def check_outputs(parser, args):
 def check_sets(parser, args):
     """Ends with one line if a set of --data has no end, or is named twice."""
     check_data_flags(parser, args)
+    for src in args.data:
+        path, times = data.split_times(src)
+        if times.isdecimal() and path != src:
+            parser.error(f"--data {src}: a set is read once; leave @{times} out")
     if "synth" in args.data:
         parser.error("--data synth: a million words take too long to read; type synth:1000:1")
     if len(set(map(os.path.realpath, args.data))) < len(args.data):

@@ -37,7 +37,7 @@ from common import (
 from data import (
     AUGMENT_NUMBERS, Damaged, DamageCount, Parts, Subset, augment_from_numbers, batches,
     fit_label, fit_labels, next_batch, open_sources, read_charset, rows_in_step,
-    say_fonts,
+    say_fonts, split_times,
 )
 from model import (
     MODELS, Recognizer, ViT, compile_layers, load_encoder, normalize_pixels,
@@ -231,7 +231,7 @@ def share_words(src, other):
 
 def place_of(src):
     """Which draw a SRC is, or which path."""
-    src = re.sub("@[0-9]+$", "", src)
+    src, _ = split_times(src)
     if not is_rendered(src):
         return os.path.realpath(src)
     seed = src.split(":")[2] if src.count(":") == 2 else "0"        # synth:N:SEED

@@ -38,8 +38,8 @@ from common import (
     weight_groups, world_size, wrap_model,
 )
 from data import (
-    GREY, VIEW_NUMBERS, DamageCount, batches, coarse_view, draw_sheet, moved_view, next_batch,
-    open_sources, read_batch, rows_in_step, say_fonts, still_view,
+    GREY, VIEW_NUMBERS, DamageCount, batches, check_output, coarse_view, draw_sheet, moved_view,
+    next_batch, open_sources, read_batch, rows_in_step, say_fonts, still_view,
 )
 from model import (
     FORMS, GUIDES, METHODS, MODELS, Pretrainer, compile_layers, load_encoder,
@@ -154,6 +154,7 @@ def main():
     group = join_ranks(device)
     say(" ".join(sys.argv))
     say(f"torch {torch.__version__}  {device} x{world_size()}  {args.dtype}")
+    check_output(sample_path(args.out_dir, 0), args.data)   # a picture there would be a crop
     checkpoint = find_checkpoint(args.out_dir, args.resume)
 
     # data
@@ -266,7 +267,7 @@ def main():
             log.write(step, lr, skipped, damage.damaged)
             stop_if_not_finite(skipped, step, args)
         if rank() == 0 and (step % args.sample_every == 0 or step == total_steps):
-            path = os.path.join(args.out_dir, "samples", f"step_{step:06d}.png")
+            path = sample_path(args.out_dir, step)
             draw_samples(raw_model, pictured, device, dtype, args, path, step)
         if step % args.save_every == 0 and step < total_steps:
             if skipped[0] == 0:                 # else last.pt stays as before the bad steps
@@ -285,6 +286,10 @@ def main():
 # ---- pictures
 
 WHITE_AT = 3                    # normalised pixels beyond this many deviations are black or white
+
+
+def sample_path(out_dir, step):
+    return os.path.join(out_dir, "samples", f"step_{step:06d}.png")
 
 
 def draw_samples(model, images, device, dtype, args, path, step):

@@ -366,8 +366,9 @@ def test_numbers_are_taken_as_they_are_written(tmp_path):
     (tmp_path / "l.json").write_text(f'{{"data_list": [{instances}]}}')
     assert [label for _, label in data.open_source(str(tmp_path / "l.jsonl"))] == ["1.50", "20"]
     assert data.open_source(str(tmp_path / "l.json")).label(0) == "-7e2"
-    (tmp_path / "true.jsonl").write_text('{"filename": "a.png", "text": true}')
-    assert "line 1: expected" in open_error(tmp_path / "true.jsonl")
+    for text in "true", "NaN", "-Infinity":                             # a missing value, as Python writes it
+        (tmp_path / "none.jsonl").write_text(f'{{"filename": "a.png", "text": {text}}}')
+        assert "line 1: expected" in open_error(tmp_path / "none.jsonl")
 
 
 def test_csv(tmp_path, capsys):
@@ -1762,8 +1763,10 @@ def test_coarse_and_unit():
     assert torch.allclose(coarser[1, 2, 3, 5], images[1, 2, 12:16, 20:24].float().mean() / 255)
     assert torch.allclose(to_unit(images), to_unit(images.float() / 255), atol=1e-6)
     assert to_unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, 1]
-    with pytest.raises(UserError, match="guidance_view: numbers up to 2.*; expected uint8, or float in"):
+    with pytest.raises(UserError, match="guidance_view: numbers from 0 to 2.*; expected uint8, or float in"):
         data.guidance_view(images.float(), generator())                 # white noise, and nobody says so
+    with pytest.raises(UserError, match="guidance_view: numbers from -1 to 1; expected"):
+        data.guidance_view(images.float() / 127.5 - 1, generator())     # another picture
 
 
 # ---- the command line
@@ -1902,6 +1905,16 @@ def test_pack_draws_lines_of_a_charset(tmp_path, words, monkeypatch, capsys):
         call(monkeypatch, capsys, "pack", words, tmp_path / "other", "--max_length", 40)
 
 
+def test_list_is_written_though_nobody_listens(tmp_path, words, monkeypatch, capsys):
+    """`check ... --write_list list.tsv | head -1` that ends without a list: `pack` takes the last one."""
+    def report(counts, source):
+        raise BrokenPipeError
+    monkeypatch.setattr(data.Counts, "report", report)
+    with pytest.raises(BrokenPipeError):
+        call(monkeypatch, capsys, "check", words, "--against", words, "--write_list", tmp_path / "list.tsv")
+    assert (tmp_path / "list.tsv").read_text().count("same bytes") == 50
+
+
 def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
     """Training crops that are also test crops, as they are or coded anew and resized, go unseen; others do
     not."""
@@ -1937,6 +1950,12 @@ def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
     for src, lines in (namesake, "list.tsv"), (words, "longer.tsv"):
         with pytest.raises(UserError, match="--without .*: it names other entries"):
             call(monkeypatch, capsys, "pack", src, tmp_path / "other", "--without", tmp_path / lines)
+    (tmp_path / "labels.tsv").write_text("a.png\tword\n")
+    with pytest.raises(UserError, match="a line does not begin with a number; expected the list that check"):
+        call(monkeypatch, capsys, "pack", words, tmp_path / "other", "--without", tmp_path / "labels.tsv")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, capsys, "check", "")
+    assert "SRC is empty; give it a value\n" in capsys.readouterr().err
     with pytest.raises(UserError, match="--against"):                   # would empty the list
         call(monkeypatch, capsys, "check", words, "--write_list", tmp_path / "list.tsv")
     with pytest.raises(UserError, match="wrods"):               # `pack --without` would take an empty list
@@ -2001,20 +2020,26 @@ def test_names_that_no_column_holds(tmp_path, monkeypatch, capsys):
 
 
 def test_nothing_is_written_over_what_is_read(tmp_path, monkeypatch, capsys):
-    """Labels, or a crop, lost for a slip of the pen; a sheet that is one of the crops the next time."""
+    """Labels, or a crop, lost for a slip of the pen, SRC@N typed or not; a database or a checkpoint that is
+    written over by text; a sheet that is one of the crops the next time."""
     picture(0).save(tmp_path / "a.png")
+    picture(0).save(tmp_path / "crop", format="PNG")
     labels = tmp_path / "l.tsv"
-    labels.write_text("a.png\tword\n")
+    labels.write_text("a.png\tword\ncrop\tword\n")
     for words in (["check", "synth:2", "--against", labels, "--write_list", labels],
                   ["check", labels, "--against", "synth:2", "--write_list", labels],
-                  ["check", "synth:2", "--against", labels, "--write_list", tmp_path / "a.png"],
-                  ["check", labels, "--against", labels, "--write_list", tmp_path / "a.png"],
+                  ["check", f"{labels}@2", "--against", "synth:2", "--write_list", labels],
+                  ["check", "synth:2", "--against", labels, "--write_list", tmp_path / "crop"],
+                  ["check", labels, "--against", labels, "--write_list", tmp_path / "crop"],
                   ["show", tmp_path / ".." / tmp_path.name / "l.tsv", "--out", tmp_path / "a.png"],
                   ["show", tmp_path, "--out", tmp_path / "a.png"],
                   ["show", tmp_path, "--out", tmp_path / "new" / "sheet.png"]):
         with pytest.raises(UserError, match="is read, and would be changed"):
             call(monkeypatch, capsys, *words)
-    assert labels.read_text() == "a.png\tword\n"
+    for name in "data.mdb", "last.pt", "a.png":
+        with pytest.raises(UserError, match=f"{name}: expected the name of a text file"):
+            call(monkeypatch, capsys, "check", labels, "--against", "synth:2", "--write_list", tmp_path / name)
+    assert labels.read_text() == "a.png\tword\ncrop\tword\n"
     call(monkeypatch, capsys, "show", labels, "--out", tmp_path / "sheet.png")
     call(monkeypatch, capsys, "show", tmp_path, "--out", f"{tmp_path}.png")             # beside the folder
     os.remove(f"{tmp_path}.png")
@@ -2094,8 +2119,9 @@ def test_show_draws_what_it_names(words, monkeypatch, capsys):
     views.append(coarse.repeat_interleave(4, 2).repeat_interleave(2, 3))
     for k, row in enumerate(rows):
         assert [text for text, _ in row[0][1]] == [source.label(chosen[k])]
+        assert torch.equal(row[0][0], images[k])                        # no pixel is a level darker
         for (drawn, _), view in zip(row, views, strict=True):
-            assert torch.equal(drawn, (255 * view[k]).byte())
+            assert torch.equal(drawn, (255 * view[k]).round().byte())
     assert len(rows) == 3
 
 

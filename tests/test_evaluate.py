@@ -454,6 +454,8 @@ def test_a_wrong_name_costs_nothing(bench, call, tmp_path):
     refused(got, "labels.tsv: File exists")
     assert (tmp_path / "r.json").read_text() == "{}"
     refused(call(*ckpt, "--data", "synth:4", "--errors", tmp_path / "errors"), "errors.png")
+    got = call(*ckpt, "--data", bench / "set", "--attention", bench / "set")        # its pictures would be crops
+    refused(got, "is read, and would be changed")
     crop = bench / "set" / "0.png"                              # of a labels file
     got = call(*ckpt, "--data", "synth:4", bench / "set" / "labels.tsv", "--errors", crop)
     refused(got, f"{crop}: labels.tsv 0.png is read, and would be changed")
@@ -727,6 +729,8 @@ def test_images(bench, call):
     assert out.count("\n") == 1 and [path, text] == rows[0][:2]
     assert float(confidence) == pytest.approx(float(rows[0][2]), rel=1e-4)
     refused((status, "", err), "2 of 3", "7.png", "no.png")
+    status, _, err = call(*ckpt, "--images", *[torn] * 7)
+    refused((status, "", err), "7 of 7", "; and 2 more")
 
 
 def test_images_in_folders(bench, call, tmp_path):
@@ -990,6 +994,8 @@ def test_refusals(bench, call, tmp_path):
     ("--ckpt x.pt --images a.png --attention a", "--attention needs --data"),
     ("--ckpt x.pt --images a.png --fonts f", "--fonts needs --data"),
     ("--ckpt x.pt --data synth", "--data synth: a million words"),
+    ("--ckpt x.pt --data synth:9@3", "--data synth:9@3: a set is read once; leave @3 out"),
+    ("--ckpt x.pt --data l.tsv@2", "--data l.tsv@2: a set is read once; leave @2 out"),
     ("--score p.tsv --json p.tsv", "p.tsv: p.tsv is read, and would be changed"),
     ("--ckpt x.pt --images a.png --json x.pt", "x.pt: x.pt is read, and would be changed"),
     ("--images a.png --predictions ./a.png", "./a.png: a.png is read, and would be changed"),

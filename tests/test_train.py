@@ -2022,6 +2022,10 @@ def test_data_that_grew_is_no_longer_the_runs(go, tmp_path):
     os.rename(tmp_path / "16.png", crops / "16.png")
     with pytest.raises(UserError, match="--data held 16 crops and holds 17 now"):
         go(pretrain, *flags, "2", "--resume")
+    # the run's own pictures would be such crops
+    with pytest.raises(UserError, match="crops is read, and would be changed; name a file elsewhere"):
+        go(pretrain, *flags, "1", out="crops/run")
+    assert not (crops / "run").exists()
 
 
 def test_a_charset_file_that_changed_is_no_longer_the_runs(go, tmp_path):
