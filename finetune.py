@@ -75,8 +75,8 @@ def under_patches(char_maps, targets, model):
     character. Of two characters under a patch the later one, the larger n, counts."""
     n_th = F.max_pool2d(char_maps.float()[:, None], model.encoder.patch)    # (B, 1, h, w)
     n_th = n_th.flatten(1).long()                                           # (B, N)
-    places = (n_th - 1).clamp(min=0)                # in targets; any will do where there is none
-    classes = targets.gather(1, places)
+    index = (n_th - 1).clamp(min=0)                 # in targets; any will do where there is none
+    classes = targets.gather(1, index)
     return torch.where(n_th > 0, classes, model.pad)
 
 
@@ -270,7 +270,7 @@ def main():
     # where it runs, and whether there is something to go on from
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    args.dtype = str(dtype).removeprefix("torch.")
+    args.dtype = str(dtype).removeprefix("torch.")          # --resume asks for the same
     group = join_ranks(device)
     say(" ".join(sys.argv))
     say(f"torch {torch.__version__}  {device} x{world_size()}  {args.dtype}")

@@ -286,7 +286,7 @@ class ViT(nn.Module):
         """Pixels (H, W) -> patches (h, w)."""
         return size[0] // self.patch[0], size[1] // self.patch[1]
 
-    def add_places(self, x, size):
+    def add_codes(self, x, size):
         """Patch tokens (B, N, D) of a view of that size, each plus the code of where it
         stands."""
         if size == self.size:
@@ -299,7 +299,7 @@ class ViT(nn.Module):
 
     def forward(self, images, ids_keep=None):
         x = self.patch_embed(images)                                    # (B, N, D)
-        x = self.add_places(x, tuple(images.shape[-2:]))
+        x = self.add_codes(x, tuple(images.shape[-2:]))
         if ids_keep is not None:
             x = take(x, ids_keep)                                       # (B, K, D)
 
@@ -377,6 +377,7 @@ class Decoder(nn.Module):
     def __init__(self, encoder_width, out, grids, layers, width, heads, ffn, dropout=0.1,
                  visible=True, cross=True):
         super().__init__()
+        # a weight that a method never uses is not made: DDP would wait for its gradient
         self.embed = nn.Linear(encoder_width, width) if visible else None
         self.embed_memory = nn.Linear(encoder_width, width) if cross else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -391,7 +392,7 @@ class Decoder(nn.Module):
             self.register_buffer(f"pos_{i}", codes[None], persistent=False)
         init_weights(self)
 
-    def places(self, i):
+    def codes_of(self, i):
         """Position codes (1, N, D) of the patches of grids[i]."""
         return getattr(self, f"pos_{i}")
 
@@ -400,7 +401,7 @@ class Decoder(nn.Module):
         empty; seen (B, 1+K, D') -> (B, M, C), in ids_mask's order.
 
         Tokens need not be put back in order: each has the code of its place."""
-        codes = self.places(self.fine).expand(seen.shape[0], -1, -1)    # (B, N, D)
+        codes = self.codes_of(self.fine).expand(seen.shape[0], -1, -1)    # (B, N, D)
         seen_codes = F.pad(take(codes, ids_keep), (0, 0, 1, 0))         # [cls] has no place: zeros
         seen = self.embed(seen) + seen_codes                            # (B, 1+K, D)
         hidden = self.mask_token + take(codes, ids_mask)                # (B, M, D)
@@ -410,7 +411,7 @@ class Decoder(nn.Module):
     def predict_all(self, others, i):
         """nsp: every patch of grids[i] is hidden, and all that is known comes from others, a list
         of (B, 1+N', D') -> (B, N, C)."""
-        hidden = self.mask_token + self.places(i)                       # (1, N, D)
+        hidden = self.mask_token + self.codes_of(i)                       # (1, N, D)
         x = hidden.repeat(others[0].shape[0], 1, 1)                     # (B, N, D)
         return self.predict(x, others, n_hidden=x.shape[1])
 

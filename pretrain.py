@@ -150,7 +150,7 @@ def main():
     # where it runs, and whether there is something to go on from
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    args.dtype = str(dtype).removeprefix("torch.")
+    args.dtype = str(dtype).removeprefix("torch.")          # --resume asks for the same
     group = join_ranks(device)
     say(" ".join(sys.argv))
     say(f"torch {torch.__version__}  {device} x{world_size()}  {args.dtype}")
@@ -460,18 +460,18 @@ def check_method(parser, args, method, scales):
     typed = typed_flags()
     guide = method["guide"]
     mim, nsp, align = method["mim"] > 0, method["nsp"] > 0, method["align"] > 0
-    typed_method = f"--method {args.method}"
+    asked = f"--method {args.method}"
     if args.set:
-        typed_method += f" --set {' '.join(args.set)}"
+        asked += f" --set {' '.join(args.set)}"
 
     if not mim and not nsp:
-        parser.error(f"{typed_method}: nothing is predicted; give mim or nsp a weight")
+        parser.error(f"{asked}: nothing is predicted; give mim or nsp a weight")
     if guide != "none" and not mim:
-        parser.error(f"{typed_method}: a guide needs mim, whose decoder sees it; give mim a weight, or set "
-                     "guide=none")
+        parser.error(f"{asked}: a guide needs mim, whose decoder sees it; give mim a weight, or "
+                     "set guide=none")
 
     if align and "form" not in method:
-        parser.error(f"{typed_method}: align needs a form; add form=infonce or form=mse to --set")
+        parser.error(f"{asked}: align needs a form; add form=infonce or form=mse to --set")
     n_cls = 0                                   # each view that is encoded has a [cls] token:
     if guide != "none":
         n_cls += 1                              # the guide,
@@ -480,11 +480,11 @@ def check_method(parser, args, method, scales):
     if mim:
         n_cls += 1                              # the masked crop
     if align and n_cls < 2:
-        parser.error(f"{typed_method}: align needs two [cls] tokens, and there is one; set align=0")
+        parser.error(f"{asked}: align needs two [cls] tokens, and there is one; set align=0")
     if align and method["form"] == "infonce" and args.batch_size * world_size() == 1:
-        parser.error(f"{typed_method}: InfoNCE compares crops, and there is one; raise --batch_size")
+        parser.error(f"{asked}: InfoNCE compares crops, and there is one; raise --batch_size")
     if not align and any(setting.startswith("form=") for setting in args.set):
-        parser.error(f"{typed_method}: form has no effect without align; add align=0.02 to --set")
+        parser.error(f"{asked}: form has no effect without align; add align=0.02 to --set")
 
     patch_h, patch_w = MODELS[args.model]["encoder"]["patch"]
     for h, w in scales:
@@ -496,15 +496,16 @@ def check_method(parser, args, method, scales):
             parser.error(f"--scales {' '.join(args.scales)}: expected coarse to fine, each once")
 
     if "scales" in typed and not nsp and guide != "coarse":
-        parser.error(f"--scales has no effect with {typed_method}, which has no coarse view")
+        parser.error(f"--scales has no effect with {asked}, which has no coarse view")
     if len(scales) > 1 and not nsp:
-        parser.error(f"--scales {' '.join(args.scales)}: {typed_method} has one coarse view; give one size")
+        parser.error(f"--scales {' '.join(args.scales)}: {asked} has one coarse view; give one "
+                     "size")
     if "guidance_strength" in typed and not nsp and guide == "none":
-        parser.error(f"--guidance_strength has no effect with {typed_method}, which has no view but the "
+        parser.error(f"--guidance_strength has no effect with {asked}, which has no view but the "
                      "crop")
     for flag in ("mask", "mask_ratio"):
         if flag in typed and not mim:
-            parser.error(f"--{flag} has no effect with {typed_method}, which hides every patch")
+            parser.error(f"--{flag} has no effect with {asked}, which hides every patch")
 
 
 if __name__ == "__main__":

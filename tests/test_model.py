@@ -518,8 +518,8 @@ def test_each_scale_has_its_own_places_and_embedding():
     tokens = torch.zeros(1, 1, 48)
     for i, (scale, grid) in enumerate(zip(TWO_SCALES, [(2, 8), (4, 16)])):
         expected = model.sincos_2d(48, grid, (8, 32)) + vit.scale_embed[i]
-        torch.testing.assert_close(vit.add_places(tokens, scale)[0], expected)
-    torch.testing.assert_close(vit.add_places(tokens, (32, 128))[0], model.sincos_2d(48, (8, 32), (8, 32)))
+        torch.testing.assert_close(vit.add_codes(tokens, scale)[0], expected)
+    torch.testing.assert_close(vit.add_codes(tokens, (32, 128))[0], model.sincos_2d(48, (8, 32), (8, 32)))
 
 
 def test_sizes_of_views():
