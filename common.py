@@ -507,7 +507,8 @@ def read_checkpoint(path):
     except Exception as error:              # a dozen kinds; each means that it is no checkpoint
         raise UserError(f"{path}: {why_refused(path, error)}") from None
     if damaged is not None:
-        raise UserError(f"{path}: {damaged} in it is not what was saved; copy the file again")
+        raise UserError(f"{path}: {damaged} in it does not agree with its checksum; copy the file "
+                        "again, or save it with checksums")
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a dict with 'model', "
                         "or a state dict")
@@ -521,8 +522,8 @@ def read_checkpoint(path):
 
 
 def damaged_part(path):
-    """The name of a tensor's record, in a file of torch.save, that does not agree with its
-    checksum, or None. torch.load does not look: a flipped bit would be another weight."""
+    """The name of a part of torch.save's file that does not agree with its checksum, or None.
+    torch.load does not look: a flipped bit would be another weight."""
     if not zipfile.is_zipfile(path):                            # torch.save's before torch 1.6
         return None
     with zipfile.ZipFile(path) as file:

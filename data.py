@@ -11,6 +11,7 @@ The parts of this file, in the order of reading:
     views       moved_view, still_view, augment, coarse_view: whole batches, on their device
     batches     read_batch, batches, next_batch, fill_places, read_all, DamageCount
     pictures    draw_sheet
+    files       check_output, check_writable, write_file
     commands    show, check, pack
 
 SRC is a source of crops, see SRC_HELP. What cannot be read raises Damaged and is counted. In
@@ -50,7 +51,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import common
-from common import H, W, Parser, UserError, number_in, parse_size, run_main
+from common import H, W, Parser, UserError, is_rendered, number_in, parse_size, run_main
 from common import say, to_device, to_unit, typed_flags
 from render import MAX_LENGTH, MAX_LINE, PRINTABLE, describe_fonts, find_font, font_files
 from render import font_files_under, render_word, word_label
@@ -1798,19 +1799,28 @@ def check_text_output(path, srcs):
     if path == "-" or path.endswith("/"):
         raise UserError(f"{path}: expected the name of a file; /dev/stdout is the terminal")
     if path.lower().endswith(NOT_TEXT):
-        raise UserError(f"{path}: expected the name of a text file, such as r.json; this may be a "
-                        "crop or a checkpoint")
+        raise UserError(f"{path}: expected the name of a text file, such as r.json or list.tsv; "
+                        "this may be a crop or a checkpoint")
 
 
 def check_output(path, srcs):
     """UserError if the file that will be written is one that is read, or is a picture in a folder
-    that is read: the next time it would be one of the crops."""
+    of images that is read: the next time it would be one of the crops."""
     out = os.path.realpath(path)
     for src in srcs:
+        if is_rendered(src):
+            continue
         place = os.path.realpath(split_times(src)[0])
-        inside = os.path.isdir(place) and out.startswith(place + os.sep)
-        if out == place or (inside and suffix_of(out) in SUFFIXES):
+        picture_inside = out.startswith(place + os.sep) and suffix_of(out) in SUFFIXES
+        if out == place or (picture_inside and is_image_folder(place)):
             raise UserError(f"{path}: {src} is read, and would be changed; name a file elsewhere")
+
+
+def is_image_folder(place):
+    """True for a folder whose images are crops. They are not if an LMDB is in it, see
+    open_folder."""
+    files, _ = files_under(place)
+    return all(os.path.basename(file) != "data.mdb" for file in files)
 
 
 def check_crops_stay(path, source):
@@ -1879,7 +1889,6 @@ def show(args):
     check_output(args.out, args.src)
     source = open_to_draw(args)
     check_crops_stay(args.out, source)
-    check_writable(args.out)
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(source), generator=generator)[:args.n].tolist()
     batch = read_batch(source, chosen)
@@ -1888,6 +1897,7 @@ def show(args):
                         f"the first: {batch.damaged[0]}")
 
     views = views_to_show(batch.images, generator, args)
+    check_writable(args.out)
     cells = []
     for k, label in enumerate(batch.labels):
         crop, *others = [(255 * view[k]).round().byte() for view in views]
@@ -1972,17 +1982,19 @@ def check(args):
             matches = known.find(files, batch.images, args.alike)
             lines += list_lines(source, batch.indices, known.source, matches)
 
-    if args.write_list and counts.widths:       # first, should nobody hear what is printed
-        text = "".join(f"{line}\n" for line in lines)
-        write_file(text, args.write_list, errors="surrogateescape")
-    counts.report(source)
-    if not counts.widths:
-        raise UserError(f"{source.name}: none of its {len(source):,} entries could be read")
-    if known is not None:
-        first = ", the first 20:" if len(lines) > 20 else ""
-        print(f"also in {known.source.name}: {len(lines):,}{first}")
-        for line in lines[:20]:
-            print(line)
+    try:
+        counts.report(source)
+        if not counts.widths:
+            raise UserError(f"{source.name}: none of its {len(source):,} entries could be read")
+        if known is not None:
+            first = ", the first 20:" if len(lines) > 20 else ""
+            print(f"also in {known.source.name}: {len(lines):,}{first}")
+            for line in lines[:20]:
+                print(line)
+    finally:                                    # even if nobody listens: `check ... | head -1`
+        if args.write_list and counts.widths:
+            text = "".join(f"{line}\n" for line in lines)
+            write_file(text, args.write_list, errors="surrogateescape")
 
 
 class Counts:

@@ -975,7 +975,6 @@ def check_outputs(parser, args):
     """Ends with one line if a result would be written over what is read, or over another result."""
     read = [*(args.data or ()), *(args.images or ())]
     read += [path for path in (args.ckpt, args.score) if path]
-    written = files_to_write(args)
     for path in (args.json, args.predictions):
         if path:
             data.check_text_output(path, read)
@@ -983,6 +982,9 @@ def check_outputs(parser, args):
         data.check_output(args.errors, read)
     if args.attention:
         data.check_output(os.path.join(args.attention, "set.png"), read)
+
+    written = files_to_write(args)
+    if args.attention:
         written.append(args.attention)
     if len(set(map(os.path.realpath, written))) < len(written):
         parser.error(f"{' '.join(written)}: one name for two results; give each its own")
@@ -993,7 +995,7 @@ def check_sets(parser, args):
     check_data_flags(parser, args)
     for src in args.data:
         path, times = data.split_times(src)
-        if times.isdecimal() and path != src:
+        if path != src and times.isdecimal():       # SRC@N, and no file whose name holds an @
             parser.error(f"--data {src}: a set is read once; leave @{times} out")
     if "synth" in args.data:
         parser.error("--data synth: a million words take too long to read; type synth:1000:1")

@@ -401,7 +401,7 @@ class Decoder(nn.Module):
         empty; seen (B, 1+K, D') -> (B, M, C), in ids_mask's order.
 
         Tokens need not be put back in order: each has the code of its place."""
-        codes = self.codes_of(self.fine).expand(seen.shape[0], -1, -1)    # (B, N, D)
+        codes = self.codes_of(self.fine).expand(seen.shape[0], -1, -1)  # (B, N, D)
         seen_codes = F.pad(take(codes, ids_keep), (0, 0, 1, 0))         # [cls] has no place: zeros
         seen = self.embed(seen) + seen_codes                            # (B, 1+K, D)
         hidden = self.mask_token + take(codes, ids_mask)                # (B, M, D)
@@ -411,7 +411,7 @@ class Decoder(nn.Module):
     def predict_all(self, others, i):
         """nsp: every patch of grids[i] is hidden, and all that is known comes from others, a list
         of (B, 1+N', D') -> (B, N, C)."""
-        hidden = self.mask_token + self.codes_of(i)                       # (1, N, D)
+        hidden = self.mask_token + self.codes_of(i)                     # (1, N, D)
         x = hidden.repeat(others[0].shape[0], 1, 1)                     # (B, N, D)
         return self.predict(x, others, n_hidden=x.shape[1])
 

@@ -154,7 +154,8 @@ def main():
     group = join_ranks(device)
     say(" ".join(sys.argv))
     say(f"torch {torch.__version__}  {device} x{world_size()}  {args.dtype}")
-    check_output(sample_path(args.out_dir, 0), args.data)   # a picture there would be a crop
+    # the run's pictures must not become its crops
+    check_output(sample_path(args.out_dir, args.sample_every), args.data)
     checkpoint = find_checkpoint(args.out_dir, args.resume)
 
     # data

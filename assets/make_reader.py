@@ -3,9 +3,8 @@ finetune.py: half precision, and no optimizer.
 
     python assets/make_reader.py out/ship_reader/best.pt
 
-Of several it takes the mean of each weight. They have to start from the same recognizer
-(finetune.py --init): then their mean reads more than any of them ("model soups",
-https://arxiv.org/abs/2203.05482).
+Of several it takes the mean of each weight ("model soups", https://arxiv.org/abs/2203.05482). They
+have to start from the same recognizer: finetune.py --init.
 """
 import pathlib
 import sys
@@ -24,16 +23,19 @@ ARGS = ["model", "max_length", "spell", "rotate_tall"]  # the flags that evaluat
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", help="of finetune.py, with the same charset")
+    parser.add_argument("checkpoints", nargs="+", help="of finetune.py")
     parser.add_argument("--out", default=str(ASSETS / "reader.pt"), help="where to write")
     args = parser.parse_args()
 
     checkpoints = [read_checkpoint(path) for path in args.checkpoints]
     first = checkpoints[0]
+    for path, checkpoint in zip(args.checkpoints, checkpoints):
+        check_alike(path, checkpoint, first)
+
     weights = {}
     for name in first["model"]:
-        weights[name] = mean(name, checkpoints, args.checkpoints).half()
-
+        total = sum(checkpoint["model"][name].float() for checkpoint in checkpoints)
+        weights[name] = (total / len(checkpoints)).half()
     flags = {name: first["args"][name] for name in ARGS}
     reader = dict(
         model=weights, charset=first["charset"], args=flags, step=first["step"], about=ABOUT)
@@ -41,17 +43,16 @@ def main():
     print(f"{args.out}: {pathlib.Path(args.out).stat().st_size / 1e6:.1f} MB")
 
 
-def mean(name, checkpoints, paths):
-    """The mean of a weight over the checkpoints. UserError if they are not of one kind."""
-    first = checkpoints[0]
-    total = torch.zeros(first["model"][name].shape)
-    for checkpoint, path in zip(checkpoints, paths):
-        weight = checkpoint["model"].get(name)
-        if weight is None or weight.shape != total.shape or checkpoint["charset"] != first["charset"]:
-            raise UserError(f"{path}: another --model or --charset than {paths[0]}'s; name "
-                            "checkpoints that started from the same recognizer")
-        total += weight.float()
-    return total / len(checkpoints)
+def check_alike(path, checkpoint, first):
+    """UserError unless a checkpoint is a recognizer whose weights can be added to the first's."""
+    if "charset" not in checkpoint:
+        raise UserError(f"{path}: no recognizer; expected a checkpoint of finetune.py")
+    for name in ARGS:
+        if checkpoint["args"][name] != first["args"][name]:
+            raise UserError(f"{path}: --{name} {checkpoint['args'][name]}, and the first has "
+                            f"{first['args'][name]}; name checkpoints of one kind")
+    if checkpoint["charset"] != first["charset"]:
+        raise UserError(f"{path}: another --charset than the first's; name checkpoints of one kind")
 
 
 if __name__ == "__main__":

@@ -2040,6 +2040,9 @@ def test_nothing_is_written_over_what_is_read(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match=f"{name}: expected the name of a text file"):
             call(monkeypatch, capsys, "check", labels, "--against", "synth:2", "--write_list", tmp_path / name)
     assert labels.read_text() == "a.png\tword\ncrop\tword\n"
+    with pytest.raises(UserError):                                      # and no folder is left behind
+        call(monkeypatch, capsys, "show", "synth:2", "--coarse", "99x99", "--out", tmp_path / "left" / "a.png")
+    assert not (tmp_path / "left").exists()
     call(monkeypatch, capsys, "show", labels, "--out", tmp_path / "sheet.png")
     call(monkeypatch, capsys, "show", tmp_path, "--out", f"{tmp_path}.png")             # beside the folder
     os.remove(f"{tmp_path}.png")

@@ -746,6 +746,15 @@ def test_a_teachers_features_are_the_target(go, whole, monkeypatch, capsys):
         assert torch.equal(with_teacher[name], first[name]), f"{name} depends on the teacher"
 
 
+def test_augmentation_spares_what_it_should():
+    """The caller's own crops changed, or those that are to stay as they are."""
+    images, numbers = torch.rand(4, 3, 32, 128), torch.rand(4, data.AUGMENT_NUMBERS)
+    before, untouched = images.clone(), torch.tensor([True, False, True, False])
+    found = finetune.augment_crops(images, numbers, untouched)
+    assert torch.equal(images, before)
+    assert [torch.equal(one, other) for one, other in zip(found, before)] == untouched.tolist()
+
+
 # ---- pictures
 
 def draw(monkeypatch, tmp_path, prediction, teacher=None):
@@ -1725,7 +1734,7 @@ def test_flipped_bit_of_a_checkpoint_is_named(tmp_path):
     stored[at + 2001] ^= 1
     path.write_bytes(stored)
     assert not torch.load(path)["model"]["w"].eq(1).all()           # torch itself does not look
-    with pytest.raises(UserError, match="last.pt: .*/data/0 in it is not what was saved; copy the file again"):
+    with pytest.raises(UserError, match="last.pt: .*/data/0 in it does not agree with its checksum; copy the file"):
         common.read_checkpoint(path)
 
 
@@ -2026,6 +2035,17 @@ def test_data_that_grew_is_no_longer_the_runs(go, tmp_path):
     with pytest.raises(UserError, match="crops is read, and would be changed; name a file elsewhere"):
         go(pretrain, *flags, "1", out="crops/run")
     assert not (crops / "run").exists()
+
+
+def test_a_run_beside_what_makes_no_crops_of_its_pictures(go, tmp_path, monkeypatch):
+    """A run refused, or not resumed, whose folder is called as rendered words are, or lies beside an LMDB: no
+    picture there becomes a crop."""
+    monkeypatch.chdir(tmp_path)
+    data.write_lmdb(str(tmp_path / "lmdb"), data.open_source("synth:16"), skip=set(), workers=0)
+    for src in "synth", "lmdb":
+        flags = [*MIM, "--data", src, "--batch_size", "8", "--max_steps"]
+        go(pretrain, *flags, "1", out=f"{src}/run")
+        go(pretrain, *flags, "2", "--resume", out=f"{src}/run")
 
 
 def test_a_charset_file_that_changed_is_no_longer_the_runs(go, tmp_path):
