@@ -366,6 +366,11 @@ def to_unit(images):
         return images.float() / 255
     if not images.is_floating_point():
         raise UserError(f"images of {images.dtype}; expected uint8, or float in [0, 1]")
+    # A GPU would have to wait for this, and a graph cannot hold it. A little beyond is rounding.
+    if images.device.type == "cpu" and images.numel() > 0 and not torch.compiler.is_compiling():
+        low, high = images.min().item(), images.max().item()
+        if not (low > -0.5 and high < 1.5):                 # NaN is neither
+            raise UserError(f"images from {low:g} to {high:g}; expected uint8, or float in [0, 1]")
     return images.float()
 
 

@@ -176,7 +176,10 @@ def score(pairs, protocol):
     any_label_counts = False                    # one label at least has what the protocol counts
     dropped = Counter()                         # {reason: how often}
     nearness = []                               # 1 - distance / length of the longer word
-    for label, text in pairs:
+    for pair in pairs:
+        if isinstance(pair, str):               # of "ab" Python would make the pair "a", "b"
+            raise UserError(f"score: {pair!r}; expected pairs (label, text)")
+        label, text = pair
         n += 1
         reason = reason_to_drop(label, text, protocol)
         if reason is not None:

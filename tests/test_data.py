@@ -1763,9 +1763,12 @@ def test_coarse_and_unit():
     assert torch.allclose(coarser[1, 2, 3, 5], images[1, 2, 12:16, 20:24].float().mean() / 255)
     assert torch.allclose(to_unit(images), to_unit(images.float() / 255), atol=1e-6)
     assert to_unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, 1]
-    with pytest.raises(UserError, match="guidance_view: numbers from 0 to 2.*; expected uint8, or float in"):
+    for other in images.float(), images.float() / 127.5 - 1, torch.full((1,), math.nan):
+        with pytest.raises(UserError, match="images from .*; expected uint8, or float in"):
+            to_unit(other)                              # tokens of another picture, and nobody says so
+    with pytest.raises(UserError, match="guidance_view: numbers from 4 to 253; expected uint8, or float in"):
         data.guidance_view(images.float(), generator())                 # white noise, and nobody says so
-    with pytest.raises(UserError, match="guidance_view: numbers from -1 to 1; expected"):
+    with pytest.raises(UserError, match="guidance_view: numbers from -0.9.* to 0.9.*; expected"):
         data.guidance_view(images.float() / 127.5 - 1, generator())     # another picture
 
 

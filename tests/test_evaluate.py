@@ -305,6 +305,12 @@ def test_score_reproduces_known_counts(call, tmp_path, monkeypatch):
     assert call("--score", file)[:2] == (0, "")
 
 
+def test_score_refuses_strings():
+    """Words of two letters that are taken for pairs: 0 % or 100, and no word of what was wrong."""
+    with pytest.raises(common.UserError, match="score: 'ab'; expected pairs"):
+        evaluate.score(["ab", "cc"], "waics")
+
+
 def test_score_refuses_what_is_no_file_of_readings(call, tmp_path):
     """A file without tabs, an empty one, a missing one and one that is not UTF-8: one line each, never a
     table of zeros; line ends of Windows are no part of a prediction, and blank lines none."""
