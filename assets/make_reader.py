@@ -1,7 +1,7 @@
 """Makes reader.pt, the weights that evaluate.py takes when --ckpt is left out, of checkpoints of
 finetune.py: half precision, and no optimizer.
 
-    python assets/make_reader.py out/ship_reader/best.pt
+    python assets/make_reader.py out/ship_reader/best.pt out/ship_1/last.pt out/ship_2/last.pt
 
 Of several it takes the mean of each weight ("model soups", https://arxiv.org/abs/2203.05482). They
 have to start from the same recognizer: finetune.py --init.
