@@ -1819,6 +1819,8 @@ def check_output(path, srcs):
 def is_image_folder(place):
     """True for a folder whose images are crops. They are not if an LMDB is in it, see
     open_folder."""
+    if not os.path.isdir(place):
+        return False
     files, _ = files_under(place)
     return all(os.path.basename(file) != "data.mdb" for file in files)
 

@@ -1310,14 +1310,16 @@ def test_pre_training_tells_four_pictures_apart(go, monkeypatch, tmp_path):
     monkeypatch.setitem(MODELS, "vit_nano", SMALL)
     pixels = torch.rand(4, 8, 32, generator=torch.Generator().manual_seed(0)).round()   # squares of 4 x 4
     pixels = (20 + 200 * pixels).byte().repeat_interleave(4, 1).repeat_interleave(4, 2)
+    crops = tmp_path / "crops"
+    crops.mkdir()
     for i in range(4):
-        Image.fromarray(pixels[i].numpy()).convert("RGB").save(tmp_path / f"{i}.png")
-    images, _ = crops_of(tmp_path)
+        Image.fromarray(pixels[i].numpy()).convert("RGB").save(crops / f"{i}.png")
+    images, _ = crops_of(crops)
     target = Pretrainer("mim", "vit_nano").targets(normalize_pixels(images))[-1]
     best_constant = target.var(0, correction=0).mean().item()
 
     flags = "--batch_size 8 --lr 3e-3 --min_lr 3e-3 --guidance_strength 0 --max_steps 120".split()
-    last = log_of(go(pretrain, *flags, "--log_every", "20", "--data", str(tmp_path)))[-1]
+    last = log_of(go(pretrain, *flags, "--log_every", "20", "--data", str(crops)))[-1]
     assert best_constant > 0.7 and last["mim"] < 0.5 * best_constant and last["nsp"] < 0.5 * best_constant
 
 
