@@ -2,7 +2,7 @@
 
     errors and flags    UserError, run_main, Parser, number_in, parse_size, typed_flags,
                         add_training_flags, parse_with_recipe, check_training_flags
-    device              pick_device, pick_dtype, autocast, to_device, to_unit
+    device              pick_device, pick_dtype, autocast, to_device, to_unit, check_unit
     ranks               rank, world_size, join_ranks, sum_over_ranks, StopSignal
     checkpoints         read_checkpoint, load_state, find_checkpoint, check_resume,
                         resume_training, training_state, save_checkpoint
@@ -367,11 +367,19 @@ def to_unit(images):
     if not images.is_floating_point():
         raise UserError(f"images of {images.dtype}; expected uint8, or float in [0, 1]")
     # A GPU would have to wait for this, and a graph cannot hold it. A little beyond is rounding.
-    if images.device.type == "cpu" and images.numel() > 0 and not torch.compiler.is_compiling():
-        low, high = images.min().item(), images.max().item()
-        if not (low > -0.5 and high < 1.5):                 # NaN is neither
-            raise UserError(f"images from {low:g} to {high:g}; expected uint8, or float in [0, 1]")
+    if images.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_unit(images, "images", slack=0.25)
     return images.float()
+
+
+def check_unit(images, what, expected="expected uint8, or float in [0, 1]", slack=0.0):
+    """UserError unless all numbers lie in [0, 1], or at most `slack` beyond. Waits for the
+    device."""
+    if images.numel() == 0:
+        return
+    low, high = (bound.item() for bound in images.aminmax())
+    if not (low >= -slack and high <= 1 + slack):           # NaN is neither
+        raise UserError(f"{what} from {low:g} to {high:g}; {expected}")
 
 
 # ---- ranks

@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 import common
 from common import H, W, Parser, UserError, is_rendered, number_in, parse_size, run_main
-from common import say, to_device, to_unit, typed_flags
+from common import check_unit, say, to_device, to_unit, typed_flags
 from render import MAX_LENGTH, MAX_LINE, PRINTABLE, describe_fonts, find_font, font_files
 from render import font_files_under, render_word, word_label
 
@@ -1080,11 +1080,8 @@ AUGMENTATION |= NOISE_COLUMNS | dict(more_chances=4)
 def guidance_view(images, generator):
     """The same word, looking different, each crop in its own way: (B, 3, H, W) uint8 or float in
     [0, 1] -> float in [0, 1]. UserError for other numbers."""
-    if images.is_floating_point() and len(images) > 0:
-        low, high = images.min().item(), images.max().item()
-        if not (low >= 0 and high <= 1):                    # NaN is neither
-            raise UserError(f"guidance_view: numbers from {low:g} to {high:g}; expected uint8, or "
-                            "float in [0, 1]")
+    if images.is_floating_point():
+        check_unit(images, "guidance_view: numbers")
     return moved_view(images, uniform_numbers(len(images), VIEW_NUMBERS, generator, images.device))
 
 

@@ -88,9 +88,8 @@ def augment_crops(images, numbers, untouched):
         return images
     numbers = to_device(numbers[chosen], images.device)
     chosen = to_device(chosen, images.device)
-    images = images.clone()                                 # the caller's own stay as they are
-    images[chosen] = augment_from_numbers(images[chosen], numbers)
-    return images
+    augmented = augment_from_numbers(images[chosen], numbers)
+    return images.index_copy(0, chosen, augmented)          # the caller's own stay as they are
 
 
 def label_fraction(source, share, seed):

@@ -31,7 +31,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (
-    H, W, Replayed, UserError, autocast, load_state, read_checkpoint, to_device, to_unit,
+    H, W, Replayed, UserError, autocast, check_unit, load_state, read_checkpoint, to_device,
+    to_unit,
 )
 
 # encoder   the ViT; patch: height and width in pixels. vit_nano's patches are as high as the crop,
@@ -923,10 +924,8 @@ def check_crops(images):
         raise UserError(f"read: a {type(images).__name__}; {expected}")
     if images.dim() != 4 or tuple(images.shape[1:]) != (3, H, W):
         raise UserError(f"read: a tensor of shape {tuple(images.shape)}; {expected}")
-    if images.dtype == torch.uint8 or len(images) == 0:
+    if images.dtype == torch.uint8:
         return
     if not images.is_floating_point():
         raise UserError(f"read: a tensor of {images.dtype}; {expected}")
-    low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and high <= 1):                        # NaN is neither
-        raise UserError(f"read: numbers from {low:g} to {high:g}; {expected}")
+    check_unit(images, "read: numbers", expected)
