@@ -36,6 +36,7 @@ import pathlib
 import re
 import shutil
 import signal
+import string
 import unicodedata
 import warnings
 from collections import Counter, namedtuple
@@ -176,20 +177,21 @@ def read_pixels(image, rotate_tall):
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
+DEEP_RANGES = (255, 1023, 4095, 65535)      # white of 8, 10, 12 and 16 bits
+
+
 def deep_grey_to_8_bits(image):
-    """Grey of more than 8 bits has one of three ranges: 0 to 65535; 0 to 1; or that of 8 bits,
-    since some programs store these in 16. The lightest pixel says which: nothing could be seen
-    of 65535 greys if none were above 255."""
+    """Grey of more than 8 bits has one of DEEP_RANGES, since some programs store 8, 10 or 12 bits
+    in 16; or that of 0 to 1. The lightest pixel says which: nothing could be seen of 65535 greys
+    if none were above 255."""
     grey = np.asarray(image, np.float32)
     darkest, lightest = grey.min(), grey.max()      # both are NaN if one pixel is
     if not (darkest >= 0 and lightest <= 65535):
         raise Damaged(f"pixels from {darkest:g} to {lightest:g}; expected 0 to 1, 255 or 65535")
-    if lightest > 255:
-        scale = 1 / 257                             # 65535 becomes 255
-    elif image.mode == "F" and lightest <= 1:
-        scale = 255
-    else:
-        scale = 1
+    white = min(white for white in DEEP_RANGES if white >= lightest)
+    if image.mode == "F" and lightest <= 1:
+        white = 1
+    scale = 255 / white
     return Image.fromarray((grey * scale).astype(np.uint8))
 
 
@@ -366,23 +368,6 @@ def last_image_number(transaction):
 
 # ---- sources: labels files, and folders of images
 
-class PackedRows:
-    """Rows of text as one block of bytes, which worker processes share without copying it."""
-
-    def __init__(self, rows):
-        # A file name that is not UTF-8 holds lone surrogates. They must pass.
-        rows = [row.encode("utf-8", "surrogatepass") for row in rows]
-        self.block = b"".join(rows)
-        self.ends = np.cumsum([0] + [len(row) for row in rows])
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, i):
-        row = self.block[self.ends[i]:self.ends[i + 1]]
-        return row.decode("utf-8", "surrogatepass")
-
-
 class Files(StoredFiles):
     """Images named by entries (path, label or None). Paths start from the folder `root`."""
 
@@ -395,13 +380,17 @@ class Files(StoredFiles):
             row = path
             if label is not None:
                 row = f"{path}\0{label}"            # no path holds a NUL
-            rows.append(row)
-        self.rows = PackedRows(rows)
+            # A file name that is not UTF-8 holds lone surrogates. They must pass.
+            rows.append(row.encode("utf-8", "surrogatepass"))
         self.n = len(rows)
+        # One block of bytes, which worker processes share without copying it.
+        self.block = b"".join(rows)
+        self.ends = np.cumsum([0] + [len(row) for row in rows])
 
     def row(self, i):
         """-> (path as the file has it, label or None)."""
-        path, nul, label = self.rows[i].partition("\0")
+        row = self.block[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass")
+        path, nul, label = row.partition("\0")
         if nul == "":
             label = None
         return path, label
@@ -456,7 +445,7 @@ def read_labels(path):
             at = f"{path}: {unit} {number}"
             image_path, label = parse_entry(entry, kind)
             check_names(image_path, label)
-            if may_be_header and names_columns(image_path, os.path.dirname(path)):
+            if may_be_header and is_header(image_path, os.path.dirname(path)):
                 say(f"{at} is taken for a header: {entry}")
             else:
                 yield image_path, label
@@ -519,7 +508,7 @@ def check_names(image_path, label):
         raise ValueError("a NUL in a path")
 
 
-def names_columns(image_path, folder):
+def is_header(image_path, folder):
     """True for a first line such as "filename,words": its first field names no file."""
     return suffix_of(image_path) == "" and not os.path.isfile(os.path.join(folder, image_path))
 
@@ -574,11 +563,12 @@ class Synth(Source):
         self.n = n
         self.seed = seed
         self.max_length = max(max_length, MAX_LENGTH)
-        self.charset = PRINTABLE
-        if charset is not None:
-            charset = "".join(charset.split())              # no blanks
-            self.charset = charset
-        self.fonts = font_files(fonts, charset)
+        if charset is None:
+            self.charset = PRINTABLE
+            self.fonts = font_files(fonts)
+        else:
+            self.charset = "".join(charset.split())         # no blanks
+            self.fonts = font_files(fonts, self.charset)
 
     def get(self, i):
         image, label, char_map = render_word(
@@ -599,17 +589,32 @@ class Synth(Source):
         return f"synth:{self.n}:{self.seed} word {i}"
 
 
-def say_fonts(source):
-    """Says of Parts in which fonts their rendered words are drawn."""
-    for part in source.parts:
-        if isinstance(part, Synth):
-            say(f"rendered words: {describe_fonts(part.fonts)}")
-            return
-
-
 # ---- sources: several as one, and some crops of one
 
-class Parts(Source):
+class Derived(Source):
+    """A source whose crops are those of other sources. A subclass says which:
+
+        locate(i)       -> (the source that has crop i, the crop's number there)
+    """
+
+    def get(self, i):
+        source, number = self.locate(i)
+        return source.get(number)
+
+    def label(self, i):
+        source, number = self.locate(i)
+        return source.label(number)
+
+    def file_bytes(self, i):
+        source, number = self.locate(i)
+        return source.file_bytes(number)
+
+    def where(self, i):
+        source, number = self.locate(i)
+        return source.where(number)
+
+
+class Parts(Derived):
     """Several sources as one, one after the other."""
 
     def __init__(self, parts, name):
@@ -620,29 +625,12 @@ class Parts(Source):
         self.n = int(self.starts[-1])
 
     def locate(self, i):
-        """Crop i -> (the part that has it, its number there)."""
         # The last part that starts at or before i.
         k = np.searchsorted(self.starts, i, "right") - 1
         return self.parts[k], int(i - self.starts[k])
 
-    def get(self, i):
-        part, number = self.locate(i)
-        return part.get(number)
 
-    def label(self, i):
-        part, number = self.locate(i)
-        return part.label(number)
-
-    def file_bytes(self, i):
-        part, number = self.locate(i)
-        return part.file_bytes(number)
-
-    def where(self, i):
-        part, number = self.locate(i)
-        return part.where(number)
-
-
-class Subset(Source):
+class Subset(Derived):
     """Some crops of a source. indices: an array of their numbers there, in their new order."""
 
     def __init__(self, source, indices):
@@ -651,17 +639,8 @@ class Subset(Source):
         self.name = source.name
         self.n = len(indices)
 
-    def get(self, i):
-        return self.source.get(int(self.indices[i]))
-
-    def label(self, i):
-        return self.source.label(int(self.indices[i]))
-
-    def file_bytes(self, i):
-        return self.source.file_bytes(int(self.indices[i]))
-
-    def where(self, i):
-        return self.source.where(int(self.indices[i]))
+    def locate(self, i):
+        return self.source, int(self.indices[i])
 
 
 # ---- sources: what was typed
@@ -674,19 +653,19 @@ it; a folder of images (unlabelled). In a list SRC@N counts N times.
 """
 
 
-def open_source(src, fonts=None, rotate_tall=False, chars=None, labels=True,
+def open_source(src, fonts=None, rotate_tall=False, charset=None, labels=True,
                 max_length=MAX_LENGTH):
     """SRC, see SRC_HELP -> Source. UserError for what is missing, empty or foreign.
 
     To add a format of labels, begin with LABEL_FILES and parse_entry; of images, with FORMATS; for
     another kind of container write a StoredFiles and open it here.
 
-    fonts, a folder, chars, the characters of a charset, and max_length are for rendered words, see
-    Synth. labels=False is for those who need none: a damaged label is then no damage.
+    fonts, charset and max_length are for rendered words, see Synth. labels=False is for those who
+    need no label: a damaged one is then no damage.
     """
     src = str(src)
     if src.split(":")[0] == "synth":
-        return open_synth(src, fonts, chars, max_length)
+        return open_synth(src, fonts, charset, max_length)
     if os.path.isdir(src):
         return open_folder(src, rotate_tall, labels)
     if os.path.exists(src) and suffix_of(src) in LABEL_FILES:
@@ -707,34 +686,34 @@ def name_of(src):
     return os.path.basename(os.path.abspath(src))
 
 
-# Scripts that run from left to right but join their letters. A letter's Unicode name begins so.
-JOINING_SCRIPTS = ("MONGOLIAN", "PHAGS-PA")
-
-
-def open_synth(src, fonts, chars, max_length):
+def open_synth(src, fonts, charset, max_length):
     if not re.fullmatch("synth(:0*[1-9][0-9]{,8}(:[0-9]+)?)?", src):
         raise UserError(f"{src}: expected synth, synth:N or synth:N:SEED, whole numbers, "
                         "N from 1 to 999999999")
     if os.path.exists(src):
         say(f"{src}: rendered words, not the file or folder of that name; for that type ./{src}")
-    if chars is not None:
-        check_can_be_drawn(src, chars)
-        if folds_case(chars):
+    if charset is not None:
+        check_can_be_drawn(src, charset)
+        if folds_case(charset):
             # The label "Word" becomes "word" in training, so the crop may show either.
-            chars = CHARSETS["62"]
+            charset = CHARSETS["62"]
     numbers = [int(number) for number in src.split(":")[1:]]
-    return Synth(*numbers, fonts=fonts, charset=chars, max_length=max_length)
+    return Synth(*numbers, fonts=fonts, charset=charset, max_length=max_length)
 
 
-def check_can_be_drawn(src, chars):
+def check_can_be_drawn(src, charset):
     """UserError for a charset of which rendered words would be wrong. Says if they lack some."""
-    wrong = "".join(char for char in chars if not stands_alone(char))
+    wrong = "".join(char for char in charset if not stands_alone(char))
     if wrong:
         raise UserError(
             f"{src}: rendered words are set letter by letter, from left to right, which is wrong "
             f"for {' '.join(wrong[:10])} of the charset; name real crops instead")
-    if any(char.isspace() for char in chars):
+    if any(char.isspace() for char in charset):
         say(f"{src}: rendered words hold no space, which the charset has")
+
+
+# Scripts that run from left to right but join their letters. A letter's Unicode name begins so.
+JOINING_SCRIPTS = ("MONGOLIAN", "PHAGS-PA")
 
 
 def stands_alone(char):
@@ -775,7 +754,7 @@ def open_folder(src, rotate_tall, labels):
     if not lmdbs:
         entries = [(os.path.relpath(file, src), None) for file in images]
         return Files(entries, src, name_of(src), rotate_tall)
-    return open_lmdbs(src, lmdbs, rotate_tall, labels)
+    return open_lmdb_tree(src, lmdbs, rotate_tall, labels)
 
 
 def list_counts(counts):
@@ -788,7 +767,7 @@ def list_counts(counts):
     return ", ".join(listed) or "nothing"
 
 
-def open_lmdbs(src, folders, rotate_tall, labels):
+def open_lmdb_tree(src, folders, rotate_tall, labels):
     """The LMDBs below a folder as one Source."""
     name = name_of(src)
     if len(folders) == 1:
@@ -845,21 +824,45 @@ def split_times(src):
     return path, "1"
 
 
+def share_words(src, other):
+    """True if two SRCs are one draw of rendered words, one path, or a folder and one in it."""
+    one, two = place_of(src), place_of(other)
+    if os.path.isfile(one) or os.path.isfile(two):          # no folder is read for its labels files
+        return one == two
+    # the separator at the end keeps the folder `ab` apart from what is in the folder `a`
+    one, two = one + os.sep, two + os.sep
+    return one.startswith(two) or two.startswith(one)       # equal, or one inside of the other
+
+
+def place_of(src):
+    """Which draw a SRC is, or which path."""
+    src, _ = split_times(src)
+    if not is_rendered(src):
+        return os.path.realpath(src)
+    seed = src.split(":")[2] if src.count(":") == 2 else "0"        # synth:N:SEED
+    return f"rendered words of seed {int(seed)}"
+
+
+def say_fonts(source):
+    """Says of Parts in which fonts their rendered words are drawn."""
+    for part in source.parts:
+        if isinstance(part, Synth):
+            say(f"rendered words: {describe_fonts(part.fonts)}")
+            return
+
+
 # ---- charsets and labels
 
-DIGITS_AND_LOWER = "0123456789abcdefghijklmnopqrstuvwxyz"
-UPPER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-SYMBOLS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 CHARSETS = {
-    "36": DIGITS_AND_LOWER,
-    "62": DIGITS_AND_LOWER + UPPER,
-    "94": DIGITS_AND_LOWER + UPPER + SYMBOLS,
+    "36": string.digits + string.ascii_lowercase,
+    "62": string.digits + string.ascii_letters,
+    "94": string.digits + string.ascii_letters + string.punctuation,
 }
 
 
-def folds_case(chars):
+def folds_case(charset):
     """True for the charset of 36: labels are read and trained on in lower case."""
-    return set(chars) == set(CHARSETS["36"])
+    return set(charset) == set(CHARSETS["36"])
 
 
 def read_charset(name):
@@ -920,14 +923,14 @@ def is_mark(char):
 Fit = namedtuple("Fit", "text problem")
 
 
-def fit_label(label, chars, max_length):
+def fit_label(label, charset, max_length):
     """-> Fit. The text is NFC, and in lower case if the charset is 36."""
     if label is None:
         return Fit("", "without a label")
     text = unicodedata.normalize("NFC", label)
-    if folds_case(chars):
+    if folds_case(charset):
         text = text.lower()
-    if any(char not in chars for char in text):
+    if any(char not in charset for char in text):
         return Fit(text, "outside the charset")
     if len(text) > max_length:
         return Fit(text, "too long")
@@ -936,7 +939,7 @@ def fit_label(label, chars, max_length):
     return Fit(text, "")
 
 
-def fit_labels(source, chars, max_length):
+def fit_labels(source, charset, max_length):
     """Parts -> (Subset of the crops whose label can be trained on, a line for the log).
 
     The line says how many cannot, why, and which characters are to blame. Entries whose label is
@@ -948,7 +951,7 @@ def fit_labels(source, chars, max_length):
     known_parts = {}                                # the parts of SRC@N are read once
     for start, part in zip(source.starts, source.parts):
         if part not in known_parts:
-            known_parts[part] = fit_part(part, chars, max_length)
+            known_parts[part] = fit_part(part, charset, max_length)
         part_fits, part_problems, part_unknown = known_parts[part]
         fits[start:start + len(part)] = part_fits
         problems += part_problems
@@ -963,37 +966,37 @@ def fit_labels(source, chars, max_length):
     return Subset(source, fits.nonzero()[0]), line
 
 
-def fit_part(part, chars, max_length):
+def fit_part(part, charset, max_length):
     """A part -> three results: a bool array, which labels fit; Counter {problem: labels that have
     it}; Counter {character outside the charset: labels that hold it}."""
     fits = np.ones(len(part), bool)
     problems = Counter()
     unknown = Counter()
-    if all_drawn_labels_fit(part, chars, max_length):
+    if all_drawn_labels_fit(part, charset, max_length):
         return fits, problems, unknown
     for i in range(len(part)):
         try:
-            fit = fit_label(part.label(i), chars, max_length)
+            fit = fit_label(part.label(i), charset, max_length)
         except Damaged:
             continue
         if fit.problem:
             fits[i] = False
             problems[fit.problem] += 1
             for char in dict.fromkeys(fit.text):    # each once, in the label's order
-                if char not in chars:
+                if char not in charset:
                     unknown[char] += 1
     return fits, problems, unknown
 
 
-def all_drawn_labels_fit(part, chars, max_length):
+def all_drawn_labels_fit(part, charset, max_length):
     """True for rendered words if each character that is drawn is known: a million words need not
     be asked one by one. Where NFC may change a label, False: then they are asked."""
     if not isinstance(part, Synth) or max_length < part.max_length:
         return False
     drawn = part.charset
-    if folds_case(chars):
+    if folds_case(charset):
         drawn = drawn.lower()
-    return unicodedata.is_normalized("NFC", drawn) and set(drawn) <= set(chars)
+    return unicodedata.is_normalized("NFC", drawn) and set(drawn) <= set(charset)
 
 
 # ---- views and augmentations
@@ -1033,8 +1036,8 @@ AUGMENT_CHANCES = {
 P_UNCHANGED = 0.125                     # a crop given to `augment` stays as it is
 
 # How much an operation does, at strength 1: a number in [0, 1) says where between these two.
-# These are the ranges that LMIM calls medium. Where the name is not the operation's, the comment
-# begins with that.
+# These are the ranges of LMIM's code, but for sharpen and solarize. Where the name is not the
+# operation's, the comment begins with that.
 RANGES = {
     "left": (0, 0.02),                  # horizontal: cut off, shares of the width
     "right": (0, 0.02),                 # horizontal
@@ -1082,21 +1085,22 @@ def guidance_view(images, generator):
     [0, 1] -> float in [0, 1]. UserError for other numbers."""
     if images.is_floating_point():
         check_unit(images, "guidance_view: numbers")
-    return moved_view(images, uniform_numbers(len(images), VIEW_NUMBERS, generator, images.device))
+    numbers = uniform_numbers(images, VIEW_NUMBERS, generator)
+    return moved_view(images, numbers)
 
 
 def augment(images, generator):
     """Fine-tuning's augmentation, each crop's its own: (B, 3, H, W) uint8 or float in [0, 1] ->
     float in [0, 1]."""
-    numbers = uniform_numbers(len(images), AUGMENT_NUMBERS, generator, images.device)
+    numbers = uniform_numbers(images, AUGMENT_NUMBERS, generator)
     return augment_from_numbers(images, numbers)
 
 
-def uniform_numbers(rows, columns, generator, device):
-    """(rows, columns) in [0, 1), drawn where the generator is: the host's gives the same numbers
-    to every device."""
-    numbers = torch.rand(rows, columns, generator=generator, device=generator.device)
-    return to_device(numbers, device)
+def uniform_numbers(images, columns, generator):
+    """(B, columns) in [0, 1) for B images, on their device. They are drawn where the generator is:
+    the host's gives the same numbers to every device."""
+    numbers = torch.rand(len(images), columns, generator=generator, device=generator.device)
+    return to_device(numbers, images.device)
 
 
 def moved_view(images, numbers, strength=1.0):
@@ -1149,7 +1153,7 @@ def name_columns(numbers, widths):
     return named
 
 
-def in_range(drawn, name):
+def amount(drawn, name):
     """How much of an operation each crop has drawn, (B,)."""
     low, high = RANGES[name]
     return low + (high - low) * drawn[name]
@@ -1206,20 +1210,20 @@ def move_and_bend(images, strengths, drawn):
     side = 2
 
     # Each corner moves inward, by its own number. `tilt` is the mean move, in shares of a side.
-    tilt = strengths["tilt"] * in_range(drawn, "tilt")
+    tilt = strengths["tilt"] * amount(drawn, "tilt")
     corner_moves = 2 * drawn["corners"].view(b, 4, 2)                           # their mean is 1
     inward = for_matrices(tilt) * corner_moves * side
     corners = copy_once(SQUARE, images.device) * (1 - inward)                   # (B, 4, 2)
 
     # All of it turns.
-    angle = strengths["rotate"] * in_range(drawn, "angle") * MAX_ANGLE
+    angle = strengths["rotate"] * amount(drawn, "angle") * MAX_ANGLE
     corners = turned(angle, width / height, corners)
 
     # Rims are cut off: `before` at the left and top, `after` at the right and bottom.
-    left = strengths["horizontal"] * in_range(drawn, "left")
-    right = strengths["horizontal"] * in_range(drawn, "right")
-    top = strengths["vertical"] * in_range(drawn, "top")
-    bottom = strengths["vertical"] * in_range(drawn, "bottom")
+    left = strengths["horizontal"] * amount(drawn, "left")
+    right = strengths["horizontal"] * amount(drawn, "right")
+    top = strengths["vertical"] * amount(drawn, "top")
+    bottom = strengths["vertical"] * amount(drawn, "bottom")
     before = torch.stack([left, top], 1)[:, None]                               # (B, 1, 2)
     after = torch.stack([right, bottom], 1)[:, None]
     # What remains goes from -1 + 2 before to 1 - 2 after. Its middle is before - after.
@@ -1228,7 +1232,7 @@ def move_and_bend(images, strengths, drawn):
 
     # 4 x 4 points move in x and y. `bend` is the standard deviation of the moves, in shares of a
     # side.
-    bend = strengths["bend"] * in_range(drawn, "bend")
+    bend = strengths["bend"] * amount(drawn, "bend")
     point_moves = drawn["bend_points"].view(b, 2, 4, 4) - 0.5
     point_moves = for_images(bend) * point_moves * (side * TO_DEVIATION_1)
     return warp(images, corners, point_moves)
@@ -1236,20 +1240,20 @@ def move_and_bend(images, strengths, drawn):
 
 def change_look(images, strengths, drawn):
     """Blur, sharpness and colour: every pixel stays in its place."""
-    blur = strengths["blur"] * in_range(drawn, "blur")
-    sharpen = strengths["sharpen"] * in_range(drawn, "sharpen")
+    blur = strengths["blur"] * amount(drawn, "blur")
+    sharpen = strengths["sharpen"] * amount(drawn, "sharpen")
     images = focus(images, blur, sharpen)
 
     # The factors of fading, of jitter and of the loss of all colour.
     jitter = strengths["jitter"]
-    saturation = 1 - strengths["fade"] * in_range(drawn, "fade")
-    saturation = saturation * (1 + jitter * in_range(drawn, "saturation"))
+    saturation = 1 - strengths["fade"] * amount(drawn, "fade")
+    saturation = saturation * (1 + jitter * amount(drawn, "saturation"))
     saturation = saturation * (1 - strengths["grey"])
     saturation = saturation.clamp(min=0)
-    hue = jitter * in_range(drawn, "hue")
-    brightness = 1 + jitter * in_range(drawn, "brightness")
-    contrast = 1 + jitter * in_range(drawn, "contrast")
-    haze = strengths["haze"] * in_range(drawn, "haze")
+    hue = jitter * amount(drawn, "hue")
+    brightness = 1 + jitter * amount(drawn, "brightness")
+    contrast = 1 + jitter * amount(drawn, "contrast")
+    haze = strengths["haze"] * amount(drawn, "haze")
     return recolour(images, saturation, hue, brightness, contrast, haze)
 
 
@@ -1263,7 +1267,7 @@ def lower_resolution(images, strengths):
 
 def solarize(images, strengths, drawn):
     """Inverts what is light, as film does that was given far too much light."""
-    threshold = 1 - strengths["solarize"] * in_range(drawn, "solarize")
+    threshold = 1 - strengths["solarize"] * amount(drawn, "solarize")
     return torch.where(images > for_images(threshold), 1 - images, images)
 
 
@@ -1272,10 +1276,9 @@ def invert(images, strengths):
 
 
 def add_noise(images, strengths, drawn):
-    """Overwrites the images, which a stage before has made anew."""
-    deviation = strengths["noise"] * in_range(drawn, "noise_deviation")
+    deviation = strengths["noise"] * amount(drawn, "noise_deviation")
     noise = noise_from_tape(images, drawn["noise_start"])
-    return images.addcmul_(noise, for_images(deviation * TO_DEVIATION_1)).clamp_(0, 1)
+    return images.addcmul(noise, for_images(deviation * TO_DEVIATION_1)).clamp_(0, 1)
 
 
 # ---- views: geometry
@@ -1505,19 +1508,15 @@ def read_batch(source, asked_for, char_maps=False):
             places.append(place)
 
     images = torch.zeros(len(crops), 3, H, W, dtype=torch.uint8)
+    maps = None
+    if char_maps:
+        maps = torch.zeros(len(crops), H, W, dtype=torch.uint8)
     for k, crop in enumerate(crops):
         images[k] = crop.image
-    labels = [crop.label for crop in crops]
-    maps = stack_char_maps(crops) if char_maps else None
-    return Batch(images, labels, maps, damaged, indices, places)
-
-
-def stack_char_maps(crops):
-    maps = torch.zeros(len(crops), H, W, dtype=torch.uint8)
-    for k, crop in enumerate(crops):
-        if crop.char_map is not None:
+        if char_maps and crop.char_map is not None:
             maps[k] = crop.char_map
-    return maps
+    labels = [crop.label for crop in crops]
+    return Batch(images, labels, maps, damaged, indices, places)
 
 
 class BatchReader(Dataset):
@@ -1733,8 +1732,8 @@ def draw_sheet(rows, path, fonts=None):
     if fonts:
         files += font_files_under(fonts)
     heights = [row_height(row) for row in rows]
-    across = max((len(row) for row in rows), default=1)
-    sheet = Image.new("RGB", (across * CELL_W, max(1, sum(heights))), "white")
+    across = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (across * CELL_W, sum(heights)), "white")
     y = 0
     for row, height in zip(rows, heights):
         for column, (picture, pieces) in enumerate(row):
@@ -1886,7 +1885,7 @@ def write_text(text, path, errors):
 def show(args):
     """Draws crops, and beside each the views that were asked for."""
     check_output(args.out, args.src)
-    source = open_to_draw(args)
+    source = open_with_flags(args)
     check_crops_stay(args.out, source)
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(source), generator=generator)[:args.n].tolist()
@@ -1912,14 +1911,14 @@ def show(args):
     print(f"{args.out}: {len(batch.images)} of the {len(source):,} crops of {source.name}")
 
 
-def open_to_draw(args):
+def open_with_flags(args):
     """SRC as one Source, its rendered words drawn as the flags of add_drawing say. UserError if
     one of these was typed in vain."""
-    chars = None
+    charset = None
     if args.charset is not None:
-        chars = read_charset(args.charset)
+        charset = read_charset(args.charset)
     source = open_sources(
-        args.src, fonts=args.fonts, chars=chars, max_length=args.max_length)
+        args.src, fonts=args.fonts, charset=charset, max_length=args.max_length)
     rendered = any(isinstance(part, Synth) for part in source.parts)
     for flag in ("fonts", "charset", "max_length"):
         if flag in typed_flags() and not rendered:
@@ -1933,7 +1932,7 @@ def views_to_show(images, generator, args):
     views = [to_unit(images)]
     if args.guidance:
         views.append(guidance_view(images, generator))
-        numbers = uniform_numbers(len(images), VIEW_NUMBERS, generator, images.device)
+        numbers = uniform_numbers(images, VIEW_NUMBERS, generator)
         views.append(still_view(images, numbers))
     if args.augment:
         views.append(augment(images, generator))
@@ -1955,10 +1954,9 @@ FINGERPRINT_SIZE = (8, 32)              # of the small picture that it is made o
 
 def check(args):
     """Counts everything, and with --against finds the crops that test sets hold too."""
-    if args.write_list and not args.against:
-        raise UserError("--write_list is of what --against finds; name test sets with it")
-    if "alike" in typed_flags() and not args.against:
-        raise UserError("--alike is of what --against finds; name test sets with it")
+    for flag in ("write_list", "alike"):
+        if flag in typed_flags() and not args.against:
+            raise UserError(f"--{flag} is of what --against finds; name test sets with it")
     if args.write_list:
         check_text_output(args.write_list, args.src + args.against)
     source = open_sources(args.src)
@@ -2040,8 +2038,7 @@ class Counts:
         if self.quoted:
             print(f"{self.quoted:,} labels stand in quotes and double those in them, as in a CSV "
                   "file; if it is one, name it .csv, with a comma after the path")
-        named = list(dict.fromkeys(self.damaged))
-        for line in named[:20]:
+        for line in list(dict.fromkeys(self.damaged))[:20]:
             print(f"damaged: {line}")
 
 
@@ -2112,8 +2109,7 @@ def list_lines(source, indices, tests, matches):
     for i, (k, why) in zip(indices, matches):
         if k is not None:
             fields = [list_start(source, i), why, tests.where(k), str(tests.label(k))]
-            line = "\t".join(fields)
-            lines.append(line.replace("\n", " "))
+            lines.append("\t".join(fields).replace("\n", " "))
     return lines
 
 
@@ -2130,7 +2126,7 @@ def pack(args):
     import lmdb
     out = os.path.normpath(args.out)
     unfinished = out + ".part"
-    source = open_to_draw(args)
+    source = open_with_flags(args)
     if os.path.exists(out):
         raise UserError(f"{out}: exists already; type the name of a new folder")
     skip = read_list(args.without, source) if args.without else set()

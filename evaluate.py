@@ -15,6 +15,7 @@ that come with this repository read. From Python:
 import contextlib
 import difflib
 import functools
+import itertools
 import json
 import math
 import os
@@ -155,11 +156,31 @@ def reason_to_drop(label, text, protocol):
     """Why a word is not scored, or None. A text of None stands for a damaged crop."""
     if text is None:
         return "damaged"
-    if protocol == "parseq36" and len(to_ascii(label)) > PARSEQ_LONGEST:
-        return f"longer than {PARSEQ_LONGEST}"
-    if protocol == "parseq36" and normalize(label, protocol) == "":
-        return "no letter or digit"
+    if protocol == "parseq36":
+        if len(to_ascii(label)) > PARSEQ_LONGEST:
+            return f"longer than {PARSEQ_LONGEST}"
+        if normalize(label, protocol) == "":
+            return "no letter or digit"
     return None
+
+
+def line_on_empty_labels(labels, protocol):
+    """What is to be said of labels that hold nothing that the protocol compares; "" if none is so.
+    parseq36 leaves them out, and score counts them."""
+    n = sum(normalize(label, protocol) == "" for label in labels)
+    if n == 0 or protocol == "parseq36":
+        return ""
+    return (f"{n:,} of {len(labels):,} labels hold nothing that {protocol} compares; each is right "
+            "if nothing else is read")
+
+
+def is_pair(pair):
+    """True for (label, text), two strings. For a damaged crop the text is None, and the label may
+    be too."""
+    if isinstance(pair, str) or len(pair) != 2:     # of "ab" Python would make the pair "a", "b"
+        return False
+    label, text = pair
+    return text is None or (isinstance(label, str) and isinstance(text, str))
 
 
 def score(pairs, protocol):
@@ -177,8 +198,8 @@ def score(pairs, protocol):
     dropped = Counter()                         # {reason: how often}
     nearness = []                               # 1 - distance / length of the longer word
     for pair in pairs:
-        if isinstance(pair, str):               # of "ab" Python would make the pair "a", "b"
-            raise UserError(f"score: {pair!r}; expected pairs (label, text)")
+        if not is_pair(pair):
+            raise UserError(f"score: {pair!r}; expected pairs (label, text) of strings")
         label, text = pair
         n += 1
         reason = reason_to_drop(label, text, protocol)
@@ -204,91 +225,6 @@ def score(pairs, protocol):
         ned = 100 * sum(nearness) / evaluated
     return {"n": n, "evaluated": evaluated, "dropped": dict(dropped),
             "accuracy": accuracy, "ned": ned}
-
-
-def timed_score(pairs, protocol, began):
-    """A set's row of the table: `score`, and the seconds since `began`."""
-    row = score(pairs, protocol)
-    row["seconds"] = time.perf_counter() - began
-    return row
-
-
-# A first line of --score is a header if its two columns differ and hold no word but these, such as
-# "GT Label" and "predicted_text".
-HEADER_WORDS = {
-    "label", "labels", "gt", "ground", "truth", "groundtruth", "true", "target", "reference",
-    "text", "pred", "preds", "prediction", "predictions", "predicted", "reading", "model", "ocr",
-    "expected", "output",
-}
-
-
-def is_header(label, prediction):
-    """True if these, the columns of a first line, name what stands below them."""
-    words = re.split("[ _-]+", f"{label} {prediction}".lower())
-    return label.lower() != prediction.lower() and HEADER_WORDS.issuperset(words)
-
-
-def parse_predictions(path):
-    """A file of lines label<TAB>prediction -> [(label, prediction)]; UserError for any other file.
-
-    A third column is a confidence, and further ones are passed over. But --predictions writes
-    "damaged" into the third where a crop could not be decoded: there the prediction is None."""
-    expected = "expected lines of label<TAB>prediction in UTF-8"
-    try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            lines = file.readlines()
-    except OSError as error:
-        raise UserError(f"--score {path}: {error.strerror}; {expected}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--score {path}: {error}; {expected}") from None
-
-    pairs = []
-    wrong = None                                # what is said of a third column
-    for number, line in enumerate(lines, 1):
-        line = line.rstrip("\r\n")
-        if line == "":
-            continue
-        columns = line.split("\t")
-        if len(columns) == 1:
-            raise UserError(f"--score {path}: line {number} has no tab; {expected}")
-        label, prediction = columns[:2]
-        if "\r" in prediction:
-            raise UserError(f"--score {path}: line {number} goes on after a carriage return; save "
-                            "it with the line ends of Unix or Windows")
-        if number == 1 and is_header(label, prediction):
-            say(f"--score {path}: line 1 is taken for a header: {line}", sys.stderr)
-            continue
-        if len(columns) > 2 and columns[2] == "damaged":
-            prediction = None
-        elif len(columns) > 2 and columns[2] != "" and not is_number(columns[2]):
-            wrong = wrong or f"line {number}: its third column is {columns[2]!r}, and no confidence"
-        pairs.append((label, prediction))
-    if not pairs:
-        raise UserError(f"--score {path}: no line in it; {expected}")
-    check_columns(path, pairs, expected)
-    if wrong is not None:
-        raise UserError(f"--score {path}: {wrong}; expected label, prediction and perhaps a "
-                        "confidence, with tabs between them")
-    return pairs
-
-
-def is_number(text):
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def check_columns(path, pairs, expected):
-    """UserError if most labels, or most predictions, are names of files: these are other columns.
-    Not all need be, as the first may be a header."""
-    for column, what in enumerate(["labels", "predictions"]):
-        words = [pair[column] or "" for pair in pairs]
-        files = [word for word in words if word.lower().endswith(data.SUFFIXES)]
-        if len(files) >= len(words) / 2:
-            raise UserError(f"--score {path}: its {what} are names of files, such as {files[0]}; "
-                            f"{expected}, in this order")
 
 
 # ---- table
@@ -413,14 +349,13 @@ def load_recognizer(path=SHIPPED, device="cpu"):
     checkpoint = read_checkpoint(path)
     if not is_recognizer(checkpoint):
         raise UserError(f"{path}: not a recognizer; expected a checkpoint of finetune.py")
-    stored = checkpoint["args"]                 # finetune.py's flags
-    sizes = model.MODELS[stored["model"]]       # --model: the name of a size
+    flags = checkpoint["args"]                  # finetune.py's
+    sizes = model.MODELS[flags["model"]]
     encoder = model.ViT(**sizes["encoder"])
-    net = model.Recognizer(encoder, checkpoint["charset"], stored["max_length"],
-                           spell=stored["spell"], **sizes["reader"])
-    weights = checkpoint["model"]               # not the flag, but the net's tensors
-    load_state(net, weights, path)
-    net.rotate_tall = bool(stored.get("rotate_tall"))
+    net = model.Recognizer(encoder, checkpoint["charset"], flags["max_length"],
+                           spell=flags["spell"], **sizes["reader"])
+    load_state(net, checkpoint["model"], path)
+    net.rotate_tall = bool(flags.get("rotate_tall"))
     net.about = str(checkpoint.get("about", ""))
     return net.to(device).eval()
 
@@ -428,10 +363,10 @@ def load_recognizer(path=SHIPPED, device="cpu"):
 def model_of(checkpoint):
     """The --model that a checkpoint was made with, if it is one of ours, or None: a foreign file
     may hold anything there."""
-    stored = checkpoint.get("args")
-    if not isinstance(stored, dict):
+    flags = checkpoint.get("args")
+    if not isinstance(flags, dict):
         return None
-    name = stored.get("model")
+    name = flags.get("model")
     if isinstance(name, str) and name in model.MODELS:
         return name
     return None
@@ -441,11 +376,11 @@ def is_recognizer(checkpoint):
     """True if a checkpoint holds all that a recognizer is made from."""
     if model_of(checkpoint) is None:
         return False
-    stored = checkpoint["args"]
-    max_length = stored.get("max_length")
+    flags = checkpoint["args"]
+    max_length = flags.get("max_length")
     if not isinstance(max_length, int) or max_length < 1:
         return False
-    if not isinstance(stored.get("spell"), (int, float)):
+    if not isinstance(flags.get("spell"), (int, float)):
         return False
     if not isinstance(checkpoint.get("charset"), str):
         return False
@@ -492,7 +427,7 @@ def read_sets(net, sources, protocol, args, group, change=None):
     """Reads and scores every set. change: a function, crops (B, 3, H, W) in [0, 1] -> what is
     read in their place; None leaves them as they are.
 
-    -> {name: its row}, {name: its Readings}, {name: lines of damaged crops}."""
+    -> {name: its score, and the seconds}, {name: its Readings}, {name: lines of damaged crops}."""
     dtype = getattr(torch, args.dtype)
 
     def read(images):
@@ -506,145 +441,9 @@ def read_sets(net, sources, protocol, args, group, change=None):
         readings[name], damaged[name] = read_source(
             read, source, args.batch_size, args.workers, group)
         pairs = [(reading.label, reading.text) for reading in readings[name]]
-        rows[name] = timed_score(pairs, protocol, began)
+        rows[name] = score(pairs, protocol)
+        rows[name]["seconds"] = time.perf_counter() - began
     return rows, readings, damaged
-
-
-# ---- labels
-
-def check_labels(name, source, net, protocol, predictions):
-    """-> a line that says how many of a set's labels the net can write.
-
-    UserError for a crop without a label, for a label that a line of the file --predictions cannot
-    hold, and if no label can be read right. This is known before an hour of reading and not after
-    it."""
-    labels = []
-    for i in range(len(source)):
-        try:
-            label = source.label(i)
-        except Damaged:                         # read_source will count it
-            continue
-        if label is None:
-            raise UserError(f"{source.where(i)}: no label; expected labelled crops: "
-                            "only --images reads without")
-        if predictions and ("\t" in label or "\n" in label):
-            raise UserError(f"{source.where(i)}: {label!r} holds a tab or line end: "
-                            "no --predictions of it")
-        labels.append(label)
-
-    fitting, line = data.fit_labels(data.Parts([source], name), net.charset, net.max_length)
-    if len(fitting) == 0 and not can_be_right(labels, net, protocol):
-        raise UserError(f"{line}; the recognizer can read none of them right: it has "
-                        f"{len(net.charset)} characters, for words of {net.max_length} at most; "
-                        "leave the set out, or name another --ckpt")
-    return line
-
-
-def can_be_right(labels, net, protocol):
-    """True if the net can write a word that equals one of these under the protocol, which may
-    pass over case and symbols."""
-    known = set()
-    for character in net.charset:
-        known.update(normalize(character, protocol))
-    for label in labels:
-        truth = normalize(label, protocol)
-        if truth and len(truth) <= net.max_length and known.issuperset(truth):
-            return True
-    return False
-
-
-# ---- reading without labels
-
-def open_images(args):
-    """--images -> a Source of all the files, those of folders too."""
-    parts = []
-    for path in args.images:
-        if os.path.isdir(path):
-            # open_source's remarks go to stderr: stdout is for readings alone
-            with contextlib.redirect_stdout(sys.stderr):
-                parts.append(data.open_source(path, rotate_tall=args.rotate_tall, labels=False))
-        else:
-            parts.append(data.Files([(path, None)], "", "--images", args.rotate_tall))
-    return data.Parts(parts, "--images")
-
-
-def image_path(source, index):
-    """What stands for an image of open_images: its file, or its place in an LMDB."""
-    part, number = source.locate(index)
-    if isinstance(part, data.Files):
-        return part.path(number)
-    return part.where(number)
-
-
-def read_image_batches(net, source, args, group):
-    """Yields, as soon as every rank has read a batch, {number in the source: (text, confidences)},
-    see Recognizer.read_letters, and the lines of damaged images."""
-    dtype = getattr(torch, args.dtype)
-    rounds_over = 0
-    for batch in data.read_all(source, args.batch_size, args.workers):
-        words = []
-        if len(batch.images) > 0:                   # all of them may be damaged
-            words = net.read_letters(batch.images, args.batch_size, dtype)
-        yield gather_readings(dict(zip(batch.indices, words)), batch.damaged, group)
-        rounds_over += 1
-
-    # All ranks gather equally often. A rank that has a batch less than another gives nothing in
-    # the last round.
-    rounds = math.ceil(len(source) / (args.batch_size * world_size()))
-    for _ in range(rounds_over, rounds):
-        yield gather_readings({}, [], group)
-
-
-def read_images(net, args, group):
-    """--images: prints path, text and confidence of each as they are read, and writes --json and
-    --predictions. Ends with an error if one could not be decoded, once all the others are done."""
-    source = open_images(args)
-    prepare_files(args)
-    if net.rotate_tall:
-        say(ROTATE_TALL, sys.stderr)
-
-    only_prints = not args.json and not args.predictions
-    readings, damaged = {}, []
-    for words, lines in read_image_batches(net, source, args, group):
-        readings.update(words)
-        damaged += lines
-        if rank() > 0:
-            continue
-        printed = []
-        for index, (text, confidences) in sorted(words.items()):
-            path = data.one_line(image_path(source, index))
-            printed.append(f"{path}\t{text}\t{math.prod(confidences):.6g}\n")
-        heard = print_at_once("".join(printed))
-        if only_prints and not heard and group is None:     # other ranks would wait for this one
-            return
-    if rank() == 0:
-        write_images(source, readings, args)
-        if damaged:
-            first = "; ".join(damaged[:DAMAGED_NAMED])
-            if len(damaged) > DAMAGED_NAMED:
-                first += f"; and {len(damaged) - DAMAGED_NAMED} more"
-            raise UserError(f"{len(damaged)} of {len(source)} could not be read: {first}")
-
-
-def write_images(source, readings, args):
-    """--json and --predictions of --images."""
-    rows, lines = [], []
-    for index in range(len(source)):
-        path = image_path(source, index)
-        text, confidences = readings.get(index, (None, None))
-        if text is None:
-            rows.append({"path": path, "text": None, "confidence": None})
-            lines.append(prediction_line(DAMAGED, path))
-            continue
-        confidence = math.prod(confidences)
-        *characters, end = confidences
-        rows.append({"path": path, "text": text, "confidence": confidence,
-                     "characters": characters, "end": end})
-        lines.append(prediction_line(Reading(None, text, confidence), path))
-    if args.predictions:
-        data.write_file("".join(lines), args.predictions)
-    if args.json:
-        write_json({"images": rows}, args.json)
 
 
 # ---- robustness
@@ -751,24 +550,24 @@ def report_attention(net, source, path):
         return None
 
     normalized = model.normalize_pixels(to_device(images, net.device))
-    ids, encoder, decoder = attention(net, normalized)
-    encoder = encoder[:, :, 1:]                 # what falls on [cls] is nowhere in the picture
-    encoder = encoder / encoder.sum(-1, keepdim=True)           # (B, 1+N, N), shares again
+    ids, encoder_maps, decoder_maps = attention(net, normalized)
+    encoder_maps = encoder_maps[:, :, 1:]       # what falls on [cls] is nowhere in the picture
+    encoder_maps = encoder_maps / encoder_maps.sum(-1, keepdim=True)    # (B, 1+N, N), shares again
 
-    draw_attention(net, images[:N_DRAWN], batch.labels, ids, encoder, decoder, path)
+    draw_attention(net, images[:N_DRAWN], batch.labels, ids, encoder_maps, decoder_maps, path)
     if not rendered:
         return None
-    return attention_on_text(net, batch.char_maps, ids, encoder, decoder, source.name)
+    return attention_on_text(net, batch.char_maps, ids, encoder_maps, decoder_maps, source.name)
 
 
-def draw_attention(net, images, labels, ids, encoder, decoder, path):
-    """For each crop a row: the crop, where [cls] looks, where each letter looks. encoder
-    (B, 1+N, N), decoder (B, T, N). Red has one scale for the whole picture."""
+def draw_attention(net, images, labels, ids, encoder_maps, decoder_maps, path):
+    """For each crop a row: the crop, where [cls] looks, where each letter looks. encoder_maps
+    (B, 1+N, N), decoder_maps (B, T, N). Red has one scale for the whole picture."""
     h, w = net.encoder.grid
     words, heats = [], []
     for k in range(len(images)):
         word = [net.charset[i] for i in ids[k].tolist() if i != net.end]
-        cls, letters = encoder[k, :1], decoder[k, :len(word)]
+        cls, letters = encoder_maps[k, :1], decoder_maps[k, :len(word)]
         words.append(word)
         heats.append(torch.cat([cls, letters]).cpu())           # (1 + letters, N)
 
@@ -798,21 +597,22 @@ def paint_red(image, heat):
     return pictures.byte()
 
 
-def attention_on_text(net, char_maps, ids, encoder, decoder, name):
+def attention_on_text(net, char_maps, ids, encoder_maps, decoder_maps, name):
     """How much of the attention falls on text, and how widely it is spread -> a dict.
 
-    char_maps (B, H, W) is above 0 on text; encoder (B, 1+N, N), decoder (B, T, N). Of a patch's
-    attention as much falls on text as text has of the patch. An even spread over the picture has
-    the share `text_area`. The entropy is divided by log N: 1 is an even spread, 0 is one patch."""
+    char_maps (B, H, W) is above 0 on text; encoder_maps (B, 1+N, N), decoder_maps (B, T, N). Of a
+    patch's attention as much falls on text as text has of the patch. An even spread over the
+    picture has the share `text_area`. The entropy is divided by log N: 1 is an even spread, 0 is
+    one patch."""
     on_text = (char_maps > 0).float().unsqueeze(1)              # (B, 1, H, W)
     text_share = F.avg_pool2d(on_text, net.encoder.patch)       # (B, 1, h, w), of each patch
-    text_share = text_share.flatten(2).to(encoder.device)       # (B, 1, N)
+    text_share = text_share.flatten(2).to(encoder_maps.device)  # (B, 1, N)
     n, N = len(text_share), text_share.shape[-1]
     text_area = text_share.mean().item()
     print(f"attention on {n} rendered words of {name}; text is {text_area:.3f} of the area")
 
     measured = {"n": n, "text_area": text_area}
-    looks = {"cls": encoder[:, :1], "patches": encoder[:, 1:], "decoder": decoder}
+    looks = {"cls": encoder_maps[:, :1], "patches": encoder_maps[:, 1:], "decoder": decoder_maps}
     for who, weights in looks.items():
         share = (weights * text_share).sum(-1)                  # (B, 1 or N or T)
         entropy = -torch.xlogy(weights, weights).sum(-1) / math.log(N)
@@ -829,16 +629,23 @@ def attention_on_text(net, char_maps, ids, encoder, decoder, name):
     return measured
 
 
+def attention_files(names, folder):
+    """{name of a set: the path of its picture}."""
+    paths = {}
+    for name in names:
+        path = os.path.join(folder, re.sub(r"[^\w.-]", "_", name))
+        while f"{path}.png" in paths.values():      # a/b and a_b are two sets
+            path += "_"
+        paths[name] = f"{path}.png"
+    return paths
+
+
 def report_attention_on_sets(net, sources, folder):
     """One picture per set, into the folder -> {name: what was measured}, of sets of rendered
     words."""
-    measured, drawn = {}, set()
-    for name, source in sources.items():
-        file = re.sub(r"[^\w.-]", "_", name)
-        while file in drawn:                    # a/b and a_b are two sets
-            file += "_"
-        drawn.add(file)
-        numbers = report_attention(net, source, os.path.join(folder, f"{file}.png"))
+    measured = {}
+    for name, path in attention_files(sources, folder).items():
+        numbers = report_attention(net, sources[name], path)
         if numbers is not None:
             measured[name] = numbers
     return measured
@@ -852,16 +659,15 @@ N_ERRORS = 48                   # the most confident ones
 def draw_errors(sources, readings, protocol, path):
     """Draws wrongly read crops, the most confident first: image, truth, reading."""
     wrong = []
-    for name in sources:
+    for name, source in sources.items():
         for index, reading in enumerate(readings[name]):
             if is_wrong(reading, protocol):
-                wrong.append((name, index, reading))
+                wrong.append((source, index, reading))
     wrong.sort(key=lambda error: error[2].confidence, reverse=True)
 
     # a row of the sheet is a list of cells: (picture or None, [(text, colour), ...])
     rows = [[(None, [(title, GREY)]) for title in ("image", "truth", "reading")]]
-    for name, index, (label, text, confidence) in wrong[:N_ERRORS]:
-        source = sources[name]
+    for source, index, (label, text, confidence) in wrong[:N_ERRORS]:
         caption = f"{source.where(index)}   {confidence:.3f}"
         image_cell = (source.get(index).image, [(caption, GREY)])
         truth_cell = (None, [(label, BLACK)])
@@ -894,11 +700,7 @@ def mark_errors(label, text, protocol):
     return pieces
 
 
-# ---- the command
-
-DAMAGED_NAMED = 5               # of a set, and of --images: crops that are named, with the reason
-ROTATE_TALL = "--rotate_tall, as in the recognizer's training: tall crops are turned"
-
+# ---- flags
 
 def add_flags(parser):
     what = parser.add_mutually_exclusive_group(required=True)
@@ -943,18 +745,13 @@ def add_flags(parser):
         help="turn crops much taller than wide; for data with vertical words")
 
 
-# Flags that are about labelled sets, and flags about crops of any kind.
-NEED_DATA = ("heights", "rotations", "attention", "errors", "fonts")
-NEED_CROPS = ("ckpt", "batch_size", "workers", "device", "dtype", "rotate_tall")
-
-
 def check_flags(parser, args):
     """Ends with one line if a flag is missing, or has no effect with the others."""
     typed = typed_flags()
-    for name in NEED_DATA:
+    for name in ("heights", "rotations", "attention", "errors", "fonts"):
         if name in typed and not args.data:
             parser.error(f"--{name} needs --data; name labelled sets, or leave it out")
-    for name in NEED_CROPS:
+    for name in ("ckpt", "batch_size", "workers", "device", "dtype", "rotate_tall"):
         if name in typed and args.score:
             parser.error(f"--{name} has no effect with --score, which reads no crop; leave it out")
     if args.score and args.predictions:
@@ -1002,31 +799,13 @@ def check_sets(parser, args):
             parser.error(f"--data {src}: a set is read once; leave @{times} out")
     if "synth" in args.data:
         parser.error("--data synth: a million words take too long to read; type synth:1000:1")
-    if len(set(map(os.path.realpath, args.data))) < len(args.data):
-        parser.error(f"--data {' '.join(args.data)}: one set twice; each is one row of the table")
+    for one, two in itertools.combinations(args.data, 2):
+        if data.share_words(one, two):
+            parser.error(f"--data {one} {two}: one set twice, or a part of the other; each is one "
+                         "row of the table")
 
 
-def open_sets(args, net):
-    """--data -> {name: source}. A set is named by its folder or file; if that name is taken, by its
-    path as it was typed; if that is taken too, by its whole path. Rendered words are those of the
-    recognizer `net`: of its characters, and as long as it reads."""
-    sources = {}
-    for src in args.data:
-        source = data.open_source(
-            src, fonts=args.fonts, rotate_tall=args.rotate_tall, chars=net.charset,
-            max_length=net.max_length)
-        name = source.name
-        if name in sources:
-            name = src.rstrip("/")
-        if name in sources:
-            name = os.path.abspath(src)
-        # Crops are named by it, too, and those of a tree of LMDBs by the names of its parts.
-        for part in getattr(source, "parts", []):
-            part.name = name + part.name.removeprefix(source.name)
-        source.name = name
-        sources[name] = source
-    return sources
-
+# ---- results in files
 
 def prepare_files(args):
     """Makes the folders to write into. If a file or a folder cannot be, this is known now."""
@@ -1057,11 +836,102 @@ def write_json(result, path):
     data.write_file(json.dumps(result, indent=1, ensure_ascii=False), path)
 
 
+# ---- --score: a file of predictions
+
+# A first line of --score is a header if its two columns differ and hold no word but these, such as
+# "GT Label" and "predicted_text".
+HEADER_WORDS = {
+    "label", "labels", "gt", "ground", "truth", "groundtruth", "true", "target", "reference",
+    "text", "pred", "preds", "prediction", "predictions", "predicted", "reading", "model", "ocr",
+    "expected", "output",
+}
+
+
+def is_header(label, prediction):
+    """True if these, the columns of a first line, name what stands below them."""
+    words = re.split("[ _-]+", f"{label} {prediction}".lower())
+    return label.lower() != prediction.lower() and HEADER_WORDS.issuperset(words)
+
+
+def parse_predictions(path):
+    """A file of lines label<TAB>prediction -> [(label, prediction)]; UserError for any other file.
+
+    A third column is a confidence, and further ones are passed over. But --predictions writes
+    "damaged" into the third where a crop could not be decoded: there the prediction is None."""
+    expected = "expected lines of label<TAB>prediction in UTF-8"
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            lines = file.readlines()
+    except OSError as error:
+        raise UserError(f"--score {path}: {error.strerror}; {expected}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--score {path}: {error}; {expected}") from None
+
+    pairs = []
+    wrong = []                                  # what is said of third columns
+    n_empty = 0
+    for number, line in enumerate(lines, 1):
+        line = line.rstrip("\r\n")
+        if line.strip("\t") == "":              # a spreadsheet's empty row holds its tabs
+            n_empty += 1
+            continue
+        columns = line.split("\t")
+        if len(columns) == 1:
+            raise UserError(f"--score {path}: line {number} has no tab; {expected}")
+        label, prediction = columns[:2]
+        if "\r" in prediction:
+            raise UserError(f"--score {path}: line {number} goes on after a carriage return; save "
+                            "it with the line ends of Unix or Windows")
+        third = columns[2] if len(columns) > 2 else ""
+        if number == 1 and is_header(label, prediction) and not is_number(third):
+            say(f"--score {path}: line 1 is taken for a header: {line}", sys.stderr)
+            continue
+        if third == "damaged":
+            prediction = None
+        elif third != "" and not is_number(third):
+            wrong.append(f"line {number}: its third column is {third!r}, and no confidence")
+        pairs.append((label, prediction))
+    if not pairs:
+        raise UserError(f"--score {path}: no line in it; {expected}")
+    check_columns(path, pairs, expected)
+    if wrong:
+        raise UserError(f"--score {path}: {wrong[0]}; expected label, prediction and perhaps a "
+                        "confidence, with tabs between them")
+    if n_empty:
+        say(f"--score {path}: {n_empty:,} empty lines left out", sys.stderr)
+    return pairs
+
+
+def is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_columns(path, pairs, expected):
+    """UserError if most labels, or most predictions, are names of files: these are other columns.
+    Not all need be, as the first may be a header."""
+    for column, what in enumerate(["labels", "predictions"]):
+        words = [pair[column] or "" for pair in pairs]
+        files = [word for word in words if word.lower().endswith(data.SUFFIXES)]
+        if len(files) >= len(words) / 2:
+            raise UserError(f"--score {path}: its {what} are names of files, such as {files[0]}; "
+                            f"{expected}, in this order")
+
+
 def score_file(args):
     """--score: the table of a file of predictions."""
     began = time.perf_counter()
     protocol = args.protocol or "waics"
-    row = timed_score(parse_predictions(args.score), protocol, began)
+    pairs = parse_predictions(args.score)
+    row = score(pairs, protocol)
+    row["seconds"] = time.perf_counter() - began
+    labels = [label for label, text in pairs if text is not None]
+    line = line_on_empty_labels(labels, protocol)
+    if line:
+        say(f"--score {args.score}: {line}", sys.stderr)
     result = summarize({os.path.basename(args.score): row}, protocol)
     print_table(result)
     prepare_files(args)
@@ -1070,15 +940,187 @@ def score_file(args):
     check_damaged(result, args.max_damaged)
 
 
+# ---- --images: crops without labels
+
+DAMAGED_NAMED = 5               # of a set, and of --images: crops that are named, with the reason
+ROTATE_TALL = "--rotate_tall, as in the recognizer's training: tall crops are turned"
+
+
+def open_images(args):
+    """--images -> a Source of all the files, those of folders too."""
+    parts = []
+    for path in args.images:
+        if os.path.isdir(path):
+            # open_source's remarks go to stderr: stdout is for readings alone
+            with contextlib.redirect_stdout(sys.stderr):
+                parts.append(data.open_source(path, rotate_tall=args.rotate_tall, labels=False))
+        else:
+            parts.append(data.Files([(path, None)], "", "--images", args.rotate_tall))
+    return data.Parts(parts, "--images")
+
+
+def image_path(source, index):
+    """What stands for an image of open_images: its file, or its place in an LMDB."""
+    part, number = source.locate(index)
+    if isinstance(part, data.Files):
+        return part.path(number)
+    return part.where(number)
+
+
+def read_image_batches(net, source, args, group):
+    """Yields, as soon as every rank has read a batch, {number in the source: (text, confidences)},
+    see Recognizer.read_letters, and the lines of damaged images."""
+    dtype = getattr(torch, args.dtype)
+    rounds_over = 0
+    for batch in data.read_all(source, args.batch_size, args.workers):
+        words = []
+        if len(batch.images) > 0:                   # all of them may be damaged
+            words = net.read_letters(batch.images, args.batch_size, dtype)
+        yield gather_readings(dict(zip(batch.indices, words)), batch.damaged, group)
+        rounds_over += 1
+
+    # All ranks gather equally often. A rank that has a batch less than another gives nothing in
+    # the last round.
+    rounds = math.ceil(len(source) / (args.batch_size * world_size()))
+    for _ in range(rounds_over, rounds):
+        yield gather_readings({}, [], group)
+
+
+def read_images(net, args, group):
+    """--images: prints path, text and confidence of each as they are read, and writes --json and
+    --predictions. Ends with an error if one could not be decoded, once all the others are done."""
+    source = open_images(args)
+    prepare_files(args)
+    if net.rotate_tall:
+        say(ROTATE_TALL, sys.stderr)
+
+    only_prints = not args.json and not args.predictions
+    readings, damaged = {}, []
+    for words, lines in read_image_batches(net, source, args, group):
+        readings.update(words)
+        damaged += lines
+        if rank() > 0:
+            continue
+        printed = []
+        for index, (text, confidences) in sorted(words.items()):
+            path = data.one_line(image_path(source, index))
+            printed.append(f"{path}\t{text}\t{math.prod(confidences):.6g}\n")
+        heard = print_at_once("".join(printed))
+        if only_prints and not heard and group is None:     # other ranks would wait for this one
+            return
+    if rank() == 0:
+        write_images(source, readings, args)
+        if damaged:
+            first = "; ".join(damaged[:DAMAGED_NAMED])
+            if len(damaged) > DAMAGED_NAMED:
+                first += f"; and {len(damaged) - DAMAGED_NAMED} more"
+            raise UserError(f"{len(damaged)} of {len(source)} could not be read: {first}")
+
+
+def write_images(source, readings, args):
+    """--json and --predictions of --images."""
+    rows, lines = [], []
+    for index in range(len(source)):
+        path = image_path(source, index)
+        if index not in readings:               # it is damaged
+            rows.append({"path": path, "text": None, "confidence": None})
+            lines.append(prediction_line(DAMAGED, path))
+            continue
+        text, confidences = readings[index]
+        confidence = math.prod(confidences)
+        *characters, end = confidences
+        rows.append({"path": path, "text": text, "confidence": confidence,
+                     "characters": characters, "end": end})
+        lines.append(prediction_line(Reading(None, text, confidence), path))
+    if args.predictions:
+        data.write_file("".join(lines), args.predictions)
+    if args.json:
+        write_json({"images": rows}, args.json)
+
+
+# ---- --data: labelled sets
+
+def open_sets(args, net):
+    """--data -> {name: source}. A set is named by its folder or file; if that name is taken, by its
+    path as it was typed; if that is taken too, by its whole path. Rendered words are those of the
+    recognizer `net`: of its characters, and as long as it reads."""
+    sources = {}
+    for src in args.data:
+        source = data.open_source(
+            src, fonts=args.fonts, rotate_tall=args.rotate_tall, charset=net.charset,
+            max_length=net.max_length)
+        name = source.name
+        if name in sources:
+            name = src.rstrip("/")
+        if name in sources:
+            name = os.path.abspath(src)
+        # Crops are named by it, too, and those of a tree of LMDBs by the names of its parts.
+        for part in getattr(source, "parts", []):
+            part.name = name + part.name.removeprefix(source.name)
+        source.name = name
+        sources[name] = source
+    return sources
+
+
+def check_labels(source, net, protocol, predictions):
+    """-> lines that say how many of a set's labels the net can write, and of how many nothing is
+    compared.
+
+    UserError for a crop without a label, for a label that a line of the file --predictions cannot
+    hold, and if no label can be read right. This is known before an hour of reading and not after
+    it."""
+    labels = []
+    for i in range(len(source)):
+        try:
+            label = source.label(i)
+        except Damaged:                         # read_source will count it
+            continue
+        if label is None:
+            raise UserError(f"{source.where(i)}: no label; expected labelled crops: "
+                            "only --images reads without")
+        if predictions and ("\t" in label or "\n" in label):
+            raise UserError(f"{source.where(i)}: {label!r} holds a tab or line end: "
+                            "no --predictions of it")
+        labels.append(label)
+
+    parts = data.Parts([source], source.name)
+    fitting, line = data.fit_labels(parts, net.charset, net.max_length)
+    if len(fitting) == 0 and not can_be_right(labels, net, protocol):
+        raise UserError(f"{line}; the recognizer can read none of them right: it has "
+                        f"{len(net.charset)} characters, for words of {net.max_length} at most; "
+                        "leave the set out, or name another --ckpt")
+    lines = [line]
+    empty = line_on_empty_labels(labels, protocol)
+    if empty:
+        lines.append(f"{source.name}: {empty}")
+    return lines
+
+
+def can_be_right(labels, net, protocol):
+    """True if the net can write a word that equals one of these under the protocol, which may
+    pass over case and symbols."""
+    known = set()
+    for character in net.charset:
+        known.update(normalize(character, protocol))
+    for label in labels:
+        truth = normalize(label, protocol)
+        if truth and len(truth) <= net.max_length and known.issuperset(truth):
+            return True
+    return False
+
+
 def score_sets(net, args, group):
     """--data: the table of labelled sets, and what else was asked for."""
     protocol = args.protocol or default_protocol(net.charset)
     sources = open_sets(args, net)
     fit_lines = []
-    for name, source in sources.items():
-        for path in files_to_write(args):
+    for source in sources.values():
+        written = files_to_write(args)
+        if args.attention:
+            written += attention_files(sources, args.attention).values()
+        for path in written:
             data.check_crops_stay(path, source)
-        fit_lines.append(check_labels(name, source, net, protocol, args.predictions))
+        fit_lines.extend(check_labels(source, net, protocol, args.predictions))
     prepare_files(args)
     print_header(net, sources, args)
     for line in fit_lines:
@@ -1124,6 +1166,8 @@ def print_header(net, sources, args):
     if net.rotate_tall:
         say(ROTATE_TALL)
 
+
+# ---- the command
 
 def main():
     parser = Parser(__doc__)

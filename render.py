@@ -500,9 +500,9 @@ Glyph = namedtuple("Glyph", "ink left top advance")
 @functools.lru_cache(maxsize=2**16)
 def draw_glyph(path, char):
     """The Glyph of a character, or None if the font lacks it."""
-    font = open_font(path, LETTER_SIZE)
-    if font is None or not has_char(path, char):
+    if not has_char(path, char):
         return None
+    font = open_font(path, LETTER_SIZE)
     left, top, right, bottom = font.getbbox(char, anchor="ls")  # "ls": left end of the baseline
     ink = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(ink).text((-left, -top), char, 255, font, anchor="ls")
@@ -793,7 +793,10 @@ def colour_word(rng, coverage):
     inked = coverage
     relief = choose(rng, RELIEFS)
     if relief != "none":
-        wider = add_copies(coverage, relief_moves(rng, relief))
+        moves = ALL_AROUND
+        if relief == "shadow":
+            moves = [(rng.choice(SHADOW_DOWN), rng.choice(SHADOW_RIGHT))]
+        wider = add_copies(coverage, moves)
         lightness = mix(ground_light, ink_light, rng.uniform(*RELIEF_LIGHTNESS))
         colour = draw_colour(rng, lightness)
         ground = mix(ground, colour, wider * rng.uniform(*RELIEF_OPACITY))
@@ -858,13 +861,6 @@ def draw_colour(rng, lightness):
     return np.array(channels, np.float32).reshape(3, 1, 1)
 
 
-def relief_moves(rng, relief):
-    """Where the copies of the letters lie that make their shadow or outline."""
-    if relief == "shadow":
-        return [(rng.choice(SHADOW_DOWN), rng.choice(SHADOW_RIGHT))]
-    return ALL_AROUND
-
-
 def mix(a, b, share):
     """a where share is 0, b where it is 1, and on the way from a to b elsewhere."""
     return a + (b - a) * share
@@ -872,7 +868,8 @@ def mix(a, b, share):
 
 def draw_texture(rng):
     """float32 (32, 128) in [0, 1]."""
-    return cut_window(rng, textures()[rng.randrange(N_TEXTURES)])
+    texture = rng.choice(textures())
+    return cut_window(rng, texture)
 
 
 TEXTURE_H, TEXTURE_W = 64, 192      # pixels, larger than a crop: a window is cut out
