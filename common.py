@@ -567,7 +567,7 @@ def why_refused(path, error):
     if begins.startswith(b"PK\3\4") and not zipfile.is_zipfile(path):
         return "a checkpoint that was cut short; copy it again"
     refused = re.search(r"GLOBAL (\S+)", str(error))
-    if refused:
+    if refused and begins.startswith((b"PK", b"\x80")):         # else it is no pickle at all
         return (f"a pickle that wants {refused[1]}, which could run code and is not loaded; if you "
                 "trust the file, load it with torch.load(..., weights_only=False) and torch.save "
                 "its state dict alone")
@@ -841,9 +841,9 @@ def learning_rate(step, total_steps, warmup_steps, lr, min_lr):
 
 
 def weight_groups(model, weight_decay, layer_decay=1.0):
-    """AdamW's groups. Matrices decay; biases, norms, tokens and the embedding of letters do not
-    (MAE). Encoder layer i learns at layer_decay^(n + 1 - i) of the rate (BEiT): of n blocks, block
-    1 to n, the patch embedding as layer 0, and all else as layer n + 1."""
+    """AdamW's groups. Matrices decay; biases, norms, tokens and the embedding of letters do not,
+    as in MAE's fine-tuning. Encoder layer i learns at layer_decay^(n + 1 - i) of the rate (BEiT):
+    of n blocks, block 1 to n, the patch embedding as layer 0, and all else as layer n + 1."""
     groups, n = {}, len(model.encoder.blocks)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -3,7 +3,7 @@
     python finetune.py --init out/mnsp/last.pt --data synth --val synth:1000:1      a laptop
     python finetune.py --init out/mnsp/last.pt --data L/train --val L/val --compile     one GPU
     torchrun --nproc_per_node=8 finetune.py --init out/mnsp/last.pt \\
-             --data L/train --val L/val                         eight GPUs: LMIM's recipe
+             --data L/train --val L/val               eight GPUs: LMIM's data, schedule
 
 Read `main`: it holds the training loop, the same as pretrain.py's but for labels,
 augmentation and validation. Writes to --out_dir: last.pt, best.pt (highest accuracy on
@@ -37,7 +37,7 @@ from common import (
 from data import (
     AUGMENT_NUMBERS, Damaged, DamageCount, Parts, Subset, augment_from_numbers, batches,
     fit_label, fit_labels, next_batch, open_sources, read_charset, rows_in_step,
-    say_fonts, split_times,
+    say_fonts, share_words,
 )
 from model import (
     MODELS, Recognizer, ViT, compile_layers, load_encoder, normalize_pixels,
@@ -190,7 +190,7 @@ def shared_rows(model, stored_charset):
 
 def open_val(args, charset, protocol, options):
     """--val as one Source. UserError, before any training, if a label is missing, if none fits the
-    charset, or if none can be scored. Labels that do not fit stay in it and count as wrong."""
+    charset, or if none can be scored. Labels that do not fit stay in it."""
     val = open_sources(args.val, **options)
     check_can_be_scored(val, protocol)
     fitting, report = fit_labels(val, charset, args.max_length)
@@ -205,36 +205,22 @@ def open_val(args, charset, protocol, options):
 
 
 def check_can_be_scored(val, protocol):
-    """UserError if a label of --val is missing, or if none keeps a letter under the protocol."""
-    can_be_scored = False
+    """UserError if a label of --val is missing, or if none keeps a letter under the protocol. Says
+    how many keep none."""
+    labels = []
     for part in dict.fromkeys(val.parts):                   # those of SRC@N once
         for i in range(len(part)):
             with contextlib.suppress(Damaged):              # which is counted when it is read
                 label = part.label(i)
                 if label is None:
                     raise UserError(f"--val {part.where(i)}: no label; expected labelled crops")
-                if evaluate.normalize(label, protocol) != "":
-                    can_be_scored = True
-    if not can_be_scored:
+                labels.append(label)
+    empty = evaluate.line_on_empty_labels(labels, protocol)
+    if empty:
+        say(f"--val {val.name}: {empty}")
+    if all(evaluate.normalize(label, protocol) == "" for label in labels):
         raise UserError(f"--val {val.name}: no label keeps a letter under the protocol {protocol}, "
                         "which goes with --charset")
-
-
-def share_words(src, other):
-    """True if two SRCs are one draw of rendered words, one path, or a folder and what is in it."""
-    # the separator at the end keeps the folder `ab` apart from what is in the folder `a`
-    one = place_of(src) + os.sep
-    two = place_of(other) + os.sep
-    return one.startswith(two) or two.startswith(one)       # equal, or one inside of the other
-
-
-def place_of(src):
-    """Which draw a SRC is, or which path."""
-    src, _ = split_times(src)
-    if not is_rendered(src):
-        return os.path.realpath(src)
-    seed = src.split(":")[2] if src.count(":") == 2 else "0"        # synth:N:SEED
-    return f"rendered words of seed {int(seed)}"
 
 
 def validate(model, val, protocol, args, dtype, stop, group):
@@ -278,12 +264,14 @@ def main():
     # data
     charset = read_charset(args.charset)
     protocol = evaluate.default_protocol(charset)
-    options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall, chars=charset,
+    options = dict(fonts=args.fonts, rotate_tall=args.rotate_tall, charset=charset,
                    max_length=args.max_length)
     source = open_sources(args.data, **options)
     say_fonts(source)
     if args.label_fraction < 1:
+        n_crops = len(source)
         source = label_fraction(source, args.label_fraction, args.seed)
+        say(f"--label_fraction {args.label_fraction:g}: {len(source):,} of {n_crops:,} crops")
     source, report = fit_labels(source, charset, args.max_length)
     say(report)
     if len(source) == 0:

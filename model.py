@@ -433,7 +433,7 @@ class Decoder(nn.Module):
 # guide   what mim's decoder sees besides visible patches: nothing, or a view of full or coarse
 #         size, moved, bent and recoloured
 # mim, nsp, align     the weights of the terms. lmim's align of 1 is for a teacher's features; on
-#         pixels it harms reading, and 0.02 harms it less
+#         pixels it harms reading, and 0.02 does not
 # form    how [cls] tokens are aligned
 GUIDES = ("none", "full", "coarse")
 FORMS = ("mse", "infonce")
@@ -721,14 +721,17 @@ def heads_of(depth, width):
         encoder = sizes["encoder"]
         if encoder["depth"] == depth and encoder["width"] == width:
             return encoder["heads"]
-    return max(width // 64, 1)
+    heads = max(width // 64, 1)
+    if width % heads:
+        raise UserError(f"an encoder of width {width}: expected a multiple of 64, or less than 128")
+    return heads
 
 
 # ---- the recognizer
 
 class ReaderLayer(nn.Module):
-    """Self-attention -> cross-attention -> FFN, pre-norm and without biases: LMIM's in
-    fine-tuning.
+    """Self-attention -> cross-attention -> FFN, pre-norm: LMIM's in fine-tuning, whose FFN has
+    biases. Here nothing has.
 
     x (B, T, D) are characters, and crop_kv the keys and values of the crop's tokens. cache holds
     the keys and values of earlier characters (2, B, heads, t, d); it is None where x begins the

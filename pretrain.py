@@ -172,6 +172,9 @@ def main():
     if args.teacher:
         teacher = load_encoder(args.teacher).to(device)
         say(f"--teacher {args.teacher}: all {teacher.matched} tensors loaded")
+    elif args.method == "lmim" and method["align"] == METHODS["lmim"]["align"]:
+        say(f"lmim without --teacher: an align of {method['align']:g} is for a teacher's features; "
+            "on pixels it read less than from scratch. Add --teacher, or --set align=0.02")
     torch.manual_seed(args.seed)
     raw_model = Pretrainer(method, args.model, scales, teacher)
     raw_model.to(device)

@@ -403,6 +403,9 @@ def test_a_header_is_noticed(tmp_path, capsys, name, between):
         (tmp_path / name).write_text(f"{first}{between}word\na.png{between}one\n")
         assert len(data.open_source(str(tmp_path / name))) == 2
     assert capsys.readouterr().out == ""
+    lost = '{"filename": "lost", "text": "word"}\n{"filename": "a.png", "text": "one"}'
+    (tmp_path / "l.jsonl").write_text(lost)                                         # which has no columns
+    assert len(data.open_source(str(tmp_path / "l.jsonl"))) == 2
     (tmp_path / name).write_text(f"{between}word\n0{between}one\n")                  # a column of numbers
     assert "no " + os.path.join(tmp_path, "0;") in open_error(tmp_path / name)
 
@@ -539,7 +542,8 @@ def corner(image):
 
 def test_modes():
     """16 bits cut to white, 8 bits in a file of 16 read as black, a black picture of whole numbers made white,
-    transparency read as what lies hidden below it, CMYK inverted."""
+    transparency read as what lies hidden below it, CMYK inverted, a camera's 10 or 12 bits in 16 read as nearly
+    black."""
     colour, black, white = (200, 40, 80), (0, 0, 0), (255, 255, 255)
     red = Image.new("RGB", SIZE, colour)
     grey = round(.299 * 200 + .587 * 40 + .114 * 80)
@@ -555,6 +559,7 @@ def test_modes():
         (Image.new("RGBA", SIZE, (0, 0, 0, 128)), "PNG", (127,) * 3),
     ]
     deep = {(np.uint16, 100 * 257): 100, (np.uint16, 255): 255, (np.uint16, 1): 1, (np.int32, 200): 200,
+            (np.uint16, 1023): 255, (np.uint16, 512): 127, (np.uint16, 4095): 255, (np.uint16, 2048): 127,
             (np.int32, 65535): 255, (np.float32, .5): 127, (np.float32, 1): 255, (np.float32, 200): 200,
             (np.float32, 51400): 200}
     for (kind, value), wanted in deep.items():
@@ -615,7 +620,8 @@ def test_a_file_of_several_pictures(kind):
 
 
 def test_turned_images(tmp_path):
-    """A photo that lies on its side; rotate_tall turning the other way, or turning what is not tall."""
+    """A photo that lies on its side; rotate_tall turning the other way, or turning what is not tall once it
+    is upright."""
     upright = Image.new("RGB", (120, 40), "blue")
     upright.paste("yellow", (0, 0, 60, 40))                                 # left half yellow
     plain = data.decode(encode(upright))
@@ -624,6 +630,7 @@ def test_turned_images(tmp_path):
     for kind in "JPEG", "PNG", "WEBP", "TIFF":
         lying = encode(upright.transpose(Image.Transpose.ROTATE_90), kind, exif=exif, quality=95)
         assert (data.decode(lying).float() - plain.float()).abs().mean() < 6, kind
+        assert torch.equal(data.decode(lying, rotate_tall=True), data.decode(lying)), kind
     broken = encode(upright, "JPEG", quality=95, exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0")
     with warnings.catch_warnings(record=True) as heard:                     # two lines, and no crop's name
         warnings.simplefilter("always")
@@ -634,9 +641,11 @@ def test_turned_images(tmp_path):
     assert not torch.equal(data.decode(tall), plain)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "tall.png").write_bytes(tall)
+    labels = tmp_path / "labels.tsv"
+    labels.write_text("files/tall.png\tword\n")
     for name in "a", "b":
         write_lmdb(tmp_path / "tree" / name, [(tall, None)])
-    for src in write_lmdb(tmp_path / "lmdb", [(tall, None)]), tmp_path / "files", tmp_path / "tree":
+    for src in write_lmdb(tmp_path / "lmdb", [(tall, None)]), tmp_path / "files", tmp_path / "tree", labels:
         assert torch.equal(data.open_sources([src], rotate_tall=True)[0][0], plain)
     for height, turns in ((60, False), (61, True)):                         # tall is above 1.5 times as high
         crop = encode(picture(0, 40, height))
@@ -969,13 +978,14 @@ def test_files_that_are_no_image_of_ours_are_named(tmp_path):
 
 
 def test_a_damaged_crop_is_named_once(capsys):
-    """The one damaged crop of a small set, named in every epoch until the ten lines are full."""
+    """The one damaged crop of a small set, named in every epoch until the ten lines are full; or another
+    one that is not named, because it comes after that one in its batch."""
     count = data.DamageCount(.5)
     for _ in range(20):
         count.add(5, ["a"])
-    count.add(5, ["b"])
+    count.add(5, ["a", "b"])
     assert capsys.readouterr().out == "damaged, left out: a\ndamaged, left out: b\n"
-    assert count.damaged == 21 and count.seen == 105
+    assert count.damaged == 22 and count.seen == 105
 
 
 def test_damage_count(capsys):
@@ -1039,7 +1049,8 @@ def test_fit_labels(tmp_path):
 
 
 def test_labels_of_a_source_that_counts_many_times_are_read_once(tmp_path, monkeypatch):
-    """SRC@18 asks an LMDB of four million labels 18 times, which takes an hour; or counts it once."""
+    """SRC@18 asks an LMDB of four million labels 18 times, which takes an hour; or counts it once. Another
+    source of the same name that is not asked at all: its labels pass, or sound ones are left out."""
     image = encode(picture(0))
     path = write_lmdb(tmp_path / "l", [(image, text.encode()) for text in ("good", "naïve", "fine")])
     asked = []
@@ -1054,6 +1065,11 @@ def test_labels_of_a_source_that_counts_many_times_are_read_once(tmp_path, monke
     assert report == f"{path}@18: 36 of 54 labels fit, 18 outside the charset ('ï' 18)"
     assert [source.label(i) for i in (0, 1, 34, 35)] == ["good", "fine", "good", "fine"]
 
+    namesake = write_lmdb(tmp_path / "other" / "l", [(image, "ï".encode()), (image, b"sound")])
+    source, report = data.fit_labels(data.open_sources([path, namesake]), data.CHARSETS["94"], 25)
+    assert [source.label(i) for i in range(len(source))] == ["good", "fine", "sound"]
+    assert report.endswith("3 of 5 labels fit, 2 outside the charset ('ï' 2)")
+
 
 def test_drawn_words_that_do_not_fit_are_found():
     """A million drawn labels pass unread, though some are too long, or hold what the charset has not."""
@@ -1065,7 +1081,7 @@ def test_drawn_words_that_do_not_fit_are_found():
     assert [letters.label(i) for i in range(len(letters))] == [label for label in labels if label.isalnum()]
     assert 0 < len(letters) < 300 and "outside the charset" in report
     chars = data.CHARSETS["36"]
-    folded, _ = data.fit_labels(data.open_sources(["synth:300"], chars=chars), chars, 25)
+    folded, _ = data.fit_labels(data.open_sources(["synth:300"], charset=chars), chars, 25)
     assert len(folded) == 300
 
 
@@ -1075,20 +1091,20 @@ def test_drawn_words_that_fit_are_not_asked(monkeypatch):
     monkeypatch.setattr(render, "fonts_with", lambda charset, files: files)           # to look for them takes long
     for name in "36", "62", "94":
         chars = data.CHARSETS[name]
-        source, _ = data.fit_labels(data.open_sources(["synth:9"], chars=chars), chars, 25)
+        source, _ = data.fit_labels(data.open_sources(["synth:9"], charset=chars), chars, 25)
         assert len(source) == 9
 
 
 def test_max_length_reaches_what_is_drawn(tmp_path, monkeypatch):
     """finetune.py --max_length 40 that trains on words of at most 25; labels of 40 that pass unread where 30
     are asked for; a max_length of 4 that cuts words, where it should leave them out."""
-    lines = data.open_sources(["synth:300"], chars="xyz", max_length=40)
+    lines = data.open_sources(["synth:300"], charset="xyz", max_length=40)
     longest = max(range(300), key=lambda i: len(lines.label(i)))
     assert len(lines.label(longest)) > 30 and lines.get(longest).label == lines.label(longest)
     fitting, report = data.fit_labels(lines, "xyz", 30)
     assert 270 < len(fitting) < 300 and "too long" in report
-    short = data.open_source("synth:9", chars="xyz", max_length=4)
-    plain = data.open_source("synth:9", chars="xyz")
+    short = data.open_source("synth:9", charset="xyz", max_length=4)
+    plain = data.open_source("synth:9", charset="xyz")
     assert [short.label(i) for i in range(9)] == [plain.label(i) for i in range(9)]
 
     asked = []
@@ -1132,7 +1148,7 @@ def test_words_of_an_accented_alphabet(monkeypatch):
     synth = data.Synth(200, charset=data.CHARSETS["94"] + "äöüßÄÖÜ")
     drawn = "".join(synth.label(i) for i in range(200))
     assert .02 < sum(not c.isascii() for c in drawn) / len(drawn) < .3
-    folded = data.open_source("synth:50", chars=data.CHARSETS["36"])
+    folded = data.open_source("synth:50", charset=data.CHARSETS["36"])
     labels = [folded.label(i) for i in range(50)]
     assert any(label != label.lower() for label in labels)
 
@@ -1144,14 +1160,14 @@ def test_fonts_of_rendered_words(monkeypatch):
     plain = data.open_source("synth:3", fonts="mine")
     assert plain.fonts == ["mine", None] and plain.charset == data.PRINTABLE
     assert data.open_source("synth:3").fonts == [None, None]
-    some = data.open_source("synth:3", fonts="mine", chars="a b")
+    some = data.open_source("synth:3", fonts="mine", charset="a b")
     assert some.fonts == ["mine", "ab"] and set(some.label(0)) <= set("ab")
-    assert data.open_source("synth:3", chars="a b").fonts == [None, "ab"]
+    assert data.open_source("synth:3", charset="a b").fonts == [None, "ab"]
     monkeypatch.undo()
     monkeypatch.setattr(render, "fonts_with", lambda charset, files: ["chosen", charset, files])
     files = render.font_files()
     assert data.open_source("synth:3").fonts == files
-    assert data.open_source("synth:3", chars="a b").fonts == ["chosen", "ab", files]
+    assert data.open_source("synth:3", charset="a b").fonts == ["chosen", "ab", files]
 
 
 def test_charset(tmp_path):
@@ -1209,16 +1225,16 @@ def test_letters_that_nfc_splits(tmp_path, capsys):
 def test_scripts_that_cannot_be_rendered_are_refused(chars, named):
     """Words from left to right that are read from right to left, letters that do not join: a reader that is
     trained on what nobody writes."""
-    message = open_error("synth:5", chars=chars)
+    message = open_error("synth:5", charset=chars)
     assert f"which is wrong for {named} of the charset; name real crops instead" in message
 
 
 def test_a_space_is_not_drawn_and_that_is_said(monkeypatch, capsys):
     """A class that never comes, for a reason that nobody knows."""
     monkeypatch.setattr(render, "fonts_with", lambda charset, files: files)
-    assert " " not in data.open_source("synth:5", chars="ab c").charset
+    assert " " not in data.open_source("synth:5", charset="ab c").charset
     assert capsys.readouterr().out == "synth:5: rendered words hold no space, which the charset has\n"
-    data.open_source("synth:5", chars="abcé")
+    data.open_source("synth:5", charset="abcé")
     assert capsys.readouterr().out == ""
 
 
@@ -1366,7 +1382,7 @@ def generator(seed=0):
 
 
 def still_view(images, generator):
-    numbers = data.uniform_numbers(len(images), data.VIEW_NUMBERS, generator, images.device)
+    numbers = data.uniform_numbers(images, data.VIEW_NUMBERS, generator)
     return data.still_view(images, numbers)
 
 
@@ -1483,11 +1499,17 @@ def test_each_operation_does_what_it_is_called():
 
     brighter = data.augment_from_numbers(ramp, one_operation("jitter", brightness=.75))     # by 1.2
     assert torch.allclose(brighter, (1.2 * ramp).clamp(0, 1), atol=2e-3)
+    red = torch.tensor([.8, .2, .3]).view(1, 3, 1, 1).expand(1, 3, 32, 128)
+    same = dict(saturation=per_crop(1), hue=per_crop(0), brightness=per_crop(1), contrast=per_crop(1),
+                haze=per_crop(0))
+    for name, most in {"saturation": 1.2, "hue": .1, "contrast": 1.4}.items():
+        jittered = data.augment_from_numbers(red, one_operation("jitter", **{name: 1.}))
+        by_hand = data.recolour(red, **same | {name: per_crop(most)})
+        assert torch.allclose(jittered, by_hand, atol=2e-3), name
     hazy = data.augment_from_numbers(ramp, one_operation("haze", haze=1.))
     assert torch.allclose(hazy, .25 + .5 * ramp, atol=2e-3)
     inverted = data.augment_from_numbers(ramp, one_operation("invert"))
     assert torch.allclose(inverted, 1 - ramp, atol=2e-3)
-    red = torch.tensor([.8, .2, .3]).view(1, 3, 1, 1).expand(1, 3, 32, 128)
     faded = data.augment_from_numbers(red, one_operation("fade", fade=1.))
     grey = data.augment_from_numbers(red, one_operation("grey"))
     assert faded.std(1).max() < 1e-3 and (grey - faded).abs().max() < 1e-3
@@ -1610,13 +1632,14 @@ def test_strength():
 
 
 def test_low_resolution_is_of_both_sides():
-    """A picture that keeps its columns and loses its rows."""
-    fine_stripes = (torch.arange(128) % 2).float()
-    upright = fine_stripes.expand(1, 3, 32, 128)
-    lying = fine_stripes[:32, None].expand(1, 3, 32, 128)
-    for stripes in upright, lying:
-        low = data.lower_resolution(stripes, {"low_resolution": torch.ones(1)})
-        assert low.std() < .2 * stripes.std()
+    """A picture that keeps its columns and loses its rows, or of half the pixels and not of a third."""
+    for width in 1, 2:                          # pixels, of which half a picture still shows the second
+        fine_stripes = (torch.arange(128) // width % 2).float()
+        upright = fine_stripes.expand(1, 3, 32, 128)
+        lying = fine_stripes[:32, None].expand(1, 3, 32, 128)
+        for stripes in upright, lying:
+            low = data.lower_resolution(stripes, {"low_resolution": torch.ones(1)})
+            assert low.std() < .2 * stripes.std()
     broad = (torch.arange(128) // 32 % 2).float().expand(1, 3, 32, 128)
     assert (data.lower_resolution(broad, {"low_resolution": torch.ones(1)}) - broad).abs().mean() < .05
 
@@ -1711,7 +1734,8 @@ def per_crop(*values):
 
 
 def test_blur_and_sharpness():
-    """A blur that darkens the rim, or has another size than asked; a sharpening that blurs."""
+    """A blur that darkens the rim, or has another size than asked; a sharpening that blurs; of a blurred crop,
+    the mask of another blur, as if widths added up and not variances."""
     flat = torch.full((2, 3, 32, 128), .7)
     assert torch.allclose(data.focus(flat, per_crop(1.5, .5), per_crop(0, 1)), torch.tensor(.7), atol=1e-5)
     point, sigma = torch.zeros(3, 3, 32, 128), per_crop(.8, 1, 1.2)
@@ -1725,6 +1749,10 @@ def test_blur_and_sharpness():
     away = data.focus(point, per_crop(1, 1, 1), per_crop(0, 0, 0))      # what one more blur takes away
     strength = torch.tensor([0, .5, 1]).view(3, 1, 1, 1)
     assert torch.allclose(sharpened, point + strength * (point - away), atol=1e-4)
+    both = data.focus(point, per_crop(.7, .7, .7), per_crop(0, .5, 1))
+    blurred = data.focus(point, per_crop(.7, .7, .7), per_crop(0, 0, 0))
+    away = data.focus(blurred, per_crop(1, 1, 1), per_crop(0, 0, 0))
+    assert torch.allclose(both, blurred + strength * (blurred - away), atol=2e-3)
 
 
 def test_colour_and_noise():
@@ -1821,11 +1849,13 @@ def test_flags_without_effect(tmp_path, words, monkeypatch, capsys):
 
 def test_pack(tmp_path, words, damaged, monkeypatch, capsys):
     """Images coded anew, labels shifted by damage, a data set overwritten, half of one under the final
-    name; a count that is missing, without which other programs read nothing."""
+    name; a count that is missing, without which other programs read nothing; damage that is said to be left
+    out by list."""
     said = call(monkeypatch, capsys, "pack", words, damaged[0], tmp_path / "out")
     source, packed = data.open_sources([words, damaged[0]]), data.open_source(str(tmp_path / "out"))
     kept = [i for i in range(80) if i - 50 not in damaged[1]]
-    assert "72 of 80" in said and said.count("left out, damaged") == 8 and len(packed) == 72
+    assert "72 of 80 entries written and read back, 0 left out by list\n" in said
+    assert said.count("left out, damaged") == 8 and len(packed) == 72
     with data.reading(packed.folder) as transaction:
         assert transaction.get(b"num-samples") == b"72"
     for k, i in enumerate(kept):
@@ -1901,7 +1931,7 @@ def test_pack_draws_lines_of_a_charset(tmp_path, words, monkeypatch, capsys):
     flags = ["--charset", tmp_path / "c.txt", "--max_length", 40]
     call(monkeypatch, capsys, "pack", "synth:30:5", tmp_path / "out", *flags)
     packed = data.open_source(tmp_path / "out")
-    drawn = data.open_source("synth:30:5", chars="xyz", max_length=40)
+    drawn = data.open_source("synth:30:5", charset="xyz", max_length=40)
     assert [label for _, label in packed] == [label for _, label in drawn]
     assert torch.equal(packed[29][0], drawn[29][0])
     with pytest.raises(UserError, match="--max_length 40: has no effect without rendered words"):
@@ -2024,7 +2054,8 @@ def test_names_that_no_column_holds(tmp_path, monkeypatch, capsys):
 
 def test_nothing_is_written_over_what_is_read(tmp_path, monkeypatch, capsys):
     """Labels, or a crop, lost for a slip of the pen, SRC@N typed or not; a database or a checkpoint that is
-    written over by text; a sheet that is one of the crops the next time."""
+    written over by text; a sheet that is one of the crops the next time; one that is refused beside an LMDB,
+    where it is none."""
     picture(0).save(tmp_path / "a.png")
     picture(0).save(tmp_path / "crop", format="PNG")
     labels = tmp_path / "l.tsv"
@@ -2049,6 +2080,8 @@ def test_nothing_is_written_over_what_is_read(tmp_path, monkeypatch, capsys):
     call(monkeypatch, capsys, "show", labels, "--out", tmp_path / "sheet.png")
     call(monkeypatch, capsys, "show", tmp_path, "--out", f"{tmp_path}.png")             # beside the folder
     os.remove(f"{tmp_path}.png")
+    database = write_lmdb(tmp_path / "database", [(encode(picture(0)), b"word")])
+    call(monkeypatch, capsys, "show", database, "--out", tmp_path / "database" / "sheet.png")
 
 
 def test_check_counts(tmp_path, damaged, monkeypatch, capsys):

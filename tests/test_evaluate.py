@@ -6,6 +6,8 @@ import os
 import pathlib
 import random
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -306,14 +308,34 @@ def test_score_reproduces_known_counts(call, tmp_path, monkeypatch):
 
 
 def test_score_refuses_strings():
-    """Words of two letters that are taken for pairs: 0 % or 100, and no word of what was wrong."""
-    with pytest.raises(common.UserError, match="score: 'ab'; expected pairs"):
-        evaluate.score(["ab", "cc"], "waics")
+    """Words of two letters that are taken for pairs: 0 % or 100, and no word of what was wrong. A traceback for
+    what evaluate.read_source and `read` return."""
+    for wrong in ("ab", ("ab", "ab", 0.9), ("ab", ("ab", 0.9)), (None, "ab"), ("ab", 7)):
+        with pytest.raises(common.UserError, match=re.escape(f"score: {wrong!r}; expected pairs")):
+            evaluate.score([("a", "a"), wrong], "waics")
+    assert evaluate.score([("a", "a"), ("b", None)], "waics")["evaluated"] == 1
+
+
+def test_labels_of_which_nothing_is_compared_are_said(call, bench, tmp_path, monkeypatch):
+    """Words of another script, each right under waics if nothing of ours is read: 90 %, and no word of why."""
+    file = tmp_path / "p.tsv"
+    file.write_text("да\tнет\nнет\tда\nab\tac\n", encoding="utf-8")
+    status, out, err = call("--score", file)
+    assert status == 0 and re.search(r"^average +66.67", out, re.M)
+    said = "2 of 3 labels hold nothing that waics compares; each is right if nothing else is read\n"
+    assert err == f"--score {file}: {said}"
+    assert call("--score", file, "--protocol", "exact")[2] == ""
+    assert call("--score", file, "--protocol", "parseq36")[2] == ""         # which leaves them out
+
+    (bench / "set" / "mixed.tsv").write_text("0.png\tда\n1.png\tнет\n2.png\tab\n", encoding="utf-8")
+    out = call("--ckpt", bench / "tiny.pt", "--data", bench / "set" / "mixed.tsv")[1]
+    assert f"mixed.tsv: {said}" in out
 
 
 def test_score_refuses_what_is_no_file_of_readings(call, tmp_path):
     """A file without tabs, an empty one, a missing one and one that is not UTF-8: one line each, never a
-    table of zeros; line ends of Windows are no part of a prediction, and blank lines none."""
+    table of zeros; line ends of Windows are no part of a prediction. A spreadsheet's empty rows that count as
+    words read right, or that are left out unsaid."""
     (tmp_path / "words.txt").write_bytes(b"a\tb\n\nword\n")
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\tcafe\n")
@@ -323,9 +345,9 @@ def test_score_refuses_what_is_no_file_of_readings(call, tmp_path):
     refused(call("--score", tmp_path / "latin.txt"), "latin.txt", "utf-8", expected)
     refused(call("--score", tmp_path / "nowhere.tsv"), "nowhere.tsv", "No such file")
 
-    (tmp_path / "windows.txt").write_bytes(b"a\ta\r\n\r\nb\tb\r\n\r\n")
-    status, out, _ = call("--score", tmp_path / "windows.txt", "--protocol", "exact")
-    assert status == 0 and re.search(r"^average +100\.00", out, re.M)
+    (tmp_path / "windows.txt").write_bytes(b"a\tb\r\n\r\nb\tb\r\n\t\r\n\t\t\r\n")
+    status, out, err = call("--score", tmp_path / "windows.txt", "--protocol", "exact")
+    assert status == 0 and re.search(r"^average +50\.00", out, re.M) and "3 empty lines left out" in err
 
 
 def test_score_refuses_other_columns(call, tmp_path):
@@ -337,7 +359,7 @@ def test_score_refuses_other_columns(call, tmp_path):
         status, out, err = call("--score", file)
         assert status == 0 and f"line 1 is taken for a header: {header}\n" in err
         assert re.search(r"^p.tsv +1 +1 +100", out, re.M)
-    for word in ("Label\tlabel", "target\tmarket", "text\t"):            # no header
+    for word in ("Label\tlabel", "target\tmarket", "text\t", "true\ttarget\t0.9"):       # no header
         file.write_text(f"{word}\nab\tab\n")
         assert re.search(r"^p.tsv +2 +2 ", call("--score", file)[1], re.M)
     file.write_text("ab\tab\nlabel\ttext\n")                  # words that were read
@@ -465,6 +487,10 @@ def test_a_wrong_name_costs_nothing(bench, call, tmp_path):
     crop = bench / "set" / "0.png"                              # of a labels file
     got = call(*ckpt, "--data", "synth:4", bench / "set" / "labels.tsv", "--errors", crop)
     refused(got, f"{crop}: labels.tsv 0.png is read, and would be changed")
+    shutil.copy(crop, tmp_path / "0.tsv.png")
+    (tmp_path / "0.tsv").write_text("0.tsv.png\tab\n")
+    got = call(*ckpt, "--data", tmp_path / "0.tsv", "--attention", tmp_path)
+    refused(got, "0.tsv.png is read, and would be changed")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no such pipes, and links for few")
@@ -535,7 +561,7 @@ def test_too_much_damage_is_a_failure(bench, call, tmp_path):
 
     assert call(*command, "--max_damaged", 0.112)[0] == 0                   # 1 of 9 is less than that
     assert call(*command, "--max_damaged", 0.111)[0] == 2
-    refused(call("--score", tmp_path / "p.tsv"), "p.tsv: 1 of 13 crops")
+    refused(call("--score", tmp_path / "p.tsv", "--protocol", "exact"), "p.tsv: 1 of 13 crops")
     (tmp_path / "p.tsv").write_text("a\tb\t1\tx\n" * 99 + "\t\tdamaged\tx\n")
     assert call("--score", tmp_path / "p.tsv")[0] == 0                      # no more than one of a hundred
 
@@ -959,6 +985,39 @@ def test_the_weights_that_ship(call, tmp_path):
     assert [text for text, _ in evaluate.load_recognizer().read(images)] == labels
 
 
+def test_the_mean_of_recognizers(tmp_path, monkeypatch):
+    """A sum, or the first recognizer, in the place of the mean. A mean over charsets that hold the same
+    characters in another order, over two sizes, or with what is no recognizer: it ships, and reads nothing."""
+    make_reader = runpy.run_path(os.path.join(ROOT, "assets", "make_reader.py"))
+    flags = {"model": "vit_nano", "max_length": 25, "spell": 0.5, "rotate_tall": False, "lr": 0.1}
+    first = {"model": {"w": torch.tensor([1.0, -1.0])}, "args": flags, "charset": "ab", "step": 7}
+    second = dict(first, model={"w": torch.tensor([2.0, 2.0])}, step=8)
+    third = dict(first, model={"w": torch.tensor([6.0, 5.0])})
+
+    def mean_of(*checkpoints):
+        paths = []
+        for k, checkpoint in enumerate(checkpoints):
+            paths.append(str(tmp_path / f"{k}.pt"))
+            torch.save(checkpoint, paths[-1])
+        monkeypatch.setattr(sys, "argv", ["make_reader.py", *paths, "--out", str(tmp_path / "r.pt")])
+        make_reader["main"]()
+        return torch.load(tmp_path / "r.pt", weights_only=True)
+
+    made = mean_of(first, second, third)
+    assert made["model"]["w"].dtype == torch.float16 and made["model"]["w"].tolist() == [3, 2]
+    assert made["charset"] == "ab" and made["step"] == 7 and "research" in made["about"]
+    assert made["args"] == {name: flags[name] for name in ("model", "max_length", "spell", "rotate_tall")}
+
+    os.remove(tmp_path / "r.pt")
+    no_recognizer = {name: value for name, value in first.items() if name != "charset"}
+    others = {"another --charset": dict(first, charset="ba"), "no recognizer": no_recognizer,
+              "--model vit_mini": dict(first, args=dict(flags, model="vit_mini"))}
+    for why, other in others.items():
+        with pytest.raises(common.UserError, match=f"1.pt: {why}"):
+            mean_of(first, other)
+    assert not (tmp_path / "r.pt").exists()
+
+
 def test_refusals(bench, call, tmp_path):
     """Wrong flags, one set twice, a label that a TSV cannot hold, a place that cannot be written, a device
     that is not there: each in one line, before any table."""
@@ -1061,6 +1120,8 @@ def test_two_sets_of_one_name(bench, call, tmp_path, monkeypatch):
     assert places == ["tree/a", "tree/b", "y/tree/a", "y/tree/b"]
     twice = [bench / "set" / "labels.tsv", bench / "set" / ".." / "set" / "labels.tsv"]
     refused(call(*ckpt, "--data", *twice), "one set twice")
+    refused(call(*ckpt, "--data", "x/tree", "x/tree/a"), "--data x/tree x/tree/a: one set twice, or a part")
+    refused(call(*ckpt, "--data", "synth:3", "synth:4:00"), "one set twice")
 
 
 # ---- robustness

@@ -476,11 +476,16 @@ def test_no_dropout_in_eval_mode(part):
 # ---- pixels, patches and places
 
 def test_pixels_are_normalised():
-    """Bytes taken for numbers in [0, 1], or the other way round; another range than [-1, 1]."""
+    """Bytes taken for numbers in [0, 1], or the other way round; another range than [-1, 1]. Floats of 0 to 255,
+    which would be noise to every network. Floats a little beyond 1, refused."""
     levels = torch.tensor([0, 51, 255], dtype=torch.uint8)
     expected = torch.tensor([-1, -0.6, 1])
     torch.testing.assert_close(model.normalize_pixels(levels), expected)
     torch.testing.assert_close(model.normalize_pixels(levels / 255), expected)
+    with pytest.raises(UserError, match="images from 0 to 255; expected uint8, or float in"):
+        model.normalize_pixels(levels.float())
+    beyond = torch.tensor([-0.01, 1.01])
+    torch.testing.assert_close(model.normalize_pixels(beyond), beyond * 2 - 1)      # which rounding may do
 
 
 def test_unpatchify_is_the_inverse():
@@ -1222,6 +1227,8 @@ def test_bare_encoders_have_their_heads(tmp_path, name):
         assert {block.attn.heads for block in encoder.blocks} == {config["heads"]}
         assert encoder.patch == patch
     assert model.heads_of(7, 320) == 5 and model.heads_of(2, 32) == 1       # sizes that are not ours
+    with pytest.raises(UserError, match="width 200: expected a multiple of 64"):
+        model.heads_of(7, 200)              # else it loads, and fails when it is used
 
 
 def write_bad_checkpoints(folder):
@@ -1439,6 +1446,8 @@ def test_reading_says_text_and_confidence():
     assert [text for text, _ in m.read(images / 255)] == [text for text, _ in words]
     assert m.read(images, batch_size=3) == words
     assert m.read(images, batch_size=3, dtype=torch.bfloat16) != words, "--dtype is not heard"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m.decode(images[:2] / 255)[1].dtype == torch.float32, "0.999 becomes 1"
 
     m.classifier.bias.data[m.end - 1] += 1e3                            # the charset's last character
     assert m.read(images[:1])[0][0] == "z" * m.max_length

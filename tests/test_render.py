@@ -378,7 +378,8 @@ def test_bends_are_what_their_names_say():
 
 def test_crop_holds_the_whole_word(monkeypatch):
     """An outline that misses the highest point of an arch, or a mesh whose corners are swapped: letters are
-    cut, or stand on their heads."""
+    cut, or stand on their heads. Words that stand in the middle of every crop, or are cut off further than the
+    table says."""
     monkeypatch.setattr(render, "MARGIN", (.05, 0))
     for sag in (0, .8, -.8):
         bend = render.Bend(aspect=4, shear=.1, taper=.1, sag=sag, angle=.1)
@@ -389,6 +390,14 @@ def test_crop_holds_the_whole_word(monkeypatch):
                 assert left < x < right and top < y < bottom
 
     straight = render.Bend(aspect=4, shear=0, taper=0, sag=0, angle=0)
+    monkeypatch.setattr(render, "MARGIN", (.05, .1))
+    margins = []
+    for i in range(40):
+        left, top, right, bottom = render.crop_around(random.Random(i), straight)
+        margins.append((-2 - left, -.5 - top, right - 2, bottom - .5))
+    assert np.min(margins, axis=0) == pytest.approx(-.05)
+    assert np.corrcoef(np.transpose(margins))[np.triu_indices(4, 1)].max() < .6
+
     drawing = Image.new("L", (160, 80))
     drawing.paste(255, (0, 20, 80, 40))                                 # the word's upper left quarter
     mesh = render.bend_mesh(straight, (-2, -.5, 2, .5), drawing.size)
@@ -412,12 +421,16 @@ def test_a_shadow_ends_at_the_rim():
 
 def test_a_colour_has_the_lightness_asked_for():
     """Ground and letters are kept apart by lightness alone: a colour that misses it makes words that
-    nobody can read."""
+    nobody can read. Signs that are green and pink, for want of blue and yellow ones."""
     rng = random.Random(0)
+    colours = []
     missed = []
     for _ in range(300):
         red, green, blue = render.draw_colour(rng, .5).ravel()
+        colours.append((red, green, blue))
         missed.append(abs((.30 * red + .59 * green + .11 * blue) / 255 - .5))
+    red, green, blue = np.std(colours, axis=0)
+    assert green < .6 * red and red < blue
     assert np.mean(np.array(missed) < .01) > .9 and max(missed) < .3    # channels end at 0 and 255
 
 
@@ -457,7 +470,8 @@ def test_letters_that_overlap_stay_whole(monkeypatch):
 
 
 def test_bends_keep_their_limits(monkeypatch):
-    """Long words turned or bent so far that they leave nothing of the letters; italics that lean to the left."""
+    """Long words turned or bent so far that they leave nothing of the letters; italics that lean to the left;
+    words that are made wider and never narrower."""
     monkeypatch.setattr(render, "STRETCH", (0, 0))
     monkeypatch.setattr(render, "TAPER", (0, 9))
     monkeypatch.setattr(render, "SHEAR", (0, 0))
@@ -478,6 +492,9 @@ def test_bends_keep_their_limits(monkeypatch):
     drawn = bends(4, 0)
     assert {(bend.sag, bend.shear) for bend in drawn} == {(0, 0)}
     assert np.std([bend.angle for bend in drawn]) == pytest.approx(.03, rel=.15)
+    monkeypatch.setattr(render, "STRETCH", (0, .15))
+    stretches = np.log([bend.aspect / 4 for bend in bends(4, 0)])
+    assert abs(stretches.mean()) < .03 and stretches.std() == pytest.approx(.15, rel=.15)
 
 
 def test_a_crop_tells_its_true_shape():

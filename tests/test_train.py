@@ -168,9 +168,9 @@ def parsed(script, *flags):
     return args[0] if script is pretrain else args
 
 
-def crops_of(src, chars=None):
-    """All crops of a source, uint8 (n, 3, 32, 128), and their labels; chars are those that are drawn."""
-    source = data.open_source(src, chars=chars)
+def crops_of(src):
+    """All crops of a source, uint8 (n, 3, 32, 128), and their labels."""
+    source = data.open_source(src)
     images, labels = zip(*[source[i] for i in range(len(source))])
     return torch.stack(images), list(labels)
 
@@ -773,11 +773,18 @@ def draw(monkeypatch, tmp_path, prediction, teacher=None):
     monkeypatch.setattr(pretrain, "draw_sheet", lambda rows, path: drawn.append(rows))
     images, _ = crops_of("synth:8")
     network = Pretrainer("mnsp", "vit_square", teacher=teacher)
-    args = SimpleNamespace(seed=0, mask="random", mask_ratio=0.8, guidance_strength=1.0)
+    make_views, strengths = pretrain.make_views, []
+
+    def keep_strength(*given):
+        strengths.append(given[-1])
+        return make_views(*given)
+    monkeypatch.setattr(pretrain, "make_views", keep_strength)
+    args = SimpleNamespace(seed=0, mask="random", mask_ratio=0.5, guidance_strength=2.0)
     for step in (500, 1000):
         path = str(tmp_path / "samples" / f"{step}.png")
         pretrain.draw_samples(network, images, torch.device("cpu"), torch.float32, args, path, step)
         assert network.training
+    assert masks[0].shape == (8, 32) and strengths == [2.0, 2.0], "flags of the run that its pictures do not heed"
     titles, *rows = drawn[0]
     columns = [torch.stack([row[k][0] for row in rows]) for k in range(len(titles))]
     again = [torch.stack([row[k][0] for row in drawn[1][1:]]) for k in range(len(titles))]
@@ -836,8 +843,9 @@ def test_pictures_of_features(go, monkeypatch, tmp_path, cosine, grey):
 
 
 def test_pictures_come_when_they_are_due(go, monkeypatch):
-    """--sample_every that is not heard; a sheet that no other program can open."""
-    out = go(pretrain, *MIM, "--max_steps", "5", "--sample_every", "2")
+    """--sample_every that is not heard; a sheet that no other program can open; a traceback at the first picture
+    of blocks, or of half precision."""
+    out = go(pretrain, *MIM, *"--max_steps 5 --sample_every 2 --mask block --dtype bfloat16".split())
     folder = os.path.join(out, "samples")
     assert sorted(os.listdir(folder)) == ["step_000002.png", "step_000004.png", "step_000005.png"]
     with Image.open(os.path.join(folder, "step_000005.png")) as sheet:
@@ -1000,7 +1008,9 @@ def test_best_is_the_first_of_the_highest(go, monkeypatch, capsys, later, kept, 
     assert checkpoint(out)["best"] == best
     said = capsys.readouterr().out
     assert "step 2  val 30.0 waics  1-NED 0.0" in said and f"best.pt  best val {best:.1f}\n" in said
-    assert [row["val_accuracy"] for row in log_of(out)] == [10, 30, 20, 30, 5, *later]
+    rows = log_of(out)
+    assert [row["val_accuracy"] for row in rows] == [10, 30, 20, 30, 5, *later]
+    assert [row["val_ned"] for row in rows] == [0] * 7
 
 
 # ---- the step itself
@@ -1196,6 +1206,7 @@ def test_count_of_steps():
     assert count(1000, 16) == (625, 62)
     assert count(1000, 16, epochs=0.5, warmup_epochs=0.25) == (31, 16)
     assert count(10 ** 6, 64, max_steps=2000, warmup_epochs=0.5) == (2000, 100)
+    assert count(1000, 16, epochs=0.7, warmup_epochs=0) == (44, 1)         # 43.75
     assert count(10, 64, epochs=1) == (1, 1)
     assert count(1000, 16, warmup_epochs=0) == (625, 1)
     assert count(1000, 16, epochs=2, warmup_epochs=5) == (125, 125)
@@ -1751,6 +1762,7 @@ def write_foreign_files(folder):
     (folder / "empty.pt").write_bytes(b"")
     (folder / "lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (folder / "page.pt").write_text("<!DOCTYPE html>")
+    (folder / "labels.pt").write_text("crops/00.png\tword\ncrops/01.png\tword\n")       # "c" begins a pickle, too
     (folder / "plain.pt").write_bytes(pickle.dumps({"model": Refused()}))
     (folder / "bare.pt").write_bytes(pickle.dumps({"model": "a"})[:-3])
     torch.save({}, folder / "script.pt")
@@ -1765,6 +1777,7 @@ def write_foreign_files(folder):
         "empty": "an empty file; copy or download it again",
         "lfs": "a Git LFS pointer, and not the file itself; type git lfs pull",
         "page": "a web page; download the file itself",
+        "labels": "not a checkpoint that can be read safely (UnpicklingError); expected tensors",
         "plain": "a pickle that could run code (it wants io.open); if you trust the file, read it with pickle.load",
         "bare": "a pickle that could run code (it wants nothing); if you trust",
         "script": "a TorchScript archive; expected a state dict, which this makes of it: torch.save(torch.jit",
@@ -1913,16 +1926,19 @@ def test_torn_lines_of_the_log_are_dropped(go, whole, tmp_path):
 
 
 def test_damage_is_counted_over_a_resume(go, monkeypatch, tmp_path):
-    """A count that starts at zero with every --resume, so that nobody sees how much of the data is lost."""
+    """A count that starts at zero with every --resume, so that nobody sees how much of the data is lost. Fewer
+    pictures than eight, since the first crop is damaged."""
     write_crops(tmp_path, "synth:16")
-    (tmp_path / "15.png").write_bytes(b"torn")
-    flags = [*MIM, "--max_damaged", "0.5", "--data", str(tmp_path / "labels.tsv")]
+    (tmp_path / "00.png").write_bytes(b"torn")
+    drawn = []
+    monkeypatch.setattr(pretrain, "draw_samples", lambda network, images, *_: drawn.append(len(images)))
+    flags = [*MIM, "--max_damaged", "0.5", "--data", str(tmp_path / "labels.tsv"), "--sample_every", "6"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         after_line(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
         go(pretrain, *flags)
     out = go(pretrain, *flags, "--resume")
     assert [row["damaged"] for row in log_of(out)] == [1, 2, 3, 4, 5, 6]
-    assert checkpoint(out)["damage"] == [96, 6]
+    assert checkpoint(out)["damage"] == [96, 6] and drawn == [8]
 
 
 def test_out_dir_is_guarded(go, whole, tmp_path, capsys):
@@ -2213,12 +2229,21 @@ def test_bad_steps_are_skipped_and_counted(go, monkeypatch, whole, capsys):
 
 
 def test_an_optimizer_that_would_not_skip_is_refused():
-    """A student's own optimizer, which takes the bad steps that the log says were skipped."""
+    """A student's own optimizer, which takes the bad steps that the log says were skipped. A gradient that is
+    infinite and no NaN, with which the step is taken."""
     layer = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=False)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with pytest.raises(ValueError, match="fused=True"):
         common.step_unless_not_finite(optimizer, scaler, torch.tensor(1.0), torch.zeros(2))
+
+    optimizer, skipped = torch.optim.AdamW(layer.parameters(), lr=1.0, fused=True), torch.zeros(2)
+    before = layer.weight.clone()
+    for grad_norm in (math.inf, 1.0):
+        layer.weight.grad = torch.ones(2, 2)
+        common.step_unless_not_finite(optimizer, scaler, torch.tensor(grad_norm), skipped)
+        assert torch.equal(layer.weight, before) == (grad_norm == math.inf)
+    assert skipped.tolist() == [0, 1]
 
 
 def test_bad_steps_count_over_a_resume(go, monkeypatch):
@@ -2352,6 +2377,12 @@ def test_a_folder_is_one_runs(monkeypatch, tmp_path, capsys):
     common.cut_log(str(log), 0)
     assert log.read_text() == "" and "2 lines, torn or of steps after 0, are cut off" in capsys.readouterr().out
 
+    mine = common.Log(args, 0, 10, 8, torch.device("cpu"), None)
+    os.remove(log)
+    log_a_step()
+    mine.close()
+    assert log.read_text().count("\n") == 1, "lines went to a file that was deleted"
+
 
 def test_nobody_reads_stderr(capfd):
     """`evaluate.py --images a.png 2> >(true)`: no reading on stdout, and status 0."""
@@ -2380,8 +2411,9 @@ def test_full_disk_that_holds_the_log_too(monkeypatch):
 
 def test_best_that_could_not_be_written_is_not_announced(go, real, monkeypatch, capsys):
     """best.pt of worse weights, or none, under the accuracy of others. The first label of --val being damaged
-    ends nothing."""
-    plain_label, plain_write = data.Files.label, common.write_checkpoint
+    ends nothing. Damage that fine-tuning does not log, or that is left out of the accuracy."""
+    plain_label, plain_write, plain_score = data.Files.label, common.write_checkpoint, evaluate.score
+    scored = []
 
     def label(self, i):
         if i == 0:
@@ -2390,15 +2422,22 @@ def test_best_that_could_not_be_written_is_not_announced(go, real, monkeypatch, 
 
     def write(path, state):
         return not path.endswith("best.pt") and plain_write(path, state)
+
+    def score(pairs, protocol):
+        scored.append(len(pairs))
+        return plain_score(pairs, protocol)
     monkeypatch.setattr(data.Files, "label", label)
     monkeypatch.setattr(common, "write_checkpoint", write)
-    out = go(finetune, "--val", real, "--batch_size", "4", "--max_steps", "2", "--sample_every", "1")
-    assert checkpoint(out)["best"] == -1
+    monkeypatch.setattr(evaluate, "score", score)
+    flags = ["--data", real, "--val", real, "--max_damaged", "0.5"]
+    out = go(finetune, *flags, *"--batch_size 8 --max_steps 2 --sample_every 1".split())
+    assert checkpoint(out)["best"] == -1 and scored == [16, 16], "damaged crops are wrong ones"
     said = capsys.readouterr().out
     assert "best val" not in said and "--val: 1 of 16 crops are damaged" in said
+    assert ">None" not in said, "a damaged crop among the readings that are printed"
     assert not os.path.exists(os.path.join(out, "best.pt"))
     rows = log_of(out)
-    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == [1, 2] and rows[1]["damaged"] == 1
     for row in rows:
         assert {"loss", "val_accuracy", "val_ned"} <= set(row)
 
@@ -2965,14 +3004,20 @@ def test_another_charset_keeps_the_letters_of_both(go, tmp_path):
 
 
 def test_a_recognizer_that_lacks_a_part(tmp_path, monkeypatch):
-    """--init of a recognizer without char_head, refused, or loaded and said to be whole."""
+    """--init of a recognizer without char_head, refused, or loaded and said to be whole; one of vertical words that
+    goes on with words that lie, unsaid."""
     monkeypatch.setitem(MODELS, "vit_nano", SMALL)
     stored = Recognizer(ViT(**SMALL["encoder"]), "ab", **SMALL["reader"])
-    torch.save(dict(model=stored.state_dict(), charset="ab"), tmp_path / "x.pt")
+    state = dict(model=stored.state_dict(), charset="ab", args=dict(rotate_tall=True))
+    torch.save(state, tmp_path / "x.pt")
     flags = ["--init", str(tmp_path / "x.pt"), "--model", "vit_nano", "--spell", "10"]
     network, said = finetune.build_recognizer(parsed(finetune, *flags), "ab")
     state, n = network.state_dict(), len(stored.state_dict())
-    assert said.endswith(f"{n} of {n + 2} tensors loaded, anew: char_head.weight char_head.bias")
+    loaded = f"{n} of {n + 2} tensors loaded, anew: char_head.weight char_head.bias"
+    assert said.endswith(f"{loaded}; it was trained with --rotate_tall")
+    args = parsed(finetune, *flags)
+    args.rotate_tall = True
+    assert finetune.build_recognizer(args, "ab")[1].endswith(loaded)
     for name, value in stored.state_dict().items():
         assert torch.equal(state[name], value)
     assert state["char_head.weight"].std() > 0
@@ -3030,13 +3075,15 @@ def test_weights_that_are_not_numbers_are_not_loaded(wrong):
     ("synth:9:1", "synth:5:1@3", True), ("synth:9:1", "synth:9:12", False), ("synth", "synth:7:0", True),
     ("L/train/a", "L/train", True), ("L", "L/train@2", True), ("L/./a.tsv", "L/a.tsv", True),
     ("L/train2", "L/train", False), ("L/val", "L/train", False), ("synthetic/val", "synthetic/train", False),
-    ("synth:9:01", "synth:5:1", True), ("link/a", "L/train", True)])
+    ("synth:9:01", "synth:5:1", True), ("link/a", "L/train", True), ("L/words.tsv", "L", False),
+    ("L/words.tsv", "L/words.tsv@9", True)])
 def test_validation_on_what_is_trained_on(tmp_path, monkeypatch, val, train, said):
     """An accuracy on a part of the training data's tree, unsaid, by whatever name it goes."""
     monkeypatch.chdir(tmp_path)
     os.makedirs("L/train")
     os.symlink("L/train", "link")
-    assert finetune.share_words(val, train) is said
+    open("L/words.tsv", "w").close()
+    assert data.share_words(val, train) is said
 
 
 def test_labels_become_classes():
@@ -3090,7 +3137,8 @@ def test_label_fraction_reaches_the_run(go, capsys, monkeypatch):
         return plain(source, share, seed)
     monkeypatch.setattr(finetune, "label_fraction", keep)
     go(finetune, *"--data synth:40 --label_fraction 0.1 --batch_size 4 --max_steps 1 --seed 7".split())
-    assert " 4 crops  4 a step" in capsys.readouterr().out and seeds == [7]
+    said = capsys.readouterr().out
+    assert " 4 crops  4 a step" in said and "--label_fraction 0.1: 4 of 40 crops\n" in said and seeds == [7]
 
 
 def test_validation_is_as_training(go, monkeypatch, real):
@@ -3105,7 +3153,7 @@ def test_validation_is_as_training(go, monkeypatch, real):
     monkeypatch.setitem(MODELS, "vit_nano", SMALL)
     flags = ["--data", real, "--val", real, "--rotate_tall", "--dtype", "bfloat16", "--max_steps", "1"]
     go(finetune, *flags)
-    expected = dict(fonts=None, rotate_tall=True, chars=data.CHARSETS["94"], max_length=25)
+    expected = dict(fonts=None, rotate_tall=True, charset=data.CHARSETS["94"], max_length=25)
     assert opened == [expected, expected]
     assert read == [torch.bfloat16]
 
@@ -3122,6 +3170,17 @@ def test_case_folded_words_are_drawn_in_both_cases(go, monkeypatch):
     assert len(seen) == 32 and any(label != label.lower() for label in seen)
     for label in seen:
         assert label.isalnum()
+
+
+def test_lmim_on_pixels_says_that_its_alignment_was_not_made_for_it(go, capsys):
+    """The one row of METHODS whose defaults read less than from scratch, unless there is a teacher, unsaid; or said of
+    what was set otherwise."""
+    warning = "lmim without --teacher: an align of 1 is for a teacher's features"
+    flags = ["--method", "lmim", "--max_steps", "1"]
+    go(pretrain, *flags, out="plain")
+    assert warning in capsys.readouterr().out
+    go(pretrain, *flags, "--set", "align=0.02", out="weak")
+    assert warning not in capsys.readouterr().out
 
 
 if __name__ == "__main__":
