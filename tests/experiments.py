@@ -78,15 +78,18 @@ MAIN_ROWS = ["scratch", "mim", "nsp", "lmim", "mnsp"]
 EQUAL_TIME = ["mim_long", "nsp_long", "lmim", "mnsp"]
 LARGE_ROWS = ["large_scratch", "large_mim", "large_mnsp", "large_mim_long"]
 ALL_SEEDS = [*MAIN_ROWS, "mim_long"]            # the others are run with the first seed alone
-LONG_ROWS = ["scratch", "mim_long", "mnsp"]     # the first seed of these is also fine-tuned for long
+LONG_ROWS = ["scratch", "mim_long", "mnsp"]     # these are also fine-tuned for long, with all seeds
+PROBED = [*MAIN_ROWS[1:], "mim_long"]          # these also with a frozen encoder, the first seed
 
 # steps; how many of the real labels, in words; the part of the split that has them; how often
-# each of its crops counts
-FineTuning = namedtuple("FineTuning", "steps labels part times")
+# each of its crops counts; flags of finetune.py
+FineTuning = namedtuple("FineTuning", "steps labels part times flags")
 FINE_TUNING = {
-    "all": FineTuning(4000, "all", "fit", 12),
-    "tenth": FineTuning(2000, "a tenth", "tenth", 120),
-    "long": FineTuning(12000, "all", "fit", 12),
+    "all": FineTuning(4000, "all", "fit", 12, []),
+    "tenth": FineTuning(2000, "a tenth", "tenth", 120, []),
+    "long": FineTuning(12000, "all", "fit", 12, []),
+    "double": FineTuning(8000, "all", "fit", 12, []),   # takes as long as mnsp's 2,000 and 4,000
+    "frozen": FineTuning(4000, "all", "fit", 12, ["--freeze_encoder"]),
 }
 COMPARED = ("all", "tenth")                     # the main rows are fine-tuned in these two ways
 
@@ -124,8 +127,12 @@ def all_jobs(real, out, fonts):
             if PRETRAINING[name] is not None:
                 jobs.append(untrained_reader_job(name, seed, out))
             jobs.append(fine_tuning_job(name, seed, "tenth", tests, out, fonts))
-    for name in LONG_ROWS:
-        jobs.append(fine_tuning_job(name, SEEDS[0], "long", tests, out, fonts))
+    for seed in SEEDS:
+        for name in LONG_ROWS:
+            jobs.append(fine_tuning_job(name, seed, "long", tests, out, fonts))
+        jobs.append(fine_tuning_job("scratch", seed, "double", tests, out, fonts))
+    for name in PROBED:
+        jobs.append(fine_tuning_job(name, SEEDS[0], "frozen", tests, out, fonts))
     return {job.name: job for job in jobs}
 
 
@@ -168,7 +175,7 @@ def fine_tuning_job(name, seed, length, tests, out, fonts):
     run = f"{name}-s{seed}-{length}"
     kind, folder = FINE_TUNING[length], f"{out}/{run}"
     init, needs = pretrained(name, seed, out)
-    train = ["finetune.py", *init, *size_flags(name), *fonts,
+    train = ["finetune.py", *init, *size_flags(name), *fonts, *kind.flags,
              "--data", "synth:200000", f"{out}/split/{kind.part}@{kind.times}", "--val", f"{out}/split/val",
              "--max_steps", str(kind.steps), "--seed", str(seed), "--resume", "--out_dir", folder]
     read = ["evaluate.py", "--ckpt", f"{folder}/best.pt", "--data", *tests,
@@ -446,6 +453,8 @@ def all_tables(found):
     """All records, as Markdown."""
     tables = [words_read_table(found, MAIN_ROWS, length) for length in COMPARED]
     tables.append(words_read_table(found, LONG_ROWS, "long"))
+    tables.append(words_read_table(found, ["scratch"], "double"))
+    tables.append(words_read_table(found, PROBED, "frozen"))
     tables.append(equal_time_table(found))
     tables.append(changes_table(found))
     tables.append(words_read_table(found, LARGE_ROWS, "all"))
@@ -515,6 +524,8 @@ def words_read_table(found, names, length):
         rows.append(row)
     title = (f"Words read (%) after {kind.steps:,} steps of fine-tuning on rendered words "
              f"and {kind.labels} of the real ones, {network(names[0])}")
+    if kind.flags:
+        title += f", {' '.join(kind.flags)}"
     head = ["from", "validation", "IIIT5k", "SVT", "IC13_857", "IC15_2077", "average", "each seed"]
     return markdown(title, head, rows)
 
