@@ -168,9 +168,9 @@ def parsed(script, *flags):
     return args[0] if script is pretrain else args
 
 
-def crops_of(src):
-    """All crops of a source, uint8 (n, 3, 32, 128), and their labels."""
-    source = data.open_source(src)
+def crops_of(src, charset=None):
+    """All crops of a source, uint8 (n, 3, 32, 128), and their labels; charset: what is drawn."""
+    source = data.open_source(src, charset=charset)
     images, labels = zip(*[source[i] for i in range(len(source))])
     return torch.stack(images), list(labels)
 
