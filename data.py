@@ -484,7 +484,8 @@ def parse_entry(entry, kind):
         row = json.loads(entry, **NUMBERS_AS_TEXT)
         return row["filename"], row["text"]
     if kind == ".csv":
-        (fields,) = csv.reader([entry], strict=True)
+        # ICDAR's own files have a blank after the comma, and then quotes
+        (fields,) = csv.reader([entry], strict=True, skipinitialspace=True)
     else:
         fields = entry.split("\t")
     if len(fields) != 2:

@@ -670,19 +670,23 @@ def load_encoder(path):
     {"model": ...}.
 
     Width, depth and patch are read off the tensors. The stored `pos_embed` is kept as it
-    is. The number of heads is MODELS' for that depth and width, else width // 64. Coarse
-    scales are left behind. `encoder.matched` says how many tensors came from the file.
-    Raises UserError, one line, if it holds no whole encoder."""
-    state = encoder_tensors(read_checkpoint(path), path)
+    is. For the number of heads see heads_of. Coarse scales are left behind.
+    `encoder.matched` says how many tensors came from the file. Raises UserError, one line,
+    if it holds no whole encoder."""
+    checkpoint = read_checkpoint(path)
+    state = encoder_tensors(checkpoint, path)
     patches = state.get("patch_embed.proj.weight", torch.zeros(0))
     if patches.dim() != 4 or 0 in patches.shape or "pos_embed" not in state:
         raise UserError(f"{path}: no patch_embed.proj.weight of a convolution, or no pos_embed; "
                         "expected a whole ViT encoder")
     width, _, p, q = patches.shape
-    if p > H or q > W:
-        raise UserError(f"{path}: patches of {p}x{q}; expected at most the crop, {H}x{W}")
+    if H % p or W % q:
+        raise UserError(
+            f"{path}: patches of {p}x{q}; expected a size that divides the crop, {H}x{W}")
     depth = sum(name.endswith(".attn.qkv.weight") for name in state)
-    encoder = ViT(depth, width, heads_of(depth, width), patch=(p, q))
+    flags = checkpoint.get("args")
+    size = flags.get("model") if isinstance(flags, dict) else None          # ours store its name
+    encoder = ViT(depth, width, heads_of(depth, width, size), patch=(p, q))
     hint = f"; expected 32x128 crops in patches of {p}x{q}"
     encoder.matched = load_state(encoder, state, path, hint)
     return encoder
@@ -714,11 +718,14 @@ def encoder_tensors(checkpoint, path):
     return encoder
 
 
-def heads_of(depth, width):
-    """The number of heads, which cannot be read off tensors: that of our size of that depth and
-    width, else width // 64, as is usual."""
-    for sizes in MODELS.values():
-        encoder = sizes["encoder"]
+def heads_of(depth, width, size=None):
+    """The number of heads, which cannot be read off tensors: that of the row of MODELS that `size`
+    names, or of another of that depth and width, else width // 64, as is usual."""
+    rows = list(MODELS.values())
+    if size in MODELS:
+        rows.insert(0, MODELS[size])
+    for row in rows:
+        encoder = row["encoder"]
         if encoder["depth"] == depth and encoder["width"] == width:
             return encoder["heads"]
     heads = max(width // 64, 1)
@@ -895,7 +902,7 @@ class Recognizer(nn.Module):
 
     def read(self, images, batch_size=128, dtype=torch.float32):
         """uint8, or float in [0, 1], (B, 3, 32, 128) -> [(text, confidence)]: the product of the
-        probabilities of its characters, end included. In float32 a reading does not depend on its
+        probabilities of its characters, end included. In float32 a text does not depend on its
         batch; half precision gives no such promise."""
         words = self.read_letters(images, batch_size, dtype)
         return [(text, math.prod(confidences)) for text, confidences in words]

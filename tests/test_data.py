@@ -372,11 +372,13 @@ def test_numbers_are_taken_as_they_are_written(tmp_path):
 
 
 def test_csv(tmp_path, capsys):
-    """A label with a comma cut in two, quotes left around it, or a quote that swallows the lines after it."""
+    """A label with a comma cut in two, quotes left around it, or a quote that swallows the lines after it. ICDAR's
+    own lines, read with their blank and quotes."""
     picture(0).save(tmp_path / "a.png")
-    (tmp_path / "l.csv").write_text('a.png,word\n"a.png","say ""hi"", you"\n\na.png,\n')
+    lines = 'a.png,word\n"a.png","say ""hi"", you"\n\na.png,\na.png, "MY"\na.png, MY\n'
+    (tmp_path / "l.csv").write_text(lines)
     source = data.open_source(str(tmp_path / "l.csv"))
-    assert [label for _, label in source] == ["word", 'say "hi", you', ""]
+    assert [label for _, label in source] == ["word", 'say "hi", you', "", "MY", "MY"]
     assert capsys.readouterr().out == ""
     wrong = {
         "three": "a.png,x\na.png,b,c\n",

@@ -1217,7 +1217,7 @@ def hollow_state(config):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bare_encoders_have_their_heads(tmp_path, name):
+def test_bare_encoders_have_their_heads(tmp_path, monkeypatch, name):
     """A size of MODELS without our `args` beside it, or with other patches, read with another
     number of heads: all tensors match, and every feature is wrong."""
     config = MODELS[name]["encoder"]
@@ -1227,6 +1227,11 @@ def test_bare_encoders_have_their_heads(tmp_path, name):
         assert {block.attn.heads for block in encoder.blocks} == {config["heads"]}
         assert encoder.patch == patch
     assert model.heads_of(7, 320) == 5 and model.heads_of(2, 32) == 1       # sizes that are not ours
+    monkeypatch.setitem(MODELS, "mine", dict(encoder=dict(MODELS["vit_nano"]["encoder"], heads=8)))
+    state = {"model": hollow_state(dict(config, patch=patch)), "args": {"model": "mine"}}
+    if name == "vit_nano":                  # as deep and as wide, and it comes first
+        torch.save(state, tmp_path / "mine.pt")
+        assert model.load_encoder(str(tmp_path / "mine.pt")).blocks[0].attn.heads == 8
     with pytest.raises(UserError, match="width 200: expected a multiple of 64"):
         model.heads_of(7, 200)              # else it loads, and fails when it is used
 
@@ -1250,6 +1255,8 @@ def write_bad_checkpoints(folder):
         "grid": dict(state, pos_embed=state["pos_embed"][:, :65]),
         "flat": dict(state, **{"patch_embed.proj.weight": torch.zeros(64, 48)}),
         "high": dict(state, **{"patch_embed.proj.weight": torch.zeros(64, 3, 64, 4)}),
+        "five": dict(state, **{"patch_embed.proj.weight": torch.zeros(64, 3, 5, 4),
+                               "pos_embed": torch.zeros(1, 1 + 6 * 32, 64)}),      # 5 x 6 pixels of 32
         "other": {"a": torch.zeros(1)},
         "number": {"model": 3},
     }
