@@ -68,6 +68,9 @@ PRETRAINING = {
     "mnsp_.4": "--method mnsp --mask_ratio 0.4",
     "mnsp_.75": "--method mnsp --mask_ratio 0.75",
 
+    # an encoder that has learned next to nothing, in one step, to compare frozen ones with
+    "untrained": "--method mim --max_steps 1",
+
     # a larger network: LARGE
     "large_scratch": None,
     "large_mim": "--method mim",
@@ -79,7 +82,7 @@ EQUAL_TIME = ["mim_long", "nsp_long", "lmim", "mnsp"]
 LARGE_ROWS = ["large_scratch", "large_mim", "large_mnsp", "large_mim_long"]
 ALL_SEEDS = [*MAIN_ROWS, "mim_long"]            # the others are run with the first seed alone
 LONG_ROWS = ["scratch", "mim_long", "mnsp"]     # these are also fine-tuned for long, with all seeds
-PROBED = [*MAIN_ROWS[1:], "mim_long"]          # these also with a frozen encoder, the first seed
+PROBED = ["untrained", *MAIN_ROWS[1:], "mim_long"]      # also with a frozen encoder, the first seed
 
 # steps; how many of the real labels, in words; the part of the split that has them; how often
 # each of its crops counts; flags of finetune.py
@@ -121,7 +124,8 @@ def all_jobs(real, out, fonts):
     for name, seed in rows:
         if PRETRAINING[name] is not None:
             jobs.append(pretraining_job(name, seed, out, fonts))
-        jobs.append(fine_tuning_job(name, seed, "all", tests, out, fonts))
+        if name != "untrained":
+            jobs.append(fine_tuning_job(name, seed, "all", tests, out, fonts))
     for seed in SEEDS:
         for name in ALL_SEEDS:
             if PRETRAINING[name] is not None:
