@@ -722,7 +722,7 @@ def heads_of(depth, width, size=None):
     """The number of heads, which cannot be read off tensors: that of the row of MODELS that `size`
     names, or of another of that depth and width, else width // 64, as is usual."""
     rows = list(MODELS.values())
-    if size in MODELS:
+    if isinstance(size, str) and size in MODELS:        # another program may store anything there
         rows.insert(0, MODELS[size])
     for row in rows:
         encoder = row["encoder"]

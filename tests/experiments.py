@@ -456,8 +456,8 @@ NOTHING = "-"                                   # of a run that has not been mad
 def all_tables(found):
     """All records, as Markdown."""
     tables = [words_read_table(found, MAIN_ROWS, length) for length in COMPARED]
-    tables.append(words_read_table(found, LONG_ROWS, "long"))
     tables.append(words_read_table(found, ["scratch"], "double"))
+    tables.append(words_read_table(found, LONG_ROWS, "long"))
     tables.append(words_read_table(found, PROBED, "frozen"))
     tables.append(equal_time_table(found))
     tables.append(changes_table(found))
