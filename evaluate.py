@@ -1113,11 +1113,11 @@ def score_sets(net, args, group):
     """--data: the table of labelled sets, and what else was asked for."""
     protocol = args.protocol or default_protocol(net.charset)
     sources = open_sets(args, net)
+    written = files_to_write(args)
+    if args.attention:
+        written += attention_files(sources, args.attention).values()
     fit_lines = []
     for source in sources.values():
-        written = files_to_write(args)
-        if args.attention:
-            written += attention_files(sources, args.attention).values()
         for path in written:
             data.check_crops_stay(path, source)
         fit_lines.extend(check_labels(source, net, protocol, args.predictions))

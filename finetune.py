@@ -215,12 +215,12 @@ def check_can_be_scored(val, protocol):
                 if label is None:
                     raise UserError(f"--val {part.where(i)}: no label; expected labelled crops")
                 labels.append(label)
-    empty = evaluate.line_on_empty_labels(labels, protocol)
-    if empty:
-        say(f"--val {val.name}: {empty}")
     if all(evaluate.normalize(label, protocol) == "" for label in labels):
         raise UserError(f"--val {val.name}: no label keeps a letter under the protocol {protocol}, "
                         "which goes with --charset")
+    empty = evaluate.line_on_empty_labels(labels, protocol)
+    if empty:
+        say(f"--val {val.name}: {empty}")
 
 
 def validate(model, val, protocol, args, dtype, stop, group):
