@@ -700,6 +700,32 @@ def own_font(**changes):
     return bytes(font)
 
 
+def test_a_folder_of_typefaces_is_made(tmp_path, capsys, monkeypatch):
+    """A superfamily of ninety weights that fills the folder with its first, bold ones; faces without
+    signs; what is known to draw no letters."""
+    make_fonts = runpy.run_path(str(render.WORDS.parent / "make_fonts.py"))
+    faces = {f"many/{k:02}.ttf": own_font() for k in range(9)}
+    faces.update({"few/a.ttf": own_font(), "few/lacks.otf": own_font(last="}"), "few/broken.ttf": b"no font",
+                  "few/LibertinusKeyboard-Regular.otf": own_font()})
+    for name, content in faces.items():
+        (tmp_path / "texlive" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texlive" / name).write_bytes(content)
+    source, target = str(tmp_path / "texlive"), tmp_path / "fonts"
+
+    monkeypatch.setattr(sys, "argv", ["make_fonts.py", source, str(target)])
+    make_fonts["main"]()
+    kept = ["00.ttf", "01.ttf", "03.ttf", "04.ttf", "06.ttf", "07.ttf", "a.ttf"]
+    assert sorted(path.name for path in target.iterdir()) == kept
+    assert (target / "07.ttf").read_bytes() == own_font()
+    assert f"{target}: 7 faces of 1 family" in capsys.readouterr().out
+
+    for folder, new, fault in [(source, target, "fonts: is there already"),
+                               (str(tmp_path / "none"), tmp_path / "new", "none: no font")]:
+        monkeypatch.setattr(sys, "argv", ["make_fonts.py", folder, str(new)])
+        with pytest.raises(UserError, match=fault):
+            make_fonts["main"]()
+
+
 def test_unusable_fonts_are_counted(tmp_path, capsys):
     """A user's folder of which half is passed over without a word: the crops look less varied than the folder
     does. Its damaged file must not end the run."""
