@@ -507,17 +507,17 @@ def test_folders_that_cannot_be_read_are_counted(tmp_path, capsys, monkeypatch):
 
 
 def test_opening_a_large_lmdb_is_cheap(tmp_path):
-    """Reading all keys or labels into lists: half a gigabyte and half a minute for Union14M."""
+    """Reading all keys or labels into lists: half a gigabyte and half a minute for Union14M. Memory tells: it
+    does not hang on how busy the machine is."""
     n = 100_000
     with lmdb.open(str(tmp_path / "big"), map_size=2 ** 28, sync=False) as env, env.begin(write=True) as txn:
         for kind in (b"image", b"label"):
             txn.cursor().putmulti(((b"%s-%09d" % (kind, i), b"label") for i in range(1, n + 1)), append=True)
     tracemalloc.start()
-    start = time.process_time()                 # not the clock's: the machine may be busy
     source = data.open_source(str(tmp_path / "big"))
-    took, held = time.process_time() - start, tracemalloc.get_traced_memory()[1]
+    held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(source) == n and source.label(n - 1) == "label" and held < 2 ** 20 and took < 1
+    assert len(source) == n and source.label(n - 1) == "label" and held < 2 ** 20
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="only Linux says what is mapped")
