@@ -1,11 +1,13 @@
 """What every script needs. Read this last: a script's main() says what is called when.
 
     errors and flags    UserError, run_main, Parser, number_in, parse_size, typed_flags,
-                        add_training_flags, parse_with_recipe, check_training_flags
+                        add_training_flags, parse_with_recipe, is_rendered, check_data_flags,
+                        check_training_flags
     device              pick_device, pick_dtype, autocast, to_device, to_unit, check_unit
     ranks               rank, world_size, join_ranks, sum_over_ranks, StopSignal
     checkpoints         read_checkpoint, load_state, find_checkpoint, check_resume,
-                        resume_training, training_state, save_checkpoint
+                        check_ranks_agree, resume_training, training_state, save_checkpoint,
+                        tolerate_full_disk
     steps               count_steps, peak_learning_rate, learning_rate, weight_groups, wrap_model,
                         join_gradients, average_over_ranks, is_recorded, Replayed
     random numbers      number_of, step_generator, seed_dropout
@@ -22,6 +24,7 @@ import ctypes
 import datetime
 import gc
 import inspect
+import io
 import json
 import math
 import os
@@ -52,15 +55,8 @@ def run_main(main):
     """Calls main() and exits. What the user can mend becomes one line on stderr and exit status 2;
     a mistake in the program keeps its traceback. STR_TRACEBACK=1 shows every traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)    # which a script's top had changed
-    if sys.stdout is None:                                      # it was closed, as by `>&-`
-        sys.stdout = open(os.devnull, "w")
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        # a letter that the terminal lacks is printed as \u...; a notebook cannot be told so
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")
-    status = 1
+    prepare_output()
+    status = 1                          # of what is raised below
     try:
         main()
         print(end="", flush=True)       # now, since at its end Python would catch no error of it
@@ -90,6 +86,18 @@ def run_main(main):
     sys.exit(status)
 
 
+def prepare_output():
+    """Makes sys.stdout and sys.stderr such that any text can be printed to them."""
+    if sys.stdout is None:                                      # it was closed, as by `>&-`
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        # a letter that the terminal lacks is printed as \u...; a notebook cannot be told so
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def hush_output(stream):
     """What could not be printed to it, and whatever is printed there from now on, goes nowhere,
     quietly."""
@@ -100,8 +108,7 @@ def line_for_user(error):
     """The line that tells the user what to mend, or None: then the program is to be mended."""
     text = str(error).strip().split("\n")[-1]               # a loader sends a whole traceback
     advice = "if memory ran out, lower --workers; training goes on with --resume"
-    # these come when a loader's process was killed. BrokenPipeError does not belong here: it comes
-    # when nobody listens to what is printed
+    # these come when a loader's process was killed
     if isinstance(error, (EOFError, ConnectionResetError, ConnectionRefusedError)):
         return f"a process that reads crops has ended; {advice}"
     if isinstance(error, FileNotFoundError) and not error.filename:
@@ -138,7 +145,7 @@ class Parser(argparse.ArgumentParser):
         out, the flag would have its default. A flag that is typed twice is said, since values
         are lost: `--data A --data B` would lose A."""
         args = super().parse_args()
-        for flag, times in collections.Counter(flags_as_typed()).items():
+        for flag, times in collections.Counter(typed_flags()).items():
             if times > 1:
                 say(f"{self.prog}: --{flag} stands there {times} times, and the last counts",
                     sys.stderr)
@@ -185,12 +192,8 @@ def parse_size(text):
 
 
 def typed_flags():
-    """Names of the flags on the command line: {"method", "batch_size", ...}."""
-    return set(flags_as_typed())
-
-
-def flags_as_typed():
-    """The same as a list, in which a flag stands as often as it was typed."""
+    """Names of the flags on the command line, ["method", "batch_size", ...], each as often as it
+    was typed."""
     return [word[2:].split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
 
 
@@ -282,7 +285,7 @@ def check_data_flags(parser, args):
 
 def check_training_flags(parser, args):
     """Ends with one line if a typed flag has no effect with the others."""
-    if {"blr", "lr"} <= typed_flags():
+    if "blr" in typed_flags() and "lr" in typed_flags():
         parser.error("--blr has no effect with --lr; leave one of them out")
     check_data_flags(parser, args)
 
@@ -608,6 +611,9 @@ def plain_names(state):
     return plain
 
 
+NOT_FINITE = "holds other things than finite numbers"
+
+
 def load_state(module, state, path, hint=""):
     """Strict load -> how many tensors. A UserError says how many match and names the first
     that does not."""
@@ -621,11 +627,13 @@ def load_state(module, state, path, hint=""):
             there, here = tuple(state[name].shape), tuple(own[name].shape)
             wrong.append(f"{name} is {there} there and {here} here")
         elif not holds_finite_numbers(state[name]):
-            wrong.append(f"{name} holds other things than finite numbers")
+            wrong.append(f"{name} {NOT_FINITE}")
         else:
             fit += 1
     wrong += [f"not known here: {name}" for name in state if name not in own]
     if wrong:
+        if wrong[0].endswith(NOT_FINITE):
+            hint = ""                           # it is about shapes and names
         raise UserError(f"{path}: {fit} of {len(own)} tensors match; {wrong[0]}{hint}")
     module.load_state_dict(state)
     return len(own)
@@ -687,8 +695,8 @@ UNCHANGED = [
 ]
 
 
-# said in other words, or of no interest
-SPOKEN_OF = ["resume", "out_dir", "set", "objective"]
+# these may differ, and nothing is said: set and objective are compared as the method's row
+NOT_LISTED = ["resume", "out_dir", "set", "objective"]
 
 
 def check_resume(checkpoint, args, crops_per_step, n_crops):
@@ -718,7 +726,7 @@ def check_resume(checkpoint, args, crops_per_step, n_crops):
 
     said = []
     for name in now.keys() & stored.keys():
-        if stored[name] != now[name] and name not in UNCHANGED and name not in SPOKEN_OF:
+        if stored[name] != now[name] and name not in UNCHANGED and name not in NOT_LISTED:
             said.append(f"--{name} {stored[name]} there, {now[name]} here")
     if said:
         say(f"--resume: it goes on with what is typed now: {'; '.join(sorted(said))}")
@@ -780,21 +788,17 @@ def write_checkpoint(path, state):
         say(f"step {state['step']}: the weights are not finite and were not saved; "
             "lower --lr or --blr")
         return False
+    packed = io.BytesIO()               # torch.save would turn a full disk into a RuntimeError
+    torch.save(state, packed)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as file:
-            torch.save(state, file)
+            file.write(packed.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:
-        cause = error
-        if isinstance(error, RuntimeError):
-            # torch.save raised it while it dealt with the disk's OSError: that is its context
-            cause = error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        say_not_written(path, state["step"], cause)
+    except OSError as error:
+        say_not_written(path, state["step"], error)
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
         return False
@@ -1052,6 +1056,7 @@ class Log:
         self.steps, self.seconds, self.wait = 0, 0.0, 0.0
 
     def start_step(self):
+        self.steps += 1
         self.began = time.perf_counter()
 
     def waited(self, seconds):
@@ -1067,12 +1072,10 @@ class Log:
     def read_losses(self):
         sums = torch.stack(list(self.sums.values())).tolist()
         sums = sum_over_ranks(self.group, *sums)
-        steps = self.steps + 1                                  # with this one, which goes on
         for name, total in zip(self.sums, sums):
-            self.means[name] = total / (steps * world_size())
+            self.means[name] = total / (self.steps * world_size())
 
     def end_step(self):
-        self.steps += 1
         self.seconds += time.perf_counter() - self.began
 
     def write(self, step, lr, skipped, damaged, **more):

@@ -360,21 +360,9 @@ def load_recognizer(path=SHIPPED, device="cpu"):
     return net.to(device).eval()
 
 
-def model_of(checkpoint):
-    """The --model that a checkpoint was made with, if it is one of ours, or None: a foreign file
-    may hold anything there."""
-    flags = checkpoint.get("args")
-    if not isinstance(flags, dict):
-        return None
-    name = flags.get("model")
-    if isinstance(name, str) and name in model.MODELS:
-        return name
-    return None
-
-
 def is_recognizer(checkpoint):
     """True if a checkpoint holds all that a recognizer is made from."""
-    if model_of(checkpoint) is None:
+    if model.model_of(checkpoint) is None:
         return False
     flags = checkpoint["args"]
     max_length = flags.get("max_length")

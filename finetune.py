@@ -10,7 +10,6 @@ augmentation and validation. Writes to --out_dir: last.pt, best.pt (highest accu
 --val, which should never be a test set), log.jsonl. evaluate.py needs nothing but such a
 checkpoint.
 """
-import contextlib
 import math
 import os
 import re
@@ -40,7 +39,7 @@ from data import (
     say_fonts, share_words,
 )
 from model import (
-    MODELS, Recognizer, ViT, compile_layers, load_encoder, normalize_pixels,
+    MODELS, Recognizer, ViT, compile_layers, encoder_tensors, model_of, normalize_pixels,
 )
 
 # what --model changes in the flags' defaults; vit_small's are LMIM's: lr 2e-4 at 512 words
@@ -92,7 +91,7 @@ def augment_crops(images, numbers, untouched):
     return images.index_copy(0, chosen, augmented)          # the caller's own stay as they are
 
 
-def label_fraction(source, share, seed):
+def keep_fraction(source, share, seed):
     """A random `share` of the crops of each of source.parts. It is the same for the same seed,
     and all copies of a SRC@N keep the same crops."""
     subsets = {}                        # SRC@N is one object that stands N times in source.parts
@@ -121,11 +120,10 @@ def build_recognizer(args, charset):
     if not args.init:
         return model, "from scratch"
 
-    # load_encoder finds the encoder in a file of any kind; what else it holds is looked at below
-    stored = load_encoder(args.init).state_dict()
+    checkpoint = read_checkpoint(args.init)
+    stored = encoder_tensors(checkpoint, args.init)
     hint = f"; name the --model it was made with, not {args.model}"
     matched = load_state(encoder, stored, f"--init {args.init}", hint)
-    checkpoint = read_checkpoint(args.init)
     if isinstance(checkpoint.get("charset"), str) and "model" in checkpoint:
         said = load_recognizer_tensors(model, checkpoint, args.init)
         flags = checkpoint.get("args")
@@ -141,18 +139,22 @@ def load_recognizer_tensors(model, checkpoint, path):
     characters that both have. -> a line that says what was taken."""
     own, stored = model.state_dict(), checkpoint["model"]
     pairs = shared_rows(model, checkpoint["charset"])
-    anew = []
+    more_rows = len(checkpoint["charset"]) - len(model.charset)         # the file's than ours
+    merged, anew = {}, []
     for name, tensor in own.items():
         has_row_per_class = name.startswith(("embed.", "classifier.", "char_head."))
-        if not fits(tensor, stored.get(name), has_row_per_class):
+        n_rows = len(tensor) + more_rows if has_row_per_class else len(tensor)
+        if not fits(tensor, stored.get(name), n_rows):
+            merged[name] = tensor
             anew.append(name)
-        elif has_row_per_class:                         # the model's own tensor is filled in part
+        elif has_row_per_class:
+            merged[name] = tensor.clone()
             for row, stored_row in pairs:
                 if row < len(tensor):                       # embed alone has a row for start
-                    tensor[row] = stored[name][stored_row]
+                    merged[name][row] = stored[name][stored_row]
         else:
-            own[name] = stored[name]
-    load_state(model, own, path)                # refuses what is no number
+            merged[name] = stored[name]
+    load_state(model, merged, path)             # refuses what is no number
 
     taken = len(own) - len(anew)
     said = f"--init {path}: a recognizer; {taken} of {len(own)} tensors loaded"
@@ -164,13 +166,11 @@ def load_recognizer_tensors(model, checkpoint, path):
     return said
 
 
-def fits(tensor, stored, has_row_per_class):
-    """True if a stored tensor, or None, has the shape of ours; of classes the rows alone count."""
-    if stored is None:
+def fits(tensor, stored, n_rows):
+    """True if what is stored, or None, is a tensor of our shape, but with n_rows rows."""
+    if not torch.is_tensor(stored):
         return False
-    if has_row_per_class:
-        return stored.shape[1:] == tensor.shape[1:]
-    return stored.shape == tensor.shape
+    return stored.shape == (n_rows, *tensor.shape[1:])
 
 
 def shared_rows(model, stored_charset):
@@ -207,20 +207,28 @@ def open_val(args, charset, protocol, options):
 def check_can_be_scored(val, protocol):
     """UserError if a label of --val is missing, or if none keeps a letter under the protocol. Says
     how many keep none."""
-    labels = []
-    for part in dict.fromkeys(val.parts):                   # those of SRC@N once
-        for i in range(len(part)):
-            with contextlib.suppress(Damaged):              # which is counted when it is read
-                label = part.label(i)
-                if label is None:
-                    raise UserError(f"--val {part.where(i)}: no label; expected labelled crops")
-                labels.append(label)
+    labels = labels_of(val)
     if all(evaluate.normalize(label, protocol) == "" for label in labels):
         raise UserError(f"--val {val.name}: no label keeps a letter under the protocol {protocol}, "
                         "which goes with --charset")
     empty = evaluate.line_on_empty_labels(labels, protocol)
     if empty:
         say(f"--val {val.name}: {empty}")
+
+
+def labels_of(val):
+    """The labels of --val, those of SRC@N once. UserError if one is missing."""
+    labels = []
+    for part in dict.fromkeys(val.parts):
+        for i in range(len(part)):
+            try:
+                label = part.label(i)
+            except Damaged:                     # is counted when it is read
+                continue
+            if label is None:
+                raise UserError(f"--val {part.where(i)}: no label; expected labelled crops")
+            labels.append(label)
+    return labels
 
 
 def validate(model, val, protocol, args, dtype, stop, group):
@@ -270,7 +278,7 @@ def main():
     say_fonts(source)
     if args.label_fraction < 1:
         n_crops = len(source)
-        source = label_fraction(source, args.label_fraction, args.seed)
+        source = keep_fraction(source, args.label_fraction, args.seed)
         say(f"--label_fraction {args.label_fraction:g}: {len(source):,} of {n_crops:,} crops")
     source, report = fit_labels(source, charset, args.max_length)
     say(report)
@@ -362,7 +370,7 @@ def main():
             words = [fit_label(label, charset, args.max_length).text for label in batch.labels]
             targets = to_device(encode_labels(words, raw_model), device)    # (B, T)
             images = to_unit(to_device(batch.images, device))               # (B, 3, 32, 128)
-            untouched = torch.zeros(len(images), dtype=torch.bool)          # not augmented
+            untouched = torch.zeros(len(images), dtype=torch.bool)          # all are augmented
             inputs = dict(targets=targets)
             if args.spell:
                 # rendered words stay as they are: a word that is moved no longer fits its map
@@ -393,7 +401,9 @@ def main():
 
         scores, improved = {}, False
         if val_due:
-            cut_by = stop if step < total_steps else None   # no signal cuts the last one short
+            cut_by = stop
+            if step == total_steps:
+                cut_by = None                   # no signal cuts the last one short
             result, few = validate(raw_model, val, protocol, args, dtype, cut_by, group)
             if result is None:
                 say(f"step {step}: the validation was cut short by a signal and is left out")
@@ -487,7 +497,7 @@ def model_of_init():
     known, rest = first.parse_known_args()
     if known.init is None or "-h" in rest or "--help" in rest:      # --help reads no file
         return None
-    return evaluate.model_of(read_checkpoint(known.init))
+    return model_of(read_checkpoint(known.init))
 
 
 if __name__ == "__main__":

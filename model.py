@@ -79,9 +79,9 @@ def patchify(images, patch):
     """(B, 3, H, W) -> (B, N, 3*p*q): the pixels of each patch, in the order of a convolution's
     weight: channel, row, column."""
     p, q = patch
-    x = images.unflatten(3, (-1, q)).unflatten(2, (-1, p))              # (B, 3, h, p, w, q)
-    x = x.permute(0, 2, 4, 1, 3, 5)                                     # (B, h, w, 3, p, q)
-    return x.flatten(1, 2).flatten(2)
+    h, w = images.shape[2] // p, images.shape[3] // q
+    x = images.reshape(-1, 3, h, p, w, q)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, h * w, 3 * p * q)
 
 
 def unpatchify(x, grid, patch):
@@ -456,16 +456,16 @@ def infonce(a, b, temperature=0.2):
     with torch.autocast(a.device.type, enabled=False):
         a = F.normalize(a.float(), dim=-1)
         b = F.normalize(b.float(), dim=-1)
-        all_a, all_b, before = gather_ranks(a, b)           # (R, D) each: R crops on all ranks
+        all_a, all_b, first_row = gather_ranks(a, b)        # (R, D) each: R crops on all ranks
         a_to_b = a @ all_b.T / temperature                              # (B, R)
         b_to_a = b @ all_a.T / temperature
-        partner = before + torch.arange(a.shape[0], device=a.device)    # its place among the R
+        partner = first_row + torch.arange(a.shape[0], device=a.device)     # its row of the R
         return (F.cross_entropy(a_to_b, partner) + F.cross_entropy(b_to_a, partner)) / 2
 
 
 def gather_ranks(a, b):
-    """a, b (B, D) of this rank -> those of all ranks, (R, D) each, and how many of the R stand
-    before this rank's. All ranks have as many rows: next_batch in data.py fills the places of
+    """a, b (B, D) of this rank -> those of all ranks, (R, D) each, and the row in them at which
+    this rank's begin. All ranks have as many rows: next_batch in data.py fills the places of
     damaged crops.
 
     Without gradients nothing is gathered. That is how draw_samples in pretrain.py calls the model,
@@ -497,8 +497,8 @@ class GatherRows(torch.autograd.Function):
 def spread(cls):
     """How far unit [cls] tokens (B, D) lie from their mean, from 0 (all the same: they
     collapsed) to 1."""
-    mean = F.normalize(cls.detach().float(), dim=-1).mean(0)
-    return (1 - mean.square().sum()).clamp(min=0).sqrt()
+    unit = F.normalize(cls.detach().float(), dim=-1)
+    return (unit - unit.mean(0)).square().sum(-1).mean().sqrt()
 
 
 def half_size(patch):
@@ -684,9 +684,7 @@ def load_encoder(path):
         raise UserError(
             f"{path}: patches of {p}x{q}; expected a size that divides the crop, {H}x{W}")
     depth = sum(name.endswith(".attn.qkv.weight") for name in state)
-    flags = checkpoint.get("args")
-    size = flags.get("model") if isinstance(flags, dict) else None          # ours store its name
-    encoder = ViT(depth, width, heads_of(depth, width, size), patch=(p, q))
+    encoder = ViT(depth, width, heads_of(depth, width, model_of(checkpoint)), patch=(p, q))
     hint = f"; expected 32x128 crops in patches of {p}x{q}"
     encoder.matched = load_state(encoder, state, path, hint)
     return encoder
@@ -706,9 +704,13 @@ def encoder_tensors(checkpoint, path):
     needed = "blocks.0.attn.qkv.weight"         # every encoder has it, after the prefix
     found = [prefix for prefix in ENCODER_PREFIXES if prefix + needed in tensors]
     if not found:
-        begins = ", ".join(str(name) for name in list(tensors or checkpoint)[:3]) or "nothing"
-        raise UserError(f"{path}: no {needed} in it, but {begins}; expected the encoder of a ViT "
-                        "with MAE's or timm's names, or a dict that has it under 'model'")
+        names = list(tensors)
+        if not tensors:
+            names = list(checkpoint)
+        first_names = ", ".join(str(name) for name in names[:3])
+        raise UserError(f"{path}: no {needed} in it, but {first_names or 'nothing'}; expected the "
+                        "encoder of a ViT with MAE's or timm's names, or a dict that has it under "
+                        "'model'")
     prefix = found[0]
     encoder = {}
     for name, x in tensors.items():
@@ -718,11 +720,23 @@ def encoder_tensors(checkpoint, path):
     return encoder
 
 
+def model_of(checkpoint):
+    """The --model that a checkpoint was made with, if it is one of ours, or None: a foreign file
+    may hold anything there."""
+    flags = checkpoint.get("args")
+    if not isinstance(flags, dict):
+        return None
+    name = flags.get("model")
+    if isinstance(name, str) and name in MODELS:
+        return name
+    return None
+
+
 def heads_of(depth, width, size=None):
     """The number of heads, which cannot be read off tensors: that of the row of MODELS that `size`
     names, or of another of that depth and width, else width // 64, as is usual."""
     rows = list(MODELS.values())
-    if isinstance(size, str) and size in MODELS:        # another program may store anything there
+    if size is not None:
         rows.insert(0, MODELS[size])
     for row in rows:
         encoder = row["encoder"]
@@ -738,7 +752,7 @@ def heads_of(depth, width, size=None):
 
 class ReaderLayer(nn.Module):
     """Self-attention -> cross-attention -> FFN, pre-norm: LMIM's in fine-tuning, whose FFN has
-    biases. Here nothing has.
+    biases. Here no Linear has.
 
     x (B, T, D) are characters, and crop_kv the keys and values of the crop's tokens. cache holds
     the keys and values of earlier characters (2, B, heads, t, d); it is None where x begins the
@@ -821,18 +835,18 @@ class Recognizer(nn.Module):
 
         Without caches the characters begin a word, and none sees the next. With caches there is
         one, T = 1, which sees all those in the caches and itself."""
-        past = 0
         if caches is None:
+            past = 0                                # characters before these
             caches = [None] * len(self.layers)
         else:
             past = caches[0].shape[3]
         x = self.embed(characters) + self.pos[:, past:past + characters.shape[1]]   # (B, T, D)
         x = F.dropout(x, self.dropout, self.training)
-        kept = []
+        longer_caches = []
         for layer, crop_kv, cache in zip(self.layers, crop_kvs, caches):
-            x, cache = layer(x, crop_kv, cache)
-            kept.append(cache)
-        return self.classifier(self.norm(x)), kept
+            x, longer_cache = layer(x, crop_kv, cache)
+            longer_caches.append(longer_cache)
+        return self.classifier(self.norm(x)), longer_caches
 
     def forward(self, images, targets, chars_under=None):
         """Teacher forcing. targets (B, T): a word's classes, end, then padding; chars_under
@@ -857,10 +871,10 @@ class Recognizer(nn.Module):
         return F.cross_entropy(logits, targets, ignore_index=self.pad, reduction="none")
 
     @torch.no_grad()
-    def decode(self, images, stop=True):
+    def decode(self, images, stop_early=True):
         """Greedy reading. images (B, 3, H, W) in [-1, 1] -> classes (B, T), and the probability of
         each (B, T). A word that has ended goes on with `end` at probability 1. T is the longest of
-        the batch, its end included; with stop=False, max_length + 1."""
+        the batch, its end included; with stop_early=False, max_length + 1."""
         _, crop_kvs = self.encode(images)
         B, device = images.shape[0], images.device
         character = torch.full((B, 1), self.start, device=device)
@@ -881,23 +895,23 @@ class Recognizer(nn.Module):
             confidences.append(confidence.where(going, 1.0))
             going = going & (chosen != self.end)
             character = chosen[:, None]
-            if stop and not going.any():
+            if stop_early and not going.any():
                 break
         return torch.stack(characters, dim=1), torch.stack(confidences, dim=1)
 
     def decode_recorded(self, images, dtype):
-        """`decode` on a GPU, to the last place, as a CUDA graph for each size of a batch, see
+        """`decode` on a GPU, max_length + 1 letters, as a CUDA graph for each size of a batch, see
         Replayed in common.py: letter by letter, launching takes longer than the work. The first
         batch of a size runs as usual."""
         # a recording reads the weights at their addresses. They may have been moved since: then,
         # as with another dtype or with dropout, the recordings are thrown away
         key = (dtype, self.training, self.embed.weight.data_ptr())
         if key not in self.recordings:
-            def decode(images):
+            def decode_all_letters(images):
                 with autocast(images.device, dtype):
-                    return self.decode(images, stop=False)
+                    return self.decode(images, stop_early=False)
             self.recordings.clear()
-            self.recordings[key] = Replayed(decode, eager_calls=1)
+            self.recordings[key] = Replayed(decode_all_letters, eager_calls=1)
         return self.recordings[key](images=images)
 
     def read(self, images, batch_size=128, dtype=torch.float32):

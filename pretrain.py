@@ -59,7 +59,8 @@ RECIPES = {
 
 # ---- the random numbers of a step, views and masks
 
-SHIFT_NUMBERS = 2               # --mask block: how far a crop's blocks are moved, up and left
+BLOCK = 16                      # --mask block: a block's height and width, in pixels
+SHIFT_NUMBERS = 2               # how far a crop's blocks are moved, up and left
 
 
 def draw_numbers(step, n_crops, method, args, grid):
@@ -82,27 +83,29 @@ def draw_numbers(step, n_crops, method, args, grid):
     return numbers
 
 
-def make_views(images, method, scales, numbers, strength):
+def make_views(images, method, scales, crop_numbers, strength):
     """The views of a row of METHODS, in [-1, 1]: mim's guide, or None, and a list of nsp's views,
     one of each of `scales`, coarse to fine. The guide is moved and bent, of full size or of the
     finest of `scales`. nsp's views stay in place: moved ones would not tell where the target's
-    letters are. images and numbers are on the same device."""
+    letters are. images and crop_numbers, draw_numbers' dict, are on the same device."""
     guide, coarse = None, []
-    if method["nsp"]:
-        still = still_view(images, numbers["coarse"], strength)         # in [0, 1]
-        for size in scales:
-            coarse.append(normalize_pixels(coarse_view(still, size)))
     if method["guide"] != "none":
-        guide = moved_view(images, numbers["guide"], strength)          # in [0, 1]
+        guide = moved_view(images, crop_numbers["guide"], strength)     # in [0, 1]
         if method["guide"] == "coarse":
             guide = coarse_view(guide, scales[-1])
         guide = normalize_pixels(guide)
+    if method["nsp"]:
+        still = still_view(images, crop_numbers["coarse"], strength)    # in [0, 1]
+        for size in scales:
+            coarse.append(normalize_pixels(coarse_view(still, size)))
     return guide, coarse
 
 
 def make_mask(numbers, kind, mask_ratio, grid, patch):
-    """-> ids_keep (B, K), ids_mask (B, M) of numbers (B, ...). All crops keep as many patches, so
-    that shapes never change: K = N - round(mask_ratio * N), at least one, at most all but one."""
+    """-> ids_keep (B, K), ids_mask (B, M). numbers (B, ...): draw_numbers' "mask", one tensor.
+
+    All crops keep as many patches, so that shapes never change: K = N - round(mask_ratio * N), at
+    least one, at most all but one."""
     if kind == "block":
         keys = block_keys(numbers, grid, patch)                         # (B, N)
     else:
@@ -114,16 +117,16 @@ def make_mask(numbers, kind, mask_ratio, grid, patch):
     return ids[:, :K], ids[:, K:]
 
 
-def block_keys(numbers, grid, patch, block=16):
+def block_keys(numbers, grid, patch):
     """numbers (B, 2 + N) -> sort keys (B, N). The patches of a block have nearly the same key, so
-    that sorting keeps them together: a block is hidden as a whole, or seen. Only one is hidden in
-    part.
+    that sorting keeps them together: a block is hidden as a whole, or seen. One is hidden in part,
+    where the mask ratio falls into it. (In two crops of a thousand, two: their keys are as near.)
 
     Blocks of 16 x 16 pixels (or of a patch, where that is larger) tile the crop. The tiling is
     moved up and left by a part of a block, drawn anew for each crop."""
     h, w = grid
-    block_h = max(1, block // patch[0])                                 # in patches
-    block_w = max(1, block // patch[1])
+    block_h = max(1, BLOCK // patch[0])                                 # in patches
+    block_w = max(1, BLOCK // patch[1])
     shift_y = (numbers[:, 0:1] * block_h).long()                        # (B, 1), in patches
     shift_x = (numbers[:, 1:2] * block_w).long()
     patch_numbers = numbers[:, SHIFT_NUMBERS:]                          # (B, N)
@@ -154,8 +157,8 @@ def main():
     group = join_ranks(device)
     say(" ".join(sys.argv))
     say(f"torch {torch.__version__}  {device} x{world_size()}  {args.dtype}")
-    # the run's pictures must not become its crops
-    check_output(sample_path(args.out_dir, args.sample_every), args.data)
+    # the run's pictures must not become its crops: one path stands for all of them
+    check_output(sample_path(args.out_dir, step=1), args.data)
     checkpoint = find_checkpoint(args.out_dir, args.resume)
 
     # data
@@ -341,7 +344,8 @@ def draw_samples(model, images, device, dtype, args, path, step):
 
 
 def mim_columns(model, image, guide, target, ids_mask, pred):
-    """[(title, pictures (B, 3, H, W) in [-1, 1])] of what mim sees and predicts."""
+    """[(title, pictures (B, 3, H, W) in [-1, 1])] of what mim sees and predicts. ids_mask and pred
+    are as in Pretrainer.forward; target is the fine scale's."""
     grid, patch = model.encoder.grid, model.encoder.patch
     pixels = patchify(image, patch)
     grey = torch.zeros_like(take(pixels, ids_mask))
@@ -359,8 +363,9 @@ def nsp_columns(model, image, coarse, target, pred):
 
 
 def predicted_columns(model, image, target, ids, pred, name):
-    """Pixels are shown twice: as the loss sees them, normalised per patch, and with the true mean
-    and contrast of each patch put back, as MAE draws them.
+    """The columns of pred (B, M, C), the patches ids (B, M). Pixels are shown twice: as the loss
+    sees them, normalised per patch, and with the true mean and contrast of each patch put back, as
+    MAE draws them.
 
     Features cannot be drawn. In their place stands the cosine between prediction and target:
     black is 0, white is 1. Patches that were visible are white too."""

@@ -1390,7 +1390,7 @@ class FixedReader(torch.nn.Module):
         self.net = net
 
     def forward(self, images):
-        return self.net.decode(images, stop=False)
+        return self.net.decode(images, stop_early=False)
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="2.6 takes its own guard for a limit of the batch")

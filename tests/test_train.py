@@ -3023,6 +3023,26 @@ def test_a_recognizer_that_lacks_a_part(tmp_path, monkeypatch):
     assert state["char_head.weight"].std() > 0
 
 
+@pytest.mark.parametrize("wrong", [dict(charset="abcd"), {"classifier.weight": [1]}, {"embed.weight": torch.ones(4, 64)}],
+                         ids=["charset", "list", "rows"])
+def test_a_recognizer_that_contradicts_itself(tmp_path, monkeypatch, wrong):
+    """A traceback of an index, or rows of other characters than the file's charset names: they are made anew,
+    and it is said."""
+    monkeypatch.setitem(MODELS, "vit_nano", SMALL)
+    stored = Recognizer(ViT(**SMALL["encoder"]), "abc", **SMALL["reader"]).state_dict()
+    state = dict(model={**stored, **wrong}, charset=wrong.get("charset", "abc"))
+    torch.save(state, tmp_path / "x.pt")
+    args = parsed(finetune, "--init", str(tmp_path / "x.pt"), "--model", "vit_nano", "--spell", "0")
+    network, said = finetune.build_recognizer(args, "abc")
+    anew = said.partition("anew: ")[2].split()
+    if "charset" in wrong:
+        assert anew == ["embed.weight", "classifier.weight", "classifier.bias"]
+    else:
+        assert anew == list(wrong)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, stored[name]) or name in anew
+
+
 def test_an_encoder_of_another_size_is_refused(go, whole, tmp_path):
     """An --init of which half is loaded, or a traceback of shapes."""
     path = os.path.join(whole(pretrain, *MIM), "last.pt")
@@ -3067,8 +3087,8 @@ def test_weights_that_are_not_numbers_are_not_loaded(wrong):
     """Ten steps of nan, and the learning rate is blamed; or quantized weights taken for weights."""
     layer = torch.nn.Linear(2, 2)
     state = dict(layer.state_dict(), bias=wrong)
-    with pytest.raises(UserError, match="x.pt: 1 of 2 tensors match; bias holds other things than finite"):
-        common.load_state(layer, state, "x.pt")
+    with pytest.raises(UserError, match="x.pt: 1 of 2 tensors match; bias holds other things than finite numbers$"):
+        common.load_state(layer, state, "x.pt", "; name the --model it was made with")     # which would not help
 
 
 @pytest.mark.parametrize("val, train, said", [
@@ -3113,29 +3133,29 @@ def test_label_fraction_is_the_same_every_time():
     source = data.open_sources(["synth:200"])
 
     def drawn(seed):
-        part = finetune.label_fraction(source, 0.1, seed)
+        part = finetune.keep_fraction(source, 0.1, seed)
         return [part.where(i) for i in range(len(part))]
     assert len(set(drawn(0))) == 20 and drawn(0) == drawn(0) != drawn(1)
-    assert len(finetune.label_fraction(data.open_sources(["synth:27"]), 0.1, 0)) == 3
-    few = finetune.label_fraction(data.open_sources(["synth:3", "synth:4"]), 0.1, 0)
+    assert len(finetune.keep_fraction(data.open_sources(["synth:27"]), 0.1, 0)) == 3
+    few = finetune.keep_fraction(data.open_sources(["synth:3", "synth:4"]), 0.1, 0)
     assert len(few) == 2                                                    # one of each
 
 
 def test_label_fraction_of_crops_that_count_often():
     """Places drawn, not crops: of a set that counts twenty times nearly every label would be used."""
-    drawn = finetune.label_fraction(data.open_sources(["synth:200@20", "synth:50:1"]), 0.1, 0)
+    drawn = finetune.keep_fraction(data.open_sources(["synth:200@20", "synth:50:1"]), 0.1, 0)
     seen = Counter(drawn.where(i) for i in range(len(drawn)))
     assert sorted(seen.values()) == [1] * 5 + [20] * 20
 
 
 def test_label_fraction_reaches_the_run(go, capsys, monkeypatch):
     """--label_fraction that is parsed and not used, or the same subset for every --seed."""
-    seeds, plain = [], finetune.label_fraction
+    seeds, plain = [], finetune.keep_fraction
 
     def keep(source, share, seed):
         seeds.append(seed)
         return plain(source, share, seed)
-    monkeypatch.setattr(finetune, "label_fraction", keep)
+    monkeypatch.setattr(finetune, "keep_fraction", keep)
     go(finetune, *"--data synth:40 --label_fraction 0.1 --batch_size 4 --max_steps 1 --seed 7".split())
     said = capsys.readouterr().out
     assert " 4 crops  4 a step" in said and "--label_fraction 0.1: 4 of 40 crops\n" in said and seeds == [7]
