@@ -667,6 +667,7 @@ def find_checkpoint(out_dir, resume):
     folder holds one and --resume was not typed. best.pt counts where a run was killed before its
     first last.pt."""
     check_out_dir(out_dir)
+    check_alone(os.path.join(out_dir, "log.jsonl"))
     for name in ("last.pt", "best.pt"):
         path = os.path.join(out_dir, name)
         if not os.path.exists(path):
@@ -1149,6 +1150,14 @@ def open_alone(path):
     except (ImportError, OSError):
         pass                                        # Windows and some network disks have no lockf
     return file
+
+
+def check_alone(path):
+    """UserError if another run writes to the file. Asked before a run looks for a checkpoint: what
+    is written while it starts, it would overwrite."""
+    if rank() == 0 and os.path.exists(path):
+        with contextlib.suppress(OSError):              # that it cannot be written is said later
+            open_alone(path).close()
 
 
 def finite_or_null(row):

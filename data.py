@@ -186,6 +186,8 @@ def deep_grey_to_8_bits(image):
     if none were above 255."""
     grey = np.asarray(image, np.float32)
     darkest, lightest = grey.min(), grey.max()      # both are NaN if one pixel is
+    if math.isnan(darkest):
+        raise Damaged("a pixel that is not a number")
     if not (darkest >= 0 and lightest <= 65535):
         raise Damaged(f"pixels from {darkest:g} to {lightest:g}; expected 0 to 1, 255 or 65535")
     white = min(white for white in DEEP_RANGES if white >= lightest)
@@ -447,6 +449,8 @@ def read_labels(path):
             check_names(image_path, label)
             if may_be_header and is_header(image_path, os.path.dirname(path)):
                 say(f"{at} is taken for a header: {entry}")
+            elif image_path == "":
+                raise ValueError("no path")
             else:
                 yield image_path, label
             may_be_header = False                   # the first line alone may be one
@@ -462,14 +466,18 @@ def suffix_of(path):
     return os.path.splitext(path)[1].lower()
 
 
+BLANK = " \t\r\n"
+
+
 def read_entries(path, kind):
     """Yields (number, entry): the lines that are not empty, or the elements of MMOCR's list."""
     with open(path, encoding="utf-8-sig") as file:
         if kind == ".json":
             yield from enumerate(json.load(file, **NUMBERS_AS_TEXT)["data_list"], 1)
             return
+        empty = BLANK + "," if kind == ".csv" else BLANK        # a spreadsheet's empty row: ,
         for number, line in enumerate(file, 1):
-            if line.strip():
+            if line.strip(empty):
                 yield number, line.rstrip("\n")
 
 
@@ -489,7 +497,8 @@ def parse_entry(entry, kind):
     else:
         fields = entry.split("\t")
     if len(fields) != 2:
-        raise ValueError(f"number of columns in {entry[:60]!r}: {len(fields)}")
+        commas = "; name a file with commas .csv" if "," in entry and kind != ".csv" else ""
+        raise ValueError(f"number of columns in {entry[:60]!r}: {len(fields)}{commas}")
     image_path, label = fields
     return image_path, label
 
@@ -736,10 +745,12 @@ def open_folder(src, rotate_tall, labels):
         others["folders that cannot be read"] = len(unreadable)
     for file in files:
         name = os.path.basename(file)
-        if name == "data.mdb":
-            lmdbs.append(os.path.normpath(os.path.dirname(file)))
-        elif name.startswith("._"):
+        if name.startswith("._"):
             others["._* (a Mac's notes on other files)"] += 1
+        elif os.sep + "." in os.sep + file[len(src):]:
+            others["hidden"] += 1                   # such as .ipynb_checkpoints/crop.png
+        elif name == "data.mdb":
+            lmdbs.append(os.path.normpath(os.path.dirname(file)))
         elif suffix_of(name) in SUFFIXES:
             images.append(file)
         elif name != "lock.mdb":                    # stands beside every data.mdb
@@ -1791,8 +1802,14 @@ NOT_TEXT = (*SUFFIXES, ".mdb", ".pt", ".pth")
 
 
 def check_text_output(path, srcs):
-    """check_output, and UserError unless the file that will be written may be one of text."""
+    """check_output, and UserError unless the file that will be written may be one of text. A file
+    that is there, in a folder of images that is read, may hold their labels: it stays."""
     check_output(path, srcs)
+    out = os.path.realpath(path)
+    for src in srcs:
+        place = os.path.realpath(split_times(src)[0])
+        if out.startswith(place + os.sep) and os.path.exists(out) and is_image_folder(place):
+            raise UserError(f"{path}: is there already, among the crops of {src}; name a new file")
     if path == "-" or path.endswith("/"):
         raise UserError(f"{path}: expected the name of a file; /dev/stdout is the terminal")
     if path.lower().endswith(NOT_TEXT):
@@ -2127,6 +2144,11 @@ def pack(args):
     import lmdb
     out = os.path.normpath(args.out)
     unfinished = out + ".part"
+    for src in args.src:
+        path, times = split_times(src)
+        if path != src and times.isdecimal():       # SRC@N, and no file whose name holds an @
+            raise UserError(f"{src}: pack writes each crop once; leave @{times} out, and type it "
+                            "where the LMDB is trained on")
     source = open_with_flags(args)
     if os.path.exists(out):
         raise UserError(f"{out}: exists already; type the name of a new folder")
@@ -2163,10 +2185,12 @@ def read_list(path, source):
             if not number.isdecimal():
                 raise ValueError("a line does not begin with a number")
             i = int(number)
+            if i >= len(source):
+                raise ValueError(f"it names entry {i:,} of {len(source):,}")
             if not f"{line}\t".startswith(f"{list_start(source, i)}\t"):
                 raise ValueError("it names other entries")
             skip.add(i)
-    except (OSError, ValueError, IndexError, Damaged) as error:
+    except (OSError, ValueError, Damaged) as error:
         raise UserError(f"--without {path}: {error}; expected the list that check wrote "
                         "of this SRC") from None
     return skip
@@ -2275,7 +2299,7 @@ def add_check(commands):
     add = add_command(commands, check, "Read and count.")
     add_workers(add)
     add("--against", nargs="+", metavar="TEST", help="test sets: find the crops that they hold too")
-    add("--alike", type=number_in("[0, inf)"), default=0.9,
+    add("--alike", type=number_in("[0, 1]"), default=0.9,
         help="likeness of near duplicates; lower finds more, and wrong ones")
     add("--write_list", metavar="FILE", help="write what --against finds, for pack --without")
 

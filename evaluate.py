@@ -693,8 +693,8 @@ def mark_errors(label, text, protocol):
 def add_flags(parser):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", nargs="+", metavar="SRC",
-        help="labelled sets, a row each: an LMDB folder or a tree of them, a labels file, "
-        "synth:N for rendered words in the checkpoint's charset")
+        help="labelled sets, a row each: an LMDB folder, or a tree of them as one set, a labels "
+        "file, synth:N for rendered words in the checkpoint's charset")
     what.add_argument("--images", nargs="+", metavar="FILE",
         help="image files to read, or folders of them: prints path, text, confidence")
     what.add_argument("--score", metavar="FILE",
@@ -709,7 +709,7 @@ def add_flags(parser):
     add("--json", metavar="FILE",
         help="write the results here; those of --images have each character's confidence")
     add("--predictions", metavar="FILE",
-        help="write label, reading, confidence, place here; --score reads it back")
+        help="write label, reading, confidence, place here; --score reads it back, as one set")
     add("--max_damaged", type=number_in("[0, 1]"), default=.01,
         help="exit with status 2, after the table, if a larger share of a set is unreadable")
     add("--heights", nargs="+", type=number_in(f"[1, {H}]", int), default=[],
@@ -853,7 +853,8 @@ def parse_predictions(path):
     except OSError as error:
         raise UserError(f"--score {path}: {error.strerror}; {expected}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"--score {path}: {error}; {expected}") from None
+        line = data.first_line_not_utf8(path)
+        raise UserError(f"--score {path}: line {line}: {error.reason}; {expected}") from None
 
     pairs = []
     wrong = []                                  # what is said of third columns

@@ -495,7 +495,7 @@ def model_of_init():
     first = Parser(add_help=False)
     first.add_argument("--init")
     known, rest = first.parse_known_args()
-    if known.init is None or "-h" in rest or "--help" in rest:      # --help reads no file
+    if not known.init or "-h" in rest or "--help" in rest:      # --help reads no file
         return None
     return model_of(read_checkpoint(known.init))
 

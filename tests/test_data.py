@@ -412,6 +412,33 @@ def test_a_header_is_noticed(tmp_path, capsys, name, between):
     assert "no " + os.path.join(tmp_path, "0;") in open_error(tmp_path / name)
 
 
+def test_rows_that_a_spreadsheet_leaves_empty(tmp_path):
+    """`,` at the end of a .csv, or a row without a path: a damaged crop in every epoch."""
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "l.csv").write_text("a.png,one\n,\n , \na.png,two\n")
+    source = data.open_source(str(tmp_path / "l.csv"))
+    assert [source.label(i) for i in range(len(source))] == ["one", "two"]
+    for name, row in ("l.csv", ",two"), ("l.tsv", "\ttwo"):
+        between = row[0]
+        (tmp_path / name).write_text(f"a.png{between}one\n{row}\n")
+        assert "line 2: expected path" in open_error(tmp_path / name) and "no path" in open_error(tmp_path / name)
+    (tmp_path / "gt.txt").write_text('a.png, "one"\n')                      # ICDAR's
+    assert "name a file with commas .csv" in open_error(tmp_path / "gt.txt")
+
+
+def test_hidden_files_are_no_crops(tmp_path, capsys):
+    """A notebook's copies of crops, .ipynb_checkpoints, among the crops, unsaid; or all crops of a folder whose
+    own path has a hidden part."""
+    folder = tmp_path / ".cache" / "crops"
+    for name in "a.png", ".b.png", ".ipynb_checkpoints/c.png", "sub/.d/e.png", "sub/f.png":
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(folder / name)
+    for src in str(folder), f"{folder}/":
+        source = data.open_source(src)
+        assert [source.row(i)[0] for i in range(len(source))] == ["a.png", os.path.join("sub", "f.png")]
+        assert "not looked at: 3 hidden\n" in capsys.readouterr().out
+
+
 def test_messages_about_paths(tmp_path, words):
     """Paths written on Windows, and the file in the place of its folder: an error that does not say what to
     type."""
@@ -578,7 +605,10 @@ def test_pixels_that_are_no_grey(kind, value):
     """What is no number, below black or above white, made black or white in silence."""
     grey = np.full((20, 40), 0, kind)
     grey[3, 3] = value
-    with pytest.raises(Damaged, match=f"^pixels from .*{value:g}.*; expected 0 to 1, 255 or 65535"):
+    said = f"^pixels from .*{value:g}.*; expected 0 to 1, 255 or 65535"
+    if np.isnan(value):
+        said = "^a pixel that is not a number$"
+    with pytest.raises(Damaged, match=said):
         data.decode(encode(Image.fromarray(grey), "TIFF"))
 
 
@@ -1964,8 +1994,17 @@ def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
         ["7", "words image-000000008", "w7", "test image-000000001", "w7"],
         ["9", "words image-000000010", "w9", "test image-000000002", "w9"]]
     assert rows[0][3] == "same bytes" and rows[1][3].startswith("alike")
-    said = call(monkeypatch, capsys, "check", words, "--against", test, "--alike", 2)
+    said = call(monkeypatch, capsys, "check", words, "--against", test, "--alike", 1)
     assert f"also in {test}: 1\n" in said
+    with pytest.raises(SystemExit):                                         # a percentage: none is so alike
+        call(monkeypatch, capsys, "check", words, "--against", test, "--alike", 90)
+    assert "--alike 90: expected a number in [0, 1]" in capsys.readouterr().err
+    with pytest.raises(UserError, match="words@2: pack writes each crop once; leave @2 out"):
+        call(monkeypatch, capsys, "pack", f"{words}@2", tmp_path / "twice", "--without", tmp_path / "list.tsv")
+    assert not (tmp_path / "twice").exists()                                # the list would name one copy of two
+    (tmp_path / "far.tsv").write_text("50\tx\n")
+    with pytest.raises(UserError, match="far.tsv: it names entry 50 of 50; expected the list"):
+        call(monkeypatch, capsys, "pack", words, tmp_path / "far", "--without", tmp_path / "far.tsv")
     call(monkeypatch, capsys, "pack", words, tmp_path / "clean", "--without", tmp_path / "list.tsv")
     clean = data.open_source(str(tmp_path / "clean"))
     assert [label for _, label in clean] == [f"w{i}" for i in range(50) if i not in (7, 9)]

@@ -342,7 +342,7 @@ def test_score_refuses_what_is_no_file_of_readings(call, tmp_path):
     expected = "expected lines of label<TAB>prediction"
     refused(call("--score", tmp_path / "words.txt"), "words.txt", "line 3 has no tab", expected)
     refused(call("--score", tmp_path / "empty.txt"), "empty.txt", "no line", expected)
-    refused(call("--score", tmp_path / "latin.txt"), "latin.txt", "utf-8", expected)
+    refused(call("--score", tmp_path / "latin.txt"), "latin.txt: line 1: ", "in UTF-8", expected)
     refused(call("--score", tmp_path / "nowhere.tsv"), "nowhere.tsv", "No such file")
 
     (tmp_path / "windows.txt").write_bytes(b"a\tb\r\n\r\nb\tb\r\n\t\r\n\t\t\r\n")
@@ -484,6 +484,11 @@ def test_a_wrong_name_costs_nothing(bench, call, tmp_path):
     refused(call(*ckpt, "--data", "synth:4", "--errors", tmp_path / "errors"), "errors.png")
     got = call(*ckpt, "--data", bench / "set", "--attention", bench / "set")        # its pictures would be crops
     refused(got, "is read, and would be changed")
+    typed = (bench / "set" / "labels.tsv").read_text()
+    for flag, crops in ("--predictions", "--images"), ("--json", "--images"):       # labels, typed by hand
+        got = call(*ckpt, crops, bench / "set", flag, bench / "set" / "labels.tsv")
+        refused(got, "labels.tsv: is there already, among the crops of", "name a new file")
+    assert (bench / "set" / "labels.tsv").read_text() == typed
     crop = bench / "set" / "0.png"                              # of a labels file
     got = call(*ckpt, "--data", "synth:4", bench / "set" / "labels.tsv", "--errors", crop)
     refused(got, f"{crop}: labels.tsv 0.png is read, and would be changed")

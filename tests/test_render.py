@@ -740,6 +740,9 @@ def test_unusable_fonts_are_counted(tmp_path, capsys):
     render.font_files(str(tmp_path))
     assert capsys.readouterr().out == ""                                # --val asks again
 
+    with pytest.raises(UserError, match="good.ttf: a file; name the folder that it is in"):
+        render.font_files(str(tmp_path / "good.ttf"))
+
     # Another alphabet: what is needed is the charset, not a to z.
     fonts = render.font_files(str(tmp_path), charset="ABC")
     assert [os.path.basename(path) for path in fonts] == ["capitals.ttf", "few.ttf", "good.ttf"]

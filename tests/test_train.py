@@ -2362,8 +2362,11 @@ def test_a_folder_is_one_runs(monkeypatch, tmp_path, capsys):
         log.write_text('{"step": 1, "lr": 0.1}\n')
         with pytest.raises(UserError, match="log.jsonl: another run writes to it"):
             common.Log(args, 0, 10, 8, torch.device("cpu"), None)
+        with pytest.raises(UserError, match="log.jsonl: another run writes to it"):
+            common.find_checkpoint(str(tmp_path), resume=True)      # it may write one while this run starts
         assert log.read_text() == '{"step": 1, "lr": 0.1}\n'
         other.communicate(b"\n")
+    assert common.find_checkpoint(str(tmp_path), resume=True) is None
     log_a_step()
     take = [sys.executable, "-c", code.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB").replace("input()", "")]
     assert subprocess.run(take, capture_output=True).returncode != 0, "another may write between two lines"
@@ -2494,6 +2497,7 @@ WRONG = [
     (PRE, "--out_dir=", "--out_dir is empty; give it a value, or leave it out"),
     (PRE, "--teacher=", "--teacher is empty; give it a value, or leave it out"),
     (FINE, "--val=", "--val is empty; give it a value, or leave it out"),
+    (FINE, "--init=", "--init is empty; give it a value, or leave it out"),
     (PRE, "--max_damaged 1", "--max_damaged 1: expected a number in (0, 1)"),
     (PRE, "--method byol", "byol"),
     (PRE, "--mask_ratio 1.4", "1.4: expected a number in (0, 1)"),
