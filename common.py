@@ -410,58 +410,9 @@ def join_ranks(device):
                             "WORLD_SIZE")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
+        dist.init_process_group(        # meet_ranks stands at the end of this file
             backend, store=meet_ranks(), rank=rank(), world_size=world_size())
     return dist.new_group(backend="gloo")       # NCCL would wait for the GPU's queue of work
-
-
-def meet_ranks():
-    """torchrun's store, under a prefix that no earlier start has used. Without one, ranks that
-    start again would find the addresses of ranks that were killed (pytorch issue 135712).
-
-    Rank 0 makes up the prefix. The others ask for it. What rank 0 answered at an earlier start is
-    still in the store, so each asks with a random ticket of its own, and waits for the answer to
-    that very ticket. A worker that was killed and restarted asks with another ticket.
-
-        key in the store    value       written by
-        ticket/RANK         a ticket    the rank that asks
-        prefix/TICKET       a prefix    rank 0, the answer
-        PREFIX/RANK         "here"      the rank that got the answer
-    """
-    store, _, _ = next(dist.rendezvous("env://"))
-    if rank() == 0:
-        prefix = hand_out_prefix(store)
-    else:
-        prefix = ask_for_prefix(store)
-    return dist.PrefixStore(prefix, store)
-
-
-def ask_for_prefix(store):
-    """What the other ranks do: ask, wait, and say that they are here."""
-    ticket = uuid.uuid4().hex
-    store.set(f"ticket/{rank()}", ticket)
-    prefix = store.get(f"prefix/{ticket}").decode()             # waits for the answer
-    store.set(f"{prefix}/{rank()}", "here")
-    return prefix
-
-
-def hand_out_prefix(store):
-    """What rank 0 does: answers tickets until all ranks are here. Some tickets may be of ranks that
-    are dead: these are answered in vain."""
-    prefix = uuid.uuid4().hex
-    began = time.time()
-    others = range(1, world_size())
-    all_here = [f"{prefix}/{other}" for other in others]
-    while not store.check(all_here):
-        for other in others:
-            if store.check([f"ticket/{other}"]):
-                ticket = store.get(f"ticket/{other}").decode()
-                store.set(f"prefix/{ticket}", prefix)
-        if time.time() - began > 1800:
-            raise UserError(f"rank 0 waited half an hour for the other {len(others)}; "
-                            "were all of them started?")
-        time.sleep(0.05)
-    return prefix
 
 
 def sum_over_ranks(group, *numbers):
@@ -1196,3 +1147,54 @@ def peak_memory(device):
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     bytes_each = 1 if sys.platform == "darwin" else 1024
     return used * bytes_each / 2 ** 30
+
+
+# ---- ranks that are started again, by torchrun --max_restarts; nothing else needs this
+
+def meet_ranks():
+    """torchrun's store, under a prefix that no earlier start has used. Without one, ranks that
+    start again would find the addresses of ranks that were killed (pytorch issue 135712).
+
+    Rank 0 makes up the prefix. The others ask for it. What rank 0 answered at an earlier start is
+    still in the store, so each asks with a random ticket of its own, and waits for the answer to
+    that very ticket. A worker that was killed and restarted asks with another ticket.
+
+        key in the store    value       written by
+        ticket/RANK         a ticket    the rank that asks
+        prefix/TICKET       a prefix    rank 0, the answer
+        PREFIX/RANK         "here"      the rank that got the answer
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    if rank() == 0:
+        prefix = hand_out_prefix(store)
+    else:
+        prefix = ask_for_prefix(store)
+    return dist.PrefixStore(prefix, store)
+
+
+def ask_for_prefix(store):
+    """What the other ranks do: ask, wait, and say that they are here."""
+    ticket = uuid.uuid4().hex
+    store.set(f"ticket/{rank()}", ticket)
+    prefix = store.get(f"prefix/{ticket}").decode()             # waits for the answer
+    store.set(f"{prefix}/{rank()}", "here")
+    return prefix
+
+
+def hand_out_prefix(store):
+    """What rank 0 does: answers tickets until all ranks are here. Some tickets may be of ranks that
+    are dead: these are answered in vain."""
+    prefix = uuid.uuid4().hex
+    began = time.time()
+    others = range(1, world_size())
+    all_here = [f"{prefix}/{other}" for other in others]
+    while not store.check(all_here):
+        for other in others:
+            if store.check([f"ticket/{other}"]):
+                ticket = store.get(f"ticket/{other}").decode()
+                store.set(f"prefix/{ticket}", prefix)
+        if time.time() - began > 1800:
+            raise UserError(f"rank 0 waited half an hour for the other {len(others)}; "
+                            "were all of them started?")
+        time.sleep(0.05)
+    return prefix
