@@ -24,7 +24,6 @@ import ctypes
 import datetime
 import gc
 import inspect
-import io
 import json
 import math
 import os
@@ -740,17 +739,21 @@ def write_checkpoint(path, state):
         say(f"step {state['step']}: the weights are not finite and were not saved; "
             "lower --lr or --blr")
         return False
-    packed = io.BytesIO()               # torch.save would turn a full disk into a RuntimeError
-    torch.save(state, packed)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as file:
-            file.write(packed.getbuffer())
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
-    except OSError as error:
-        say_not_written(path, state["step"], error)
+    except (OSError, RuntimeError) as error:
+        cause = error
+        if isinstance(error, RuntimeError):
+            # torch.save raised it while it dealt with the disk's OSError: that is its context
+            cause = error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        say_not_written(path, state["step"], cause)
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
         return False

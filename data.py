@@ -466,18 +466,16 @@ def suffix_of(path):
     return os.path.splitext(path)[1].lower()
 
 
-BLANK = " \t\r\n"
-
-
 def read_entries(path, kind):
     """Yields (number, entry): the lines that are not empty, or the elements of MMOCR's list."""
     with open(path, encoding="utf-8-sig") as file:
         if kind == ".json":
             yield from enumerate(json.load(file, **NUMBERS_AS_TEXT)["data_list"], 1)
             return
-        empty = BLANK + "," if kind == ".csv" else BLANK        # a spreadsheet's empty row: ,
         for number, line in enumerate(file, 1):
-            if line.strip(empty):
+            # a spreadsheet's empty row holds its commas
+            cells = line.replace(",", " ") if kind == ".csv" else line
+            if cells.strip():
                 yield number, line.rstrip("\n")
 
 
@@ -497,8 +495,10 @@ def parse_entry(entry, kind):
     else:
         fields = entry.split("\t")
     if len(fields) != 2:
-        commas = "; name a file with commas .csv" if "," in entry and kind != ".csv" else ""
-        raise ValueError(f"number of columns in {entry[:60]!r}: {len(fields)}{commas}")
+        advice = ""
+        if kind != ".csv" and "," in entry and "\t" not in entry:
+            advice = "; name a file with commas .csv"
+        raise ValueError(f"number of columns in {entry[:60]!r}: {len(fields)}{advice}")
     image_path, label = fields
     return image_path, label
 
@@ -550,6 +550,11 @@ def files_under(folder):
                 unseen.append(name)
         folders[:] = unseen                         # os.walk goes on into these alone
     return sorted(files), unreadable
+
+
+def is_hidden(file, folder):
+    """True for .a.png and .ipynb_checkpoints/a.png in a folder, which may itself be hidden."""
+    return os.sep + "." in os.sep + file[len(folder):]
 
 
 # ---- sources: rendered words
@@ -747,8 +752,8 @@ def open_folder(src, rotate_tall, labels):
         name = os.path.basename(file)
         if name.startswith("._"):
             others["._* (a Mac's notes on other files)"] += 1
-        elif os.sep + "." in os.sep + file[len(src):]:
-            others["hidden"] += 1                   # such as .ipynb_checkpoints/crop.png
+        elif is_hidden(file, src):
+            others["hidden"] += 1
         elif name == "data.mdb":
             lmdbs.append(os.path.normpath(os.path.dirname(file)))
         elif suffix_of(name) in SUFFIXES:
@@ -1802,19 +1807,30 @@ NOT_TEXT = (*SUFFIXES, ".mdb", ".pt", ".pth")
 
 
 def check_text_output(path, srcs):
-    """check_output, and UserError unless the file that will be written may be one of text. A file
-    that is there, in a folder of images that is read, may hold their labels: it stays."""
+    """check_output, and UserError unless the file that will be written may be one of text, or if
+    labels of images are in it, which a person may have typed."""
     check_output(path, srcs)
-    out = os.path.realpath(path)
-    for src in srcs:
-        place = os.path.realpath(split_times(src)[0])
-        if out.startswith(place + os.sep) and os.path.exists(out) and is_image_folder(place):
-            raise UserError(f"{path}: is there already, among the crops of {src}; name a new file")
+    if holds_labels(path):
+        raise UserError(f"{path}: holds labels of images; name another file")
     if path == "-" or path.endswith("/"):
         raise UserError(f"{path}: expected the name of a file; /dev/stdout is the terminal")
     if path.lower().endswith(NOT_TEXT):
         raise UserError(f"{path}: expected the name of a text file, such as r.json or list.tsv; "
                         "this may be a crop or a checkpoint")
+
+
+def holds_labels(path):
+    """True for a labels file whose first image is there."""
+    if suffix_of(path) not in LABEL_FILES or not os.path.isfile(path):
+        return False
+    try:
+        for _, entry in itertools.islice(read_entries(path, suffix_of(path)), 2):   # or a header
+            image_path, _ = parse_entry(entry, suffix_of(path))
+            if os.path.isfile(os.path.join(os.path.dirname(path), image_path)):
+                return True
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        pass                                                    # it holds something else
+    return False
 
 
 def check_output(path, srcs):
@@ -1836,7 +1852,10 @@ def is_image_folder(place):
     if not os.path.isdir(place):
         return False
     files, _ = files_under(place)
-    return all(os.path.basename(file) != "data.mdb" for file in files)
+    for file in files:
+        if os.path.basename(file) == "data.mdb" and not is_hidden(file, place):
+            return False
+    return True
 
 
 def check_crops_stay(path, source):
@@ -2094,6 +2113,7 @@ class KnownCrops:
         """-> for each crop the number of a test crop, and why: it has the same bytes, or it is the
         most alike and its likeness is above `least_alike`. (None, "") if neither is there."""
         likeness, nearest = (fingerprint(images) @ self.prints.T).max(1)
+        likeness = likeness.clamp(max=1)        # rounding goes beyond
         matches = []
         for file, alike, k in zip(files, likeness.tolist(), nearest.tolist()):
             if hash(file) in self.by_hash:
@@ -2144,12 +2164,12 @@ def pack(args):
     import lmdb
     out = os.path.normpath(args.out)
     unfinished = out + ".part"
+    source = open_with_flags(args)
     for src in args.src:
         path, times = split_times(src)
         if path != src and times.isdecimal():       # SRC@N, and no file whose name holds an @
-            raise UserError(f"{src}: pack writes each crop once; leave @{times} out, and type it "
+            raise UserError(f"{src}: pack writes no crop N times; leave @{times} out, and type it "
                             "where the LMDB is trained on")
-    source = open_with_flags(args)
     if os.path.exists(out):
         raise UserError(f"{out}: exists already; type the name of a new folder")
     skip = read_list(args.without, source) if args.without else set()
@@ -2300,12 +2320,13 @@ def add_check(commands):
     add_workers(add)
     add("--against", nargs="+", metavar="TEST", help="test sets: find the crops that they hold too")
     add("--alike", type=number_in("[0, 1]"), default=0.9,
-        help="likeness of near duplicates; lower finds more, and wrong ones")
+        help="likeness of near duplicates; lower finds more, and wrong ones; 1 finds those alone "
+        "that have the same bytes")
     add("--write_list", metavar="FILE", help="write what --against finds, for pack --without")
 
 
 def add_pack(commands):
-    add = add_command(commands, pack, "Write an LMDB.")
+    add = add_command(commands, pack, "Write an LMDB, without @N.")
     add_workers(add)
     add_drawing(add)
     add("out", metavar="OUT", help="a new folder for data.mdb")

@@ -848,13 +848,16 @@ def parse_predictions(path):
     "damaged" into the third where a crop could not be decoded: there the prediction is None."""
     expected = "expected lines of label<TAB>prediction in UTF-8"
     try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            lines = file.readlines()
+        with open(path, "rb") as file:                      # once: it may be a pipe
+            content = file.read()
+        lines = content.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"--score {path}: {error.strerror}; {expected}") from None
     except UnicodeDecodeError as error:
-        line = data.first_line_not_utf8(path)
-        raise UserError(f"--score {path}: line {line}: {error.reason}; {expected}") from None
+        number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"--score {path}: line {number}: {error.reason}; {expected}") from None
+    if lines[-1] == "":
+        lines.pop()                             # the text ended with a line's end
 
     pairs = []
     wrong = []                                  # what is said of third columns

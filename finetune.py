@@ -158,7 +158,7 @@ def load_recognizer_tensors(model, checkpoint, path):
 
     taken = len(own) - len(anew)
     said = f"--init {path}: a recognizer; {taken} of {len(own)} tensors loaded"
-    if checkpoint["charset"] != model.charset:
+    if checkpoint["charset"] != model.charset and "embed.weight" not in anew:
         both = set(checkpoint["charset"]) & set(model.charset)
         said += f", with the rows of {len(both)} of {len(model.charset)} characters"
     if anew:

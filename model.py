@@ -79,9 +79,10 @@ def patchify(images, patch):
     """(B, 3, H, W) -> (B, N, 3*p*q): the pixels of each patch, in the order of a convolution's
     weight: channel, row, column."""
     p, q = patch
-    h, w = images.shape[2] // p, images.shape[3] // q
-    x = images.reshape(-1, 3, h, p, w, q)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, h * w, 3 * p * q)
+    n_crops, _, height, width = images.shape
+    h, w = height // p, width // q
+    x = images.reshape(n_crops, 3, h, p, w, q)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(n_crops, h * w, 3 * p * q)
 
 
 def unpatchify(x, grid, patch):
@@ -675,14 +676,7 @@ def load_encoder(path):
     if it holds no whole encoder."""
     checkpoint = read_checkpoint(path)
     state = encoder_tensors(checkpoint, path)
-    patches = state.get("patch_embed.proj.weight", torch.zeros(0))
-    if patches.dim() != 4 or 0 in patches.shape or "pos_embed" not in state:
-        raise UserError(f"{path}: no patch_embed.proj.weight of a convolution, or no pos_embed; "
-                        "expected a whole ViT encoder")
-    width, _, p, q = patches.shape
-    if H % p or W % q:
-        raise UserError(
-            f"{path}: patches of {p}x{q}; expected a size that divides the crop, {H}x{W}")
+    width, _, p, q = state["patch_embed.proj.weight"].shape
     depth = sum(name.endswith(".attn.qkv.weight") for name in state)
     encoder = ViT(depth, width, heads_of(depth, width, model_of(checkpoint)), patch=(p, q))
     hint = f"; expected 32x128 crops in patches of {p}x{q}"
@@ -692,7 +686,7 @@ def load_encoder(path):
 
 def encoder_tensors(checkpoint, path):
     """{timm's name: tensor} of the encoder in a checkpoint, whatever stands before its
-    names."""
+    names. UserError if there is none, or none for our crops."""
     state = checkpoint.get("model", checkpoint)
     if not isinstance(state, dict):
         state = {}
@@ -717,6 +711,16 @@ def encoder_tensors(checkpoint, path):
         short = name.removeprefix(prefix)
         if name.startswith(prefix) and not short.startswith(NOT_ENCODER):
             encoder[short] = x
+
+    patches = encoder.get("patch_embed.proj.weight")
+    is_whole = patches is not None and patches.dim() == 4 and 0 not in patches.shape
+    if not is_whole or "pos_embed" not in encoder:
+        raise UserError(f"{path}: no patch_embed.proj.weight of a convolution, or no pos_embed; "
+                        "expected a whole ViT encoder")
+    p, q = patches.shape[2:]
+    if H % p or W % q:
+        raise UserError(
+            f"{path}: patches of {p}x{q}; expected a size that divides the crop, {H}x{W}")
     return encoder
 
 

@@ -34,7 +34,10 @@ def main():
         raise UserError(f"{args.source}: no font with all of a keyboard's characters in it")
     os.makedirs(args.target)
     for path in chosen:
-        shutil.copy(path, args.target)
+        copy = os.path.join(args.target, os.path.basename(path))
+        if os.path.exists(copy):
+            raise UserError(f"{path}: another font has this name; rename one")
+        shutil.copy(path, copy)
     say(f"{args.target}: {describe_fonts(font_files_under(args.target))}")
 
 

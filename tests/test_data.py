@@ -1999,7 +1999,7 @@ def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
     with pytest.raises(SystemExit):                                         # a percentage: none is so alike
         call(monkeypatch, capsys, "check", words, "--against", test, "--alike", 90)
     assert "--alike 90: expected a number in [0, 1]" in capsys.readouterr().err
-    with pytest.raises(UserError, match="words@2: pack writes each crop once; leave @2 out"):
+    with pytest.raises(UserError, match="words@2: pack writes no crop N times; leave @2 out"):
         call(monkeypatch, capsys, "pack", f"{words}@2", tmp_path / "twice", "--without", tmp_path / "list.tsv")
     assert not (tmp_path / "twice").exists()                                # the list would name one copy of two
     (tmp_path / "far.tsv").write_text("50\tx\n")

@@ -485,10 +485,15 @@ def test_a_wrong_name_costs_nothing(bench, call, tmp_path):
     got = call(*ckpt, "--data", bench / "set", "--attention", bench / "set")        # its pictures would be crops
     refused(got, "is read, and would be changed")
     typed = (bench / "set" / "labels.tsv").read_text()
-    for flag, crops in ("--predictions", "--images"), ("--json", "--images"):       # labels, typed by hand
-        got = call(*ckpt, crops, bench / "set", flag, bench / "set" / "labels.tsv")
-        refused(got, "labels.tsv: is there already, among the crops of", "name a new file")
+    for flag in "--predictions", "--json":                                  # labels, typed by hand
+        got = call(*ckpt, "--images", bench / "set" / "0.png", flag, bench / "set" / "labels.tsv")
+        refused(got, "labels.tsv: holds labels of images; name another file")
     assert (bench / "set" / "labels.tsv").read_text() == typed
+    for _ in range(2):                                                      # its own result may be written anew
+        for name in "r.json", "own.tsv":
+            assert call(*ckpt, "--images", bench / "set" / "0.png", "--predictions", tmp_path / "own.tsv",
+                        "--json", tmp_path / "r.json")[0] in (0, None), name
+    (tmp_path / "r.json").write_text("{}")
     crop = bench / "set" / "0.png"                              # of a labels file
     got = call(*ckpt, "--data", "synth:4", bench / "set" / "labels.tsv", "--errors", crop)
     refused(got, f"{crop}: labels.tsv 0.png is read, and would be changed")
