@@ -364,6 +364,9 @@ def to_device(x, device):
 
 def to_unit(images):
     """uint8, or float in [0, 1] -> float32 in [0, 1]."""
+    if not torch.is_tensor(images):
+        raise UserError(f"images are a {type(images).__name__}; expected a tensor, such as "
+                        "torch.from_numpy makes")
     if images.dtype == torch.uint8:
         return images.float() / 255
     if not images.is_floating_point():

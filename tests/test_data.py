@@ -1826,6 +1826,8 @@ def test_coarse_and_unit():
     for other in images.float(), images.float() / 127.5 - 1, torch.full((1,), math.nan):
         with pytest.raises(UserError, match="images from .*; expected uint8, or float in"):
             to_unit(other)                              # tokens of another picture, and nobody says so
+    with pytest.raises(UserError, match="images are a ndarray; expected a tensor"):
+        to_unit(images.numpy())
     with pytest.raises(UserError, match="guidance_view: numbers from 4 to 253; expected uint8, or float in"):
         data.guidance_view(images.float(), generator())                 # white noise, and nobody says so
     with pytest.raises(UserError, match="guidance_view: numbers from -0.9.* to 0.9.*; expected"):
