@@ -564,30 +564,25 @@ def plain_names(state):
     return plain
 
 
-NOT_FINITE = "holds other things than finite numbers"
-
-
 def load_state(module, state, path, hint=""):
     """Strict load -> how many tensors. A UserError says how many match and names the first
-    that does not."""
+    that does not. hint: what to do about other names or shapes."""
     own = module.state_dict()
     state = {name: value for name, value in state.items() if torch.is_tensor(value)}
     fit, wrong = 0, []
     for name in own:
         if name not in state:
-            wrong.append(f"missing {name}")
+            wrong.append(f"missing {name}{hint}")
         elif own[name].shape != state[name].shape:
             there, here = tuple(state[name].shape), tuple(own[name].shape)
-            wrong.append(f"{name} is {there} there and {here} here")
+            wrong.append(f"{name} is {there} there and {here} here{hint}")
         elif not holds_finite_numbers(state[name]):
-            wrong.append(f"{name} {NOT_FINITE}")
+            wrong.append(f"{name} holds other things than finite numbers")
         else:
             fit += 1
-    wrong += [f"not known here: {name}" for name in state if name not in own]
+    wrong += [f"not known here: {name}{hint}" for name in state if name not in own]
     if wrong:
-        if wrong[0].endswith(NOT_FINITE):
-            hint = ""                           # it is about shapes and names
-        raise UserError(f"{path}: {fit} of {len(own)} tensors match; {wrong[0]}{hint}")
+        raise UserError(f"{path}: {fit} of {len(own)} tensors match; {wrong[0]}")
     module.load_state_dict(state)
     return len(own)
 

@@ -1821,11 +1821,12 @@ def check_text_output(path, srcs):
 
 def holds_labels(path):
     """True for a labels file whose first image is there."""
-    if suffix_of(path) not in LABEL_FILES or not os.path.isfile(path):
+    kind = suffix_of(path)
+    if kind not in LABEL_FILES or not os.path.isfile(path):
         return False
     try:
-        for _, entry in itertools.islice(read_entries(path, suffix_of(path)), 2):   # or a header
-            image_path, _ = parse_entry(entry, suffix_of(path))
+        for _, entry in itertools.islice(read_entries(path, kind), 2):  # or a header
+            image_path, _ = parse_entry(entry, kind)
             if os.path.isfile(os.path.join(os.path.dirname(path), image_path)):
                 return True
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
@@ -2167,7 +2168,7 @@ def pack(args):
     source = open_with_flags(args)
     for src in args.src:
         path, times = split_times(src)
-        if path != src and times.isdecimal():       # SRC@N, and no file whose name holds an @
+        if path != src:                             # SRC@N: open_with_flags has looked at N
             raise UserError(f"{src}: pack writes no crop N times; leave @{times} out, and type it "
                             "where the LMDB is trained on")
     if os.path.exists(out):

@@ -343,9 +343,9 @@ def font_files_under(folder):
 def usable_fonts(folder, charset):
     """font_files of a folder. How many are left out, and why, is said, but once: the answer is
     kept."""
-    paths = font_files_under(folder)
     if os.path.isfile(folder):
         raise UserError(f"--fonts {folder}: a file; name the folder that it is in")
+    paths = font_files_under(folder)
     if not paths:
         raise UserError(f"--fonts {folder}: no .ttf, .otf or .ttc file in it; "
                         "give a folder that holds some")

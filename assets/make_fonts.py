@@ -10,6 +10,7 @@ Taken are fonts that have all 94 characters of a keyboard, at most six of a fold
 import os
 import shutil
 import sys
+from collections import Counter
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 from common import Parser, UserError, run_main, say
@@ -32,13 +33,13 @@ def main():
     chosen = choose_fonts(args.source)
     if not chosen:
         raise UserError(f"{args.source}: no font with all of a keyboard's characters in it")
+    for name, times in Counter(map(os.path.basename, chosen)).items():
+        if times > 1:
+            raise UserError(f"{args.source}: {times} fonts have the name {name}; rename them")
     os.makedirs(args.target)
     for path in chosen:
-        copy = os.path.join(args.target, os.path.basename(path))
-        if os.path.exists(copy):
-            raise UserError(f"{path}: another font has this name; rename one")
-        shutil.copy(path, copy)
-    say(f"{args.target}: {describe_fonts(font_files_under(args.target))}")
+        shutil.copy(path, args.target)
+    say(f"{args.target}: {describe_fonts(chosen)}")
 
 
 def choose_fonts(source):

@@ -715,7 +715,11 @@ def test_a_folder_of_typefaces_is_made(tmp_path, capsys, monkeypatch):
     assert (target / "07.ttf").read_bytes() == own_font()
     assert f"{target}: 7 faces of 1 family" in capsys.readouterr().out
 
+    (tmp_path / "twins" / "b").mkdir(parents=True)
+    for name in "a.ttf", "b/a.ttf":                                         # one would be written over the other
+        (tmp_path / "twins" / name).write_bytes(own_font())
     for folder, new, fault in [(source, target, "fonts: is there already"),
+                               (str(tmp_path / "twins"), tmp_path / "new", "twins: 2 fonts have the name a.ttf"),
                                (str(tmp_path / "none"), tmp_path / "new", "none: no font")]:
         monkeypatch.setattr(sys, "argv", ["make_fonts.py", folder, str(new)])
         with pytest.raises(UserError, match=fault):
