@@ -80,8 +80,7 @@ PRETRAINING = {
 MAIN_ROWS = ["scratch", "mim", "nsp", "lmim", "mnsp"]
 EQUAL_TIME = ["mim_long", "nsp_long", "lmim", "mnsp"]
 LARGE_ROWS = ["large_scratch", "large_mim", "large_mnsp", "large_mim_long"]
-ALL_SEEDS = [*MAIN_ROWS, "mim_long"]            # the others are run with the first seed alone
-LARGE_ALL_SEEDS = LARGE_ROWS[:3]                # these too
+ALL_SEEDS = [*MAIN_ROWS, "mim_long"]            # LARGE_ROWS too; others have the first seed alone
 LONG_ROWS = ["scratch", "mim_long", "mnsp"]     # these are also fine-tuned for long, with all seeds
 PROBED = ["untrained", *MAIN_ROWS[1:], "mim_long"]      # also with a frozen encoder, the first seed
 
@@ -118,7 +117,7 @@ class Job:
 def all_jobs(real, out, fonts):
     """{name: Job}, in the order in which they are made: first what tells most."""
     rows = [(name, 0) for name in PRETRAINING]
-    rows += [(name, seed) for seed in SEEDS[1:] for name in [*ALL_SEEDS, *LARGE_ALL_SEEDS]]
+    rows += [(name, seed) for seed in SEEDS[1:] for name in [*ALL_SEEDS, *LARGE_ROWS]]
     tests = sorted(open_tests(real))
 
     jobs = [split_job(real, out)]
