@@ -39,6 +39,7 @@ import signal
 import string
 import unicodedata
 import warnings
+import zlib
 from collections import Counter, namedtuple
 
 if __name__ == "__main__":              # Ctrl-C while torch is loading ends without a traceback
@@ -2143,17 +2144,23 @@ def fingerprint(images):
 
 def list_lines(source, indices, tests, matches):
     """A line for each crop that was found: its number, where it is, its label, why, where the
-    test crop is, its label."""
+    test crop is, its label, the crop's checksum."""
     lines = []
     for i, (k, why) in zip(indices, matches):
         if k is not None:
-            fields = [list_start(source, i), why, tests.where(k), str(tests.label(k))]
+            fields = [list_start(source, i), why, tests.where(k), str(tests.label(k)),
+                      checksum(source, i)]
             lines.append("\t".join(fields).replace("\n", " "))
     return lines
 
 
+def checksum(source, i):
+    """Of crop i's file, 8 digits: another set may have the same names and labels."""
+    return f"{zlib.crc32(source.file_bytes(i)):08x}"
+
+
 def list_start(source, i):
-    """How crop i's line in such a list begins, by which pack --without knows it again."""
+    """How crop i's line in such a list begins. By this and its end pack --without knows it."""
     fields = [str(i), source.where(i), str(source.label(i))]
     return "\t".join(fields).replace("\n", " ")
 
@@ -2164,31 +2171,36 @@ def pack(args):
     """Writes an LMDB of the files as they are, reads it back, and only then gives it its name."""
     import lmdb
     out = os.path.normpath(args.out)
-    unfinished = out + ".part"
     source = open_with_flags(args)
     for src in args.src:
         path, times = split_times(src)
         if path != src:                             # SRC@N: open_with_flags has looked at N
             raise UserError(f"{src}: pack writes no crop N times; leave @{times} out, and type it "
                             "where the LMDB is trained on")
+        if os.path.realpath(out).startswith(os.path.realpath(src) + os.sep):
+            raise UserError(f"{out}: {src} is read, and would be changed; name a folder outside it")
     if os.path.exists(out):
         raise UserError(f"{out}: exists already; type the name of a new folder")
     skip = read_list(args.without, source) if args.without else set()
-    if os.path.isdir(unfinished) and set(os.listdir(unfinished)) - {"data.mdb", "lock.mdb"}:
-        raise UserError(f"{unfinished}: is needed while {out} is written, and holds other things; "
-                        "rename it, or type another name")
 
-    shutil.rmtree(unfinished, ignore_errors=True)           # what a pack left that was stopped
+    # A name that no other process has, so that whatever is in it is ours. It is hidden: what is
+    # left of a pack that was killed is not read as crops.
+    folder, name = os.path.split(out)
+    unfinished = os.path.join(folder, f".{name}.part{os.getpid()}")
+    expected = "expected a new folder, in one that is there, on a disk with room"
+    try:
+        os.mkdir(unfinished)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error}); {expected}") from None
     try:
         kept = write_lmdb(unfinished, source, skip, args.workers)
         check_written(unfinished, out, source, kept)
+        os.rename(unfinished, out)
     except BaseException as error:                          # Ctrl-C too
         shutil.rmtree(unfinished, ignore_errors=True)
         if not isinstance(error, (lmdb.Error, OSError)):
             raise
-        raise UserError(f"{out}: cannot be written ({error}); expected a new folder, in one that "
-                        "is there, on a disk with room") from None
-    os.rename(unfinished, out)
+        raise UserError(f"{out}: cannot be written ({error}); {expected}") from None
     print(f"{out}: {len(kept):,} of {len(source):,} entries written and read back, "
           f"{len(skip):,} left out by list")
 
@@ -2208,7 +2220,8 @@ def read_list(path, source):
             i = int(number)
             if i >= len(source):
                 raise ValueError(f"it names entry {i:,} of {len(source):,}")
-            if not f"{line}\t".startswith(f"{list_start(source, i)}\t"):
+            starts = line.startswith(f"{list_start(source, i)}\t")
+            if not starts or not line.endswith(f"\t{checksum(source, i)}"):
                 raise ValueError("it names other entries")
             skip.add(i)
     except (OSError, ValueError, Damaged) as error:

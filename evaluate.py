@@ -170,8 +170,10 @@ def line_on_empty_labels(labels, protocol):
     n = sum(normalize(label, protocol) == "" for label in labels)
     if n == 0 or protocol == "parseq36":
         return ""
-    return (f"{n:,} of {len(labels):,} labels hold nothing that {protocol} compares; each is right "
-            "if nothing else is read")
+    outcome = "each is right if nothing else is read"
+    if n == len(labels):
+        outcome = "so no accuracy is printed"
+    return f"{n:,} of {len(labels):,} labels hold nothing that {protocol} compares; {outcome}"
 
 
 def is_pair(pair):
@@ -828,17 +830,35 @@ def write_json(result, path):
 
 # A first line of --score is a header if its two columns differ and hold no word but these, such as
 # "GT Label" and "predicted_text".
-HEADER_WORDS = {
+LABEL_WORDS = {
     "label", "labels", "gt", "ground", "truth", "groundtruth", "true", "target", "reference",
-    "text", "pred", "preds", "prediction", "predictions", "predicted", "reading", "model", "ocr",
-    "expected", "output",
+    "expected",
 }
+PREDICTION_WORDS = {
+    "pred", "preds", "prediction", "predictions", "predicted", "reading", "model", "ocr", "output",
+}
+HEADER_WORDS = LABEL_WORDS | PREDICTION_WORDS | {"text"}
+
+
+def words_of(column):
+    return set(re.split("[ _-]+", column.lower()))
 
 
 def is_header(label, prediction):
     """True if these, the columns of a first line, name what stands below them."""
-    words = re.split("[ _-]+", f"{label} {prediction}".lower())
-    return label.lower() != prediction.lower() and HEADER_WORDS.issuperset(words)
+    words = words_of(label) | words_of(prediction)
+    return label.lower() != prediction.lower() and words <= HEADER_WORDS
+
+
+def names_labels(column):
+    """True for a header such as "true text", and not for "predicted label"."""
+    words = words_of(column)
+    return not words.isdisjoint(LABEL_WORDS) and words.isdisjoint(PREDICTION_WORDS)
+
+
+def names_predictions(column):
+    words = words_of(column)
+    return not words.isdisjoint(PREDICTION_WORDS) and words.isdisjoint(LABEL_WORDS)
 
 
 def parse_predictions(path):
@@ -876,6 +896,8 @@ def parse_predictions(path):
                             "it with the line ends of Unix or Windows")
         third = columns[2] if len(columns) > 2 else ""
         if number == 1 and is_header(label, prediction) and not is_number(third):
+            if names_predictions(label) or names_labels(prediction):
+                raise UserError(f"--score {path}: its header is {line!r}; expected the label first")
             say(f"--score {path}: line 1 is taken for a header: {line}", sys.stderr)
             continue
         if third == "damaged":

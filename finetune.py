@@ -124,6 +124,7 @@ def build_recognizer(args, charset):
     stored = encoder_tensors(checkpoint, args.init)
     hint = f"; name the --model it was made with, not {args.model}"
     matched = load_state(encoder, stored, f"--init {args.init}", hint)
+    check_heads(args, model_of(checkpoint))
     if isinstance(checkpoint.get("charset"), str) and "model" in checkpoint:
         said = load_recognizer_tensors(model, checkpoint, args.init)
         flags = checkpoint.get("args")
@@ -132,6 +133,17 @@ def build_recognizer(args, charset):
             said += "; it was trained with --rotate_tall"
         return model, said
     return model, f"--init {args.init}: all {matched} tensors of the encoder loaded"
+
+
+def check_heads(args, made_with):
+    """UserError if --init was made with another number of heads, which no tensor's shape tells."""
+    if made_with is None:                               # a foreign file
+        return
+    heads = MODELS[made_with]["encoder"]["heads"]
+    expected = MODELS[args.model]["encoder"]["heads"]
+    if heads != expected:
+        raise UserError(f"--init {args.init}: {heads} heads, of --model {made_with}; {args.model} "
+                        f"has {expected}; type --model {made_with}")
 
 
 def load_recognizer_tensors(model, checkpoint, path):

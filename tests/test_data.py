@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import string
 import struct
@@ -1992,7 +1993,7 @@ def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
     said = call(monkeypatch, capsys, "check", words, "--against", test, "--write_list", tmp_path / "list.tsv")
     assert "50 entries = 50 read + 0 damaged" in said and "also in" in said
     rows = [line.split("\t") for line in (tmp_path / "list.tsv").read_text().splitlines()]
-    assert [row[:3] + row[4:] for row in rows] == [
+    assert [row[:3] + row[4:-1] for row in rows] == [
         ["7", "words image-000000008", "w7", "test image-000000001", "w7"],
         ["9", "words image-000000010", "w9", "test image-000000002", "w9"]]
     assert rows[0][3] == "same bytes" and rows[1][3].startswith("alike")
@@ -2044,19 +2045,50 @@ def test_check_against_and_without(tmp_path, words, monkeypatch, capsys):
     assert not (tmp_path / "none.tsv").exists()
 
 
-def test_a_folder_in_packs_way_is_kept(tmp_path, words, monkeypatch, capsys):
-    """A folder of one's own with the name that `pack` uses while it writes, which is deleted. But what a pack
-    left that was killed makes way."""
+def test_pack_deletes_and_changes_nobodys_crops(tmp_path, words, monkeypatch, capsys):
+    """An LMDB named out.part, that of the crops even, deleted for being what a pack had left; a tree that is packed
+    into itself, of which every crop counts twice from then on."""
     own = tmp_path / "out.part"
-    own.mkdir()
-    (own / "data.mdb").write_bytes(b"half")
-    (own / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="out.part: is needed .* and holds other things"):
-        call(monkeypatch, capsys, "pack", words, tmp_path / "out")
-    assert (own / "thesis.txt").read_text() == "mine"
-    (own / "thesis.txt").unlink()
-    call(monkeypatch, capsys, "pack", words, tmp_path / "out")
-    assert len(data.open_source(str(tmp_path / "out"))) == 50 and not own.exists()
+    call(monkeypatch, capsys, "pack", words, own)
+    call(monkeypatch, capsys, "pack", own, tmp_path / "out")
+    assert len(data.open_source(str(own))) == len(data.open_source(str(tmp_path / "out"))) == 50
+    with pytest.raises(UserError, match="out.part is read, and would be changed; name a folder outside it"):
+        call(monkeypatch, capsys, "pack", own, own / "all")
+
+    # Two packs at a time to one name: the later one finds a folder there, and leaves it alone.
+    def pack_meanwhile(*args):
+        shutil.copytree(own, tmp_path / "late")
+    monkeypatch.setattr(data, "check_written", pack_meanwhile)
+    with pytest.raises(UserError, match="late: cannot be written .*not empty"):
+        call(monkeypatch, capsys, "pack", "synth:3", tmp_path / "late")
+    assert len(data.open_source(str(tmp_path / "late"))) == 50
+
+    # What is left of a pack that was killed is not read with the rest of a tree.
+    tree = tmp_path / "tree"
+    shutil.copytree(own, tree / "set")
+    monkeypatch.setattr(data.shutil, "rmtree", lambda *args, **flags: None)
+    monkeypatch.setattr(data, "check_written", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, capsys, "pack", "synth:3", tree / "half")
+    assert len(list(tree.glob(".half.part*/data.mdb"))) == 1
+    assert len(data.open_source(str(tree))) == 50
+
+
+def killed(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_list_of_another_set_of_the_same_names(tmp_path, monkeypatch, capsys):
+    """A list that was made of one unlabelled LMDB takes out the crops of those numbers of another, whose folder
+    has the same name."""
+    first = write_lmdb(tmp_path / "a" / "train", [(encode(picture(i)), None) for i in range(4)])
+    second = write_lmdb(tmp_path / "b" / "train", [(encode(picture(9 - i)), None) for i in range(4)])
+    test = write_lmdb(tmp_path / "test", [(encode(picture(2)), b"w")])
+    call(monkeypatch, capsys, "check", first, "--against", test, "--write_list", tmp_path / "list.tsv")
+    with pytest.raises(UserError, match="list.tsv: it names other entries; expected the list"):
+        call(monkeypatch, capsys, "pack", second, tmp_path / "out", "--without", tmp_path / "list.tsv")
+    said = call(monkeypatch, capsys, "pack", first, tmp_path / "out", "--without", tmp_path / "list.tsv")
+    assert "3 of 4 entries written and read back, 1 left out by list" in said
 
 
 def test_a_crops_number_is_whole(words):
@@ -2168,10 +2200,10 @@ def test_check_of_nothing_that_can_be_read(tmp_path, words, monkeypatch, capsys)
     half = write_lmdb(tmp_path / "half", [(b"", b"x"), (again, b"w7")])
     said = call(monkeypatch, capsys, "check", words, "--against", half)
     assert "half: 1 of 2 crops are damaged and are not looked for" in said and f"also in {half}: 1" in said
-    assert said.endswith("\thalf image-000000002\tw7\n")
+    assert "\thalf image-000000002\tw7\t" in said
     monkeypatch.setattr(data, "READ_AT_ONCE", 1)                        # the crop is the first of its batch
     said = call(monkeypatch, capsys, "check", words, "--against", half)
-    assert said.endswith("\thalf image-000000002\tw7\n")
+    assert "\thalf image-000000002\tw7\t" in said
 
 
 def test_check_notices_doubled_quotes(tmp_path, monkeypatch, capsys):

@@ -325,6 +325,9 @@ def test_labels_of_which_nothing_is_compared_are_said(call, bench, tmp_path, mon
     said = "2 of 3 labels hold nothing that waics compares; each is right if nothing else is read\n"
     assert err == f"--score {file}: {said}"
     assert call("--score", file, "--protocol", "exact")[2] == ""
+    (tmp_path / "all.tsv").write_text("да\tнет\n", encoding="utf-8")
+    _, out, err = call("--score", tmp_path / "all.tsv")
+    assert re.search("^all.tsv +1 +1 +- +-", out, re.M) and "waics compares; so no accuracy is printed\n" in err
     assert call("--score", file, "--protocol", "parseq36")[2] == ""         # which leaves them out
 
     (bench / "set" / "mixed.tsv").write_text("0.png\tда\n1.png\tнет\n2.png\tab\n", encoding="utf-8")
@@ -359,6 +362,12 @@ def test_score_refuses_other_columns(call, tmp_path):
         status, out, err = call("--score", file)
         assert status == 0 and f"line 1 is taken for a header: {header}\n" in err
         assert re.search(r"^p.tsv +1 +1 +100", out, re.M)
+    for header in ("prediction\tlabel", "text\tground truth", "Predicted text\ttext"):         # parseq36 drops by label
+        file.write_text(f"{header}\nab\tab\n")
+        refused(call("--score", file), f"its header is {header!r}; expected the label first")
+    for header in ("expected output\tmodel output", "true label\tpredicted label"):
+        file.write_text(f"{header}\nab\tab\n")
+        assert re.search(r"^p.tsv +1 +1 +100", call("--score", file)[1], re.M)
     for word in ("Label\tlabel", "target\tmarket", "text\t", "true\ttarget\t0.9"):       # no header
         file.write_text(f"{word}\nab\tab\n")
         assert re.search(r"^p.tsv +2 +2 ", call("--score", file)[1], re.M)

@@ -3056,6 +3056,20 @@ def test_an_encoder_of_another_size_is_refused(go, whole, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_an_encoder_of_other_heads_is_refused(go, whole, monkeypatch, tmp_path):
+    """An --init that fits --model's shapes, and is another function: its heads are of another size."""
+    path = os.path.join(whole(pretrain, *MIM), "last.pt")
+    made_with = common.read_checkpoint(path)["args"]["model"]
+    encoder = MODELS[made_with]["encoder"]
+    wider = dict(MODELS[made_with], encoder=dict(encoder, heads=encoder["heads"] // 2))
+    monkeypatch.setitem(MODELS, "own", wider)
+    monkeypatch.setitem(finetune.RECIPES, "own", finetune.RECIPES[made_with])
+    said = f"{encoder['heads']} heads, of --model {made_with}; own has {encoder['heads'] // 2}; type --model {made_with}"
+    with pytest.raises(UserError, match=said):
+        go(finetune, "--init", path, "--model", "own", "--max_steps", "1")
+    assert os.listdir(tmp_path) == []
+
+
 def test_what_another_program_calls_charset_and_model(tmp_path, monkeypatch):
     """A traceback about what lies beside an encoder that is whole."""
     monkeypatch.setitem(MODELS, "vit_small", SMALL)
