@@ -9,7 +9,7 @@ The parts of this file, in the order of reading:
     sources     decode, Lmdb, Files, Synth, Parts, Subset, open_source, open_sources
     labels      CHARSETS, read_charset, fit_label, fit_labels
     views       moved_view, still_view, augment, coarse_view: whole batches, on their device
-    batches     read_batch, batches, next_batch, fill_places, read_all, DamageCount
+    batches     read_batch, batches, next_batch, read_all, DamageCount
     pictures    draw_sheet
     files       check_output, check_writable, write_file
     commands    show, check, pack
@@ -992,11 +992,8 @@ def fit_part(part, charset, max_length):
     unknown = Counter()
     if all_drawn_labels_fit(part, charset, max_length):
         return fits, problems, unknown
-    for i in range(len(part)):
-        try:
-            fit = fit_label(part.label(i), charset, max_length)
-        except Damaged:
-            continue
+    for i, label in readable_labels(part):
+        fit = fit_label(label, charset, max_length)
         if fit.problem:
             fits[i] = False
             problems[fit.problem] += 1
@@ -1004,6 +1001,17 @@ def fit_part(part, charset, max_length):
                 if char not in charset:
                     unknown[char] += 1
     return fits, problems, unknown
+
+
+def readable_labels(source):
+    """Yields (number, label) of each crop; label is None if it has none. Those that are damaged
+    are counted when the crop is read."""
+    for i in range(len(source)):
+        try:
+            label = source.label(i)
+        except Damaged:
+            continue
+        yield i, label
 
 
 def all_drawn_labels_fit(part, charset, max_length):
@@ -1502,28 +1510,35 @@ def copy_once(constant, device):
 
 # images: uint8 (b, 3, 32, 128). labels: b strings or None.
 # char_maps: uint8 (b, 32, 128), zeros for a crop without one; None if nobody asked.
-# damaged: a line for each crop that could not be read; these are missing in the batch, unless
-#   fill_places put others in their places.
+# damaged: a line for each crop that could not be read.
 # indices: the numbers of the b crops in the source.
-# places: where the b crops stand among those that were asked for.
-Batch = namedtuple("Batch", "images labels char_maps damaged indices places")
+Batch = namedtuple("Batch", "images labels char_maps damaged indices")
 
 
-def read_batch(source, asked_for, char_maps=False):
-    """The crops of these numbers -> Batch."""
-    crops = []
+def read_batch(source, asked_for, char_maps=False, fill=False):
+    """The crops of these numbers -> Batch. Damaged ones are missing.
+
+    fill: sound crops stand, once more, in the places of damaged ones; each keeps its own place. So
+    all batches of a run are of one size: for another one torch.compile would compile anew, and
+    ranks could not gather their rows. Without a sound crop the batch is empty."""
+    rows = []                                   # (number, crop), or None of a damaged one
     damaged = []
-    indices = []
-    places = []
-    for place, i in enumerate(asked_for):
+    for i in asked_for:
         try:
-            crop = source.get(i)
+            rows.append((i, source.get(i)))
         except Damaged as error:
+            rows.append(None)
             damaged.append(str(error))
-        else:
-            crops.append(crop)
-            indices.append(i)
-            places.append(place)
+
+    sound = [row for row in rows if row is not None]
+    if fill and sound:
+        for place, row in enumerate(rows):
+            if row is None:
+                rows[place] = sound[place % len(sound)]
+    else:
+        rows = sound
+    indices = [i for i, _ in rows]
+    crops = [crop for _, crop in rows]
 
     images = torch.zeros(len(crops), 3, H, W, dtype=torch.uint8)
     maps = None
@@ -1534,19 +1549,20 @@ def read_batch(source, asked_for, char_maps=False):
         if char_maps and crop.char_map is not None:
             maps[k] = crop.char_map
     labels = [crop.label for crop in crops]
-    return Batch(images, labels, maps, damaged, indices, places)
+    return Batch(images, labels, maps, damaged, indices)
 
 
 class BatchReader(Dataset):
     """For a DataLoader with batch_size=None: it asks for reader[key] for each key of its sampler.
     Here a key is a list of indices, and an item a Batch."""
 
-    def __init__(self, source, char_maps):
+    def __init__(self, source, char_maps, fill):
         self.source = source
         self.char_maps = char_maps
+        self.fill = fill
 
     def __getitem__(self, indices):
-        return read_batch(self.source, indices, self.char_maps)
+        return read_batch(self.source, indices, self.char_maps, self.fill)
 
 
 BATCHES_AHEAD = 4                       # how many each worker has ready
@@ -1569,9 +1585,9 @@ def check_shared_memory(workers, batch_size, char_maps=False):
                             "--shm-size=1g, or lower --workers or --batch_size")
 
 
-def loader(source, index_lists, workers, char_maps=False):
-    """Lists of indices -> an iterator over their Batches. Worker processes are handed indices
-    alone."""
+def loader(source, index_lists, workers, char_maps=False, fill=False):
+    """Lists of indices -> an iterator over their Batches, see read_batch. Worker processes are
+    handed indices alone."""
     if workers:
         # When a process ends, what was registered last runs first. end_workers has to run before
         # multiprocessing's own end, which would wait. Taken out before, lest it stand there twice.
@@ -1581,7 +1597,7 @@ def loader(source, index_lists, workers, char_maps=False):
         # torch finds that more workers than cores are too many, in every validation anew
         warnings.filterwarnings("ignore", "This DataLoader will create")
         return iter(DataLoader(
-            BatchReader(source, char_maps), sampler=index_lists, batch_size=None,
+            BatchReader(source, char_maps, fill), sampler=index_lists, batch_size=None,
             num_workers=workers, prefetch_factor=BATCHES_AHEAD if workers else None,
             worker_init_fn=start_worker, pin_memory=torch.cuda.is_initialized()))
 
@@ -1606,10 +1622,10 @@ def end_workers():
 
 
 def batches(source, batch_size, seed, position=0, rank=0, world=1, workers=0, char_maps=False):
-    """An endless iterator over the Batches of a rank, in the order of crop_order."""
+    """An endless iterator over the Batches of a rank, in the order of crop_order, filled."""
     check_shared_memory(workers, batch_size, char_maps)
     order = crop_order(len(source), batch_size, seed, position, rank, world)
-    return loader(source, order, workers, char_maps)
+    return loader(source, order, workers, char_maps, fill=True)
 
 
 def crop_order(n, batch_size, seed, position=0, rank=0, world=1):
@@ -1642,37 +1658,15 @@ def rows_in_step(micro_step, batch_size):
 
 
 def next_batch(stream, damage):
-    """The next Batch of a stream, see `batches`, with its places filled. damage, a DamageCount, is
-    told what could not be read. UserError if nothing could be read."""
+    """The next Batch of a stream, see `batches`. damage, a DamageCount, is told what could not be
+    read. UserError if nothing could be read."""
     batch = next(stream)
-    damage.add(len(batch.images) + len(batch.damaged), batch.damaged)
+    asked_for = len(batch.images) or len(batch.damaged)     # all are damaged, or the batch is full
+    damage.add(asked_for, batch.damaged)
     if len(batch.images) == 0:
         raise UserError(f"no crop of a batch could be read, the first being {batch.damaged[0]}; "
                         "leave such crops out with data.py pack, or raise --batch_size")
-    if batch.damaged:
-        batch = fill_places(batch)
     return batch
-
-
-def fill_places(batch):
-    """A Batch in which sound crops stand, once more, in the places of those that are missing. So
-    all batches of a run are of one size: for another one torch.compile would compile anew, and
-    ranks could not gather their rows. Each sound crop keeps its own place."""
-    sound = len(batch.images)
-    size = sound + len(batch.damaged)
-    # For each place the sound crop that stands in it: one after the other, but in its own place
-    # each crop itself.
-    chosen = torch.arange(size) % sound
-    chosen[batch.places] = torch.arange(sound)
-    maps = None
-    if batch.char_maps is not None:
-        maps = batch.char_maps[chosen]
-    return batch._replace(
-        images=batch.images[chosen],
-        labels=[batch.labels[k] for k in chosen],
-        char_maps=maps,
-        indices=[batch.indices[k] for k in chosen],
-        places=list(range(size)))
 
 
 def read_all(source, batch_size, workers=0):

@@ -42,7 +42,7 @@ from common import (
     number_in, pick_device, rank, read_checkpoint, run_main, say, to_device, to_unit, typed_flags,
     world_size,
 )
-from data import BLACK, GREY, RED, Damaged, draw_sheet
+from data import BLACK, GREY, RED, draw_sheet
 
 # The weights that come with this repository, at half precision. Its "about" says what they were
 # trained on.
@@ -1084,11 +1084,7 @@ def check_labels(source, net, protocol, predictions):
     hold, and if no label can be read right. This is known before an hour of reading and not after
     it."""
     labels = []
-    for i in range(len(source)):
-        try:
-            label = source.label(i)
-        except Damaged:                         # read_source will count it
-            continue
+    for i, label in data.readable_labels(source):
         if label is None:
             raise UserError(f"{source.where(i)}: no label; expected labelled crops: "
                             "only --images reads without")

@@ -34,8 +34,8 @@ from common import (
     training_state, typed_flags, weight_groups, world_size, wrap_model,
 )
 from data import (
-    AUGMENT_NUMBERS, Damaged, DamageCount, Parts, Subset, augment_from_numbers, batches,
-    fit_label, fit_labels, next_batch, open_sources, read_charset, rows_in_step,
+    AUGMENT_NUMBERS, DamageCount, Parts, Subset, augment_from_numbers, batches,
+    fit_label, fit_labels, next_batch, open_sources, read_charset, readable_labels, rows_in_step,
     say_fonts, share_words,
 )
 from model import (
@@ -232,11 +232,7 @@ def labels_of(val):
     """The labels of --val, those of SRC@N once. UserError if one is missing."""
     labels = []
     for part in dict.fromkeys(val.parts):
-        for i in range(len(part)):
-            try:
-                label = part.label(i)
-            except Damaged:                     # is counted when it is read
-                continue
+        for i, label in readable_labels(part):
             if label is None:
                 raise UserError(f"--val {part.where(i)}: no label; expected labelled crops")
             labels.append(label)

@@ -802,7 +802,7 @@ def test_whole_batch_damaged(tmp_path):
     source = data.open_source(write_lmdb(tmp_path / "d", [(b"", b"x")] * 4))
     batch = next(data.batches(source, 4, 0, char_maps=True))
     assert batch.images.shape == (0, 3, 32, 128) and batch.char_maps.shape == (0, 32, 128)
-    assert batch.labels == batch.indices == batch.places == [] and len(batch.damaged) == 4
+    assert batch.labels == batch.indices == [] and len(batch.damaged) == 4
 
 
 def test_next_batch(damaged, capsys):
@@ -826,10 +826,10 @@ def test_places_of_damaged_crops_are_filled(damaged, char_maps):
     gets another's label or boxes; the same crop again and again in a batch that has many."""
     source = data.open_sources([damaged[0], "synth:2"])
     asked_for = [6, 0, 3, 30, 9, 31, 12]                                # 3, 6, 9, 12 are damaged
-    batch = data.read_batch(source, asked_for, char_maps)
-    filled = data.next_batch(iter([batch]), data.DamageCount(.9))
-    assert filled.indices == [0, 0, 31, 30, 30, 31, 0] and filled.damaged == batch.damaged
-    assert filled.labels == [source.label(i) for i in filled.indices] and filled.places == list(range(7))
+    filled = data.read_batch(source, asked_for, char_maps, fill=True)
+    assert filled.indices == [0, 0, 31, 30, 30, 31, 0]
+    assert filled.damaged == data.read_batch(source, asked_for).damaged and len(filled.damaged) == 4
+    assert filled.labels == [source.label(i) for i in filled.indices]
     for k, i in enumerate(filled.indices):
         assert torch.equal(filled.images[k], source[i][0])
         if i >= 30 and char_maps:
@@ -1333,12 +1333,12 @@ def test_rows_in_step(monkeypatch):
     assert rows == list(range(24))
 
 
-def test_indices_and_places(damaged):
+def test_indices(damaged):
     """A number in the source that is taken for a place in the batch, or that is another crop's."""
     path, bad = damaged
     asked_for = [5, bad[1], 0, bad[0], 29]
     batch = data.read_batch(data.open_source(path), asked_for)
-    assert batch.indices == [5, 0, 29] and batch.places == [0, 2, 4]
+    assert batch.indices == [5, 0, 29]
     assert batch.labels == ["w5", "w0", "w29"] and len(batch.damaged) == 2
 
 
@@ -1375,7 +1375,7 @@ def test_masks():
     source = data.open_source("synth:9")
     batch = next(data.batches(source, 9, 0, char_maps=True))
     masks = batch.char_maps
-    assert masks.shape == (9, 32, 128) and masks.dtype == torch.uint8 and batch.places == list(range(9))
+    assert masks.shape == (9, 32, 128) and masks.dtype == torch.uint8
     order = next(data.crop_order(9, 9, 0))
     for mask, label, i in zip(masks, batch.labels, order, strict=True):
         assert torch.equal(mask, source.get(i).char_map) and mask.max() <= len(label)
