@@ -14,7 +14,6 @@ that come with this repository read. From Python:
 """
 import contextlib
 import difflib
-import functools
 import itertools
 import json
 import math
@@ -438,13 +437,16 @@ def read_sets(net, sources, protocol, args, group, change=None):
 
 # ---- robustness
 
-def read_changed(net, sources, protocol, args, group, changes):
-    """Reads every set anew for each of {value: a function that changes crops} -> {value:
-    summary}."""
+def read_changed(net, sources, protocol, args, group, change, values):
+    """Reads every set anew for each value, its crops changed by change(images, value) -> {value,
+    as text: summary}."""
     summaries = {}
-    for value, change in changes.items():
-        rows, _, _ = read_sets(net, sources, protocol, args, group, change)
-        summaries[value] = summarize(rows, protocol)
+    for value in values:
+        def change_crops(images):
+            return change(images, value)
+
+        rows, _, _ = read_sets(net, sources, protocol, args, group, change_crops)
+        summaries[f"{value:g}"] = summarize(rows, protocol)
     return summaries
 
 
@@ -1142,13 +1144,11 @@ def score_sets(net, args, group):
             say(f"damaged: {line}")
     result = summarize(rows, protocol)
     if args.heights:
-        changes = {f"{height:g}": functools.partial(reduce_height, height=height)
-                   for height in args.heights}
-        result["heights"] = read_changed(net, sources, protocol, args, group, changes)
+        result["heights"] = read_changed(
+            net, sources, protocol, args, group, reduce_height, args.heights)
     if args.rotations:
-        changes = {f"{degrees:g}": functools.partial(rotate, degrees=degrees)
-                   for degrees in args.rotations}
-        result["rotations"] = read_changed(net, sources, protocol, args, group, changes)
+        result["rotations"] = read_changed(
+            net, sources, protocol, args, group, rotate, args.rotations)
     if rank() > 0:
         return
 
