@@ -1456,8 +1456,7 @@ def drive_chip(flags):
     with FakeTensorMode() as mode:
         images = torch.zeros(8, 3, 32, 128, dtype=torch.uint8)
         char_maps = torch.zeros(8, 32, 128, dtype=torch.uint8)
-        places = list(range(8))
-        batch = data.Batch(images, ["word"] * 8, char_maps, [], places, places)
+        batch = data.Batch(images, ["word"] * 8, char_maps, [], list(range(8)))
 
         def copy_once(constant, device):                                # once in a run, so it may wait
             return pin(mode.from_tensor(constant)).to(device, non_blocking=True)
