@@ -1661,7 +1661,9 @@ def next_batch(stream, damage):
     """The next Batch of a stream, see `batches`. damage, a DamageCount, is told what could not be
     read. UserError if nothing could be read."""
     batch = next(stream)
-    asked_for = len(batch.images) or len(batch.damaged)     # all are damaged, or the batch is full
+    asked_for = len(batch.images)               # the batch is filled, unless all are damaged
+    if asked_for == 0:
+        asked_for = len(batch.damaged)
     damage.add(asked_for, batch.damaged)
     if len(batch.images) == 0:
         raise UserError(f"no crop of a batch could be read, the first being {batch.damaged[0]}; "
@@ -1837,9 +1839,14 @@ def check_output(path, srcs):
         if is_rendered(src):
             continue
         place = os.path.realpath(split_times(src)[0])
-        picture_inside = out.startswith(place + os.sep) and suffix_of(out) in SUFFIXES
+        picture_inside = is_inside(out, place) and suffix_of(out) in SUFFIXES
         if out == place or (picture_inside and is_image_folder(place)):
             raise UserError(f"{path}: {src} is read, and would be changed; name a file elsewhere")
+
+
+def is_inside(path, folder):
+    """True for what is below a folder, wherever links lead."""
+    return os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
 
 
 def is_image_folder(place):
@@ -2171,7 +2178,7 @@ def pack(args):
         if path != src:                             # SRC@N: open_with_flags has looked at N
             raise UserError(f"{src}: pack writes no crop N times; leave @{times} out, and type it "
                             "where the LMDB is trained on")
-        if os.path.realpath(out).startswith(os.path.realpath(src) + os.sep):
+        if is_inside(out, src):
             raise UserError(f"{out}: {src} is read, and would be changed; name a folder outside it")
     if os.path.exists(out):
         raise UserError(f"{out}: exists already; type the name of a new folder")

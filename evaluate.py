@@ -852,15 +852,13 @@ def is_header(label, prediction):
     return label.lower() != prediction.lower() and words <= HEADER_WORDS
 
 
-def names_labels(column):
-    """True for a header such as "true text", and not for "predicted label"."""
-    words = words_of(column)
-    return not words.isdisjoint(LABEL_WORDS) and words.isdisjoint(PREDICTION_WORDS)
-
-
-def names_predictions(column):
-    words = words_of(column)
-    return not words.isdisjoint(PREDICTION_WORDS) and words.isdisjoint(LABEL_WORDS)
+def is_swapped(label, prediction):
+    """True if a header's columns stand the other way round. "true text" names labels, and
+    "predicted label" or "expected output" neither of the two."""
+    first, second = words_of(label), words_of(prediction)
+    first_is_prediction = bool(first & PREDICTION_WORDS) and not first & LABEL_WORDS
+    second_is_label = bool(second & LABEL_WORDS) and not second & PREDICTION_WORDS
+    return first_is_prediction or second_is_label
 
 
 def parse_predictions(path):
@@ -898,7 +896,7 @@ def parse_predictions(path):
                             "it with the line ends of Unix or Windows")
         third = columns[2] if len(columns) > 2 else ""
         if number == 1 and is_header(label, prediction) and not is_number(third):
-            if names_predictions(label) or names_labels(prediction):
+            if is_swapped(label, prediction):
                 raise UserError(f"--score {path}: its header is {line!r}; expected the label first")
             say(f"--score {path}: line 1 is taken for a header: {line}", sys.stderr)
             continue
