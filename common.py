@@ -232,7 +232,7 @@ def add_training_flags(parser, models):
         help="largest norm of the gradient; 0 leaves it as it is")
     add("--max_bad_steps", type=count, default=10,
         help="stop after so many skipped (non-finite) steps in a row")
-    add("--seed", type=number_in("[0, 4294967296)", int), default=0,
+    add("--seed", type=number_in("[0, 268435456)", int), default=0,
         help="of weights, masks, views and order")
     add("--workers", type=number_in("[0, inf)", int), default=min(4, os.cpu_count()),
         help="processes that read crops, for each rank; more if 'wait' is high")
@@ -798,9 +798,10 @@ def learning_rate(step, total_steps, warmup_steps, lr, min_lr):
 
 
 def weight_groups(model, weight_decay, layer_decay=1.0):
-    """AdamW's groups. Matrices decay; biases, norms, tokens and the embedding of letters do not,
-    as in MAE's fine-tuning. Encoder layer i learns at layer_decay^(n + 1 - i) of the rate (BEiT):
-    of n blocks, block 1 to n, the patch embedding as layer 0, and all else as layer n + 1."""
+    """AdamW's groups. Matrices decay; biases, norms and tokens do not, as in MAE's fine-tuning,
+    and here letters' embeddings do not either. Encoder layer i learns at layer_decay^(n + 1 - i)
+    of the rate (BEiT): of n blocks, block 1 to n, the patch embedding as layer 0, and all else as
+    layer n + 1."""
     groups, n = {}, len(model.encoder.blocks)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -927,7 +928,10 @@ def number_of(seed, step):
 
 def step_generator(seed, step, stream):
     """Random numbers of one step, the same on every rank. What must not have the same numbers,
-    such as views and masks, has a `stream` of its own, 0 to 15."""
+    such as views and masks, has a `stream` of its own, 0 to 15.
+
+    A generator on the CPU keeps 32 bits of its seed. So --seed has at most 28. Two large seeds may
+    still have the same numbers, some steps apart: by chance, and rarely."""
     return torch.Generator().manual_seed(number_of(seed, step) * 16 + stream)
 
 

@@ -122,7 +122,8 @@ NOT_READ = {
 
 
 def decode(data, rotate_tall=False):
-    """An image file's bytes -> uint8 (3, 32, 128), squeezed bicubically, as the field does.
+    """An image file's bytes -> uint8 (3, 32, 128), squeezed bicubically, as the field does,
+    though a large JPEG is read at a half or less of its size first.
 
     What is transparent is laid over white or black, 16 bits are scaled to 8, EXIF rotation is
     applied. rotate_tall turns tall crops 90 degrees counter-clockwise. Raises Damaged for whatever
@@ -1052,7 +1053,7 @@ P_JITTER = 0.8                          # then colour jitter, with this probabil
 P_GREY = 0.2                            # and loss of all colour.
 P_NOISE = 0.5                           # A view that stays in place may have noise; not LMIM's.
 
-# What fine-tuning does to its share of the crops, of PARSeq's kinds (ECCV 2022).
+# What fine-tuning does to its share of the crops. Ours; PARSeq (ECCV 2022) has most of it too.
 AUGMENT_CHANCES = {
     "rotate": 0.4, "vertical": 0.4, "horizontal": 0.4, "tilt": 0.4, "bend": 0.2,
     "haze": 0.2, "blur": 0.2, "sharpen": 0.2, "fade": 0.2,

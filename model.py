@@ -98,7 +98,8 @@ def patch_norm(x):
 
     MAE takes one mean of all three channels. There a flat red patch has a target: red is above that
     mean, green and blue are below. Here its target is zeros. Most patches of a word are flat
-    ground, and a recoloured view cannot know their colour."""
+    ground, and a recoloured view cannot know their colour. MAE divides by a variance of n - 1
+    numbers, and adds 1e-6 to it, where this adds 1e-3."""
     channels = x.unflatten(-1, (3, -1))                                 # (B, N, 3, p*q)
     mean = channels.mean(-1, keepdim=True)                              # (B, N, 3, 1)
     centred = (channels - mean).flatten(-2)                             # (B, N, 3*p*q)
@@ -453,7 +454,8 @@ def mse(pred, target):
 
 def infonce(a, b, temperature=0.2):
     """A crop's two [cls] tokens, a and b (B, D), find each other among those of the micro-batch's
-    crops on all ranks, both ways (InfoNCE, arXiv 1807.03748)."""
+    crops on all ranks, both ways (InfoNCE, arXiv 1807.03748). A crop that is there twice, as with
+    SRC@2, counts as two crops that differ."""
     with torch.autocast(a.device.type, enabled=False):
         a = F.normalize(a.float(), dim=-1)
         b = F.normalize(b.float(), dim=-1)
@@ -542,7 +544,8 @@ class Pretrainer(nn.Module):
             teacher.eval()
 
         # the fine scale is always a target. nsp predicts each scale from coarser ones, so that all
-        # but the coarsest are targets too
+        # but the coarsest are targets too: views of 8 x 32 and 16 x 64 have targets of 16 x 64 and
+        # 32 x 128
         self.target_sizes = [*self.scales[1:], self.encoder.size]
         self.target_grids = [self.encoder.grid_of(size) for size in self.target_sizes]
         self.decoder = Decoder(
@@ -631,23 +634,6 @@ class Pretrainer(nn.Module):
         loss = sum(terms.values())
         terms["spread"] = spread(cls[-1])               # after the sum: logged, not minimised
         return loss, terms, pred
-
-
-# ---- compiling
-
-def compile_layers(network):
-    """Compiles the blocks of the encoder and the layers of the decoders, on their first call. Those
-    of one kind share what is compiled for a shape: seconds, where a whole network takes minutes.
-
-    This is for training alone. Whoever reads or draws meanwhile, in other shapes, says so by
-    torch.compiler.set_stance("force_eager")."""
-    for layer in network.modules():
-        if isinstance(layer, (Block, DecoderLayer)):
-            layer.compile(dynamic=False)                    # once for each size of a view
-        if isinstance(layer, ReaderLayer):
-            layer.compile(dynamic=True)                     # once for words of any length
-    if isinstance(network, Pretrainer) and network.teacher is not None:
-        compile_layers(network.teacher)                     # which is none of its modules
 
 
 # ---- loading an encoder
@@ -755,8 +741,8 @@ def heads_of(depth, width, size=None):
 # ---- the recognizer
 
 class ReaderLayer(nn.Module):
-    """Self-attention -> cross-attention -> FFN, pre-norm: LMIM's in fine-tuning, whose FFN has
-    biases. Here no Linear has.
+    """Self-attention -> cross-attention -> FFN, pre-norm, and no biases. This is LMIM's layer in
+    fine-tuning, but for the biases that its FFN has.
 
     x (B, T, D) are characters, and crop_kv the keys and values of the crop's tokens. cache holds
     the keys and values of earlier characters (2, B, heads, t, d); it is None where x begins the
@@ -957,3 +943,20 @@ def check_crops(images):
     if not images.is_floating_point():
         raise UserError(f"read: a tensor of {images.dtype}; {expected}")
     check_unit(images, "read: numbers", expected)
+
+
+# ---- compiling
+
+def compile_layers(network):
+    """Compiles the blocks of the encoder and the layers of the decoders, on their first call. Those
+    of one kind share what is compiled for a shape: seconds, where a whole network takes minutes.
+
+    This is for training alone. Whoever reads or draws meanwhile, in other shapes, says so by
+    torch.compiler.set_stance("force_eager")."""
+    for layer in network.modules():
+        if isinstance(layer, (Block, DecoderLayer)):
+            layer.compile(dynamic=False)                    # once for each size of a view
+        if isinstance(layer, ReaderLayer):
+            layer.compile(dynamic=True)                     # once for words of any length
+    if isinstance(network, Pretrainer) and network.teacher is not None:
+        compile_layers(network.teacher)                     # which is none of its modules

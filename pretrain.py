@@ -2,7 +2,7 @@
 (masked image modelling), nsp (next-scale prediction), mnsp (mim and nsp), lmim (mim, guided).
 
     python pretrain.py --method mnsp --model vit_nano           a laptop: rendered words
-    python pretrain.py --method mnsp --compile --batch_size 512     one GPU
+    python pretrain.py --method mnsp --compile --batch_size 256     one GPU
     torchrun --nproc_per_node=8 pretrain.py --method mnsp \\
              --data U/book32_lmdb U/cc_lmdb U/openvino_lmdb \\
              --teacher vit_small_checkpoint-19.pth              eight: LMIM's data and teacher
@@ -14,7 +14,7 @@ samples/step_*.png.
 Every random number of a step is a function of --seed, the step and the crop's place in the
 step's batch of all ranks. So a resumed run goes through the same numbers, and so does one
 on another number of processes or one with accumulated gradients. (Two things differ: dropout is
-each rank's own, and InfoNCE compares the crops of one micro-batch.)
+each rank's and each micro-batch's own, and InfoNCE compares the crops of one micro-batch.)
 """
 import math
 import os
@@ -101,15 +101,15 @@ def make_views(images, method, scales, crop_numbers, strength):
     return guide, coarse
 
 
-def make_mask(numbers, kind, mask_ratio, grid, patch):
-    """-> ids_keep (B, K), ids_mask (B, M). numbers (B, ...): draw_numbers' "mask", one tensor.
+def make_mask(mask_numbers, kind, mask_ratio, grid, patch):
+    """-> ids_keep (B, K), ids_mask (B, M). mask_numbers (B, ...): draw_numbers' "mask".
 
     All crops keep as many patches, so that shapes never change: K = N - round(mask_ratio * N), at
     least one, at most all but one."""
     if kind == "block":
-        keys = block_keys(numbers, grid, patch)                         # (B, N)
+        keys = block_keys(mask_numbers, grid, patch)                    # (B, N)
     else:
-        keys = numbers
+        keys = mask_numbers
     N = keys.shape[1]
     K = N - round(mask_ratio * N)
     K = min(max(K, 1), N - 1)
@@ -117,23 +117,24 @@ def make_mask(numbers, kind, mask_ratio, grid, patch):
     return ids[:, :K], ids[:, K:]
 
 
-def block_keys(numbers, grid, patch):
-    """numbers (B, 2 + N) -> sort keys (B, N). The patches of a block have nearly the same key, so
-    that sorting keeps them together: a block is hidden as a whole, or seen. One is hidden in part,
-    where the mask ratio falls into it. (In two crops of a thousand, two: their keys are as near.)
+def block_keys(mask_numbers, grid, patch):
+    """mask_numbers (B, 2 + N) -> sort keys (B, N). The patches of a block have nearly the same key,
+    so that sorting keeps them together: a block is hidden as a whole, or seen. One is hidden in
+    part, where the mask ratio falls into it. (Two are, if their random numbers are nearly the same:
+    in two crops of a thousand.)
 
     Blocks of 16 x 16 pixels (or of a patch, where that is larger) tile the crop. The tiling is
     moved up and left by a part of a block, drawn anew for each crop."""
     h, w = grid
     block_h = max(1, BLOCK // patch[0])                                 # in patches
     block_w = max(1, BLOCK // patch[1])
-    shift_y = (numbers[:, 0:1] * block_h).long()                        # (B, 1), in patches
-    shift_x = (numbers[:, 1:2] * block_w).long()
-    patch_numbers = numbers[:, SHIFT_NUMBERS:]                          # (B, N)
+    shift_y = (mask_numbers[:, 0:1] * block_h).long()                   # (B, 1), in patches
+    shift_x = (mask_numbers[:, 1:2] * block_w).long()
+    patch_numbers = mask_numbers[:, SHIFT_NUMBERS:]                     # (B, N)
 
     # blocks are numbered row by row, and as far apart as if there were w in a row
-    rows = torch.arange(h, device=numbers.device)
-    columns = torch.arange(w, device=numbers.device)
+    rows = torch.arange(h, device=mask_numbers.device)
+    columns = torch.arange(w, device=mask_numbers.device)
     block_row = (rows + shift_y) // block_h                             # (B, h)
     block_column = (columns + shift_x) // block_w                       # (B, w)
     block_id = block_row[:, :, None] * w + block_column[:, None, :]     # (B, h, w), below N

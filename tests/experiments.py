@@ -80,9 +80,12 @@ PRETRAINING = {
 MAIN_ROWS = ["scratch", "mim", "nsp", "lmim", "mnsp"]
 EQUAL_TIME = ["mim_long", "nsp_long", "lmim", "mnsp"]
 LARGE_ROWS = ["large_scratch", "large_mim", "large_mnsp", "large_mim_long"]
-ALL_SEEDS = [*MAIN_ROWS, "mim_long"]            # LARGE_ROWS too; others have the first seed alone
-LONG_ROWS = ["scratch", "mim_long", "mnsp"]     # these are also fine-tuned for long, with all seeds
-PROBED = ["untrained", *MAIN_ROWS[1:], "mim_long"]      # also with a frozen encoder, the first seed
+TENTH_ROWS = [*MAIN_ROWS, "mim_long"]           # also fine-tuned with a tenth of the labels
+LONG_ROWS = ["scratch", "mim_long", "mnsp"]     # also fine-tuned for long
+FROZEN_ROWS = ["untrained", *MAIN_ROWS[1:], "mim_long"]     # also with a frozen encoder
+
+# the other rows have the first seed alone
+ALL_SEEDS = [*TENTH_ROWS, "untrained", "mnsp_no_guide", "mnsp_no_mla", "mim_.4", *LARGE_ROWS]
 
 # steps; how many of the real labels, in words; the part of the split that has them; how often
 # each of its crops counts; flags of finetune.py
@@ -117,7 +120,7 @@ class Job:
 def all_jobs(real, out, fonts):
     """{name: Job}, in the order in which they are made: first what tells most."""
     rows = [(name, 0) for name in PRETRAINING]
-    rows += [(name, seed) for seed in SEEDS[1:] for name in [*ALL_SEEDS, *LARGE_ROWS]]
+    rows += [(name, seed) for seed in SEEDS[1:] for name in ALL_SEEDS]
     tests = sorted(open_tests(real))
 
     jobs = [split_job(real, out)]
@@ -127,7 +130,7 @@ def all_jobs(real, out, fonts):
         if name != "untrained":
             jobs.append(fine_tuning_job(name, seed, "all", tests, out, fonts))
     for seed in SEEDS:
-        for name in ALL_SEEDS:
+        for name in TENTH_ROWS:
             if PRETRAINING[name] is not None:
                 jobs.append(untrained_reader_job(name, seed, out))
             jobs.append(fine_tuning_job(name, seed, "tenth", tests, out, fonts))
@@ -135,8 +138,8 @@ def all_jobs(real, out, fonts):
         for name in LONG_ROWS:
             jobs.append(fine_tuning_job(name, seed, "long", tests, out, fonts))
         jobs.append(fine_tuning_job("scratch", seed, "double", tests, out, fonts))
-    for name in PROBED:
-        jobs.append(fine_tuning_job(name, SEEDS[0], "frozen", tests, out, fonts))
+        for name in FROZEN_ROWS:
+            jobs.append(fine_tuning_job(name, seed, "frozen", tests, out, fonts))
     return {job.name: job for job in jobs}
 
 
@@ -458,7 +461,7 @@ def all_tables(found):
     tables = [words_read_table(found, MAIN_ROWS, length) for length in COMPARED]
     tables.append(words_read_table(found, ["scratch"], "double"))
     tables.append(words_read_table(found, LONG_ROWS, "long"))
-    tables.append(words_read_table(found, PROBED, "frozen"))
+    tables.append(words_read_table(found, FROZEN_ROWS, "frozen"))
     tables.append(equal_time_table(found))
     tables.append(changes_table(found))
     tables.append(words_read_table(found, LARGE_ROWS, "all"))
@@ -567,12 +570,13 @@ def changes_table(found):
             continue
         row = [f"`{name}`", f"`{PRETRAINING[name] or 'no pre-training'}`"]
         for key in ("mim", "nsp", "spread"):
-            row.append(mean_sd(each_seed(found, run, key)[:1], "{:.3f}"))
+            row.append(mean_sd(each_seed(found, run, key), "{:.3f}"))
         for key in ("val", "average"):
-            row.append(mean_sd(each_seed(found, fine, key)[:1]))
+            row.append(mean_sd(each_seed(found, fine, key)))
+        row.append(list_seeds(found, fine))
         rows.append(row)
-    title = "What each change does: losses of pre-training, words read (%) with all real words; the first seed"
-    head = ["pre-training", "flags", "mim", "nsp", "spread", "validation", "average"]
+    title = "What each change does: losses of pre-training, words read (%) with all real words"
+    head = ["pre-training", "flags", "mim", "nsp", "spread", "validation", "average", "each seed"]
     return markdown(title, head, rows)
 
 

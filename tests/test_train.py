@@ -2138,7 +2138,7 @@ def test_rates_of_other_sizes(script, size, blr):
 INTERVALS = [       # flags, numbers that they take, numbers that they do not
     ("batch_size accum_iter max_steps max_bad_steps log_every save_every sample_every max_length",
      "1 100", "0 -1 1.5 inf"),
-    ("seed", "0 4294967295", "-1 1.5 4294967296"),
+    ("seed", "0 268435455", "-1 1.5 268435456"),
     ("workers", "0 1", "-1 1.5"),
     ("blr lr epochs", "1e-9 3", "0 -1 inf nan 1e9999"),
     ("min_lr warmup_epochs weight_decay clip_grad guidance_strength spell", "0 0.5 3", "-1e-9 inf nan"),
