@@ -182,10 +182,10 @@ def number_in(interval, kind=float):
     return parse_number
 
 
-def parse_size(text):
-    """"16x64" -> (16, 64), height first."""
+def parse_size(text, flag):
+    """"16x64" -> (16, 64), height first. flag: what it was typed for."""
     if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", text):
-        raise UserError(f"{text}: expected height x width in pixels, such as 16x64")
+        raise UserError(f"{flag} {text}: expected height x width in pixels, such as 16x64")
     height, width = text.split("x")
     return int(height), int(width)
 
@@ -273,8 +273,12 @@ def is_rendered(src):
 
 
 def check_data_flags(parser, args):
-    """Ends with one line if --fonts or --rotate_tall has no effect on what --data names."""
-    rendered = [is_rendered(src) for src in args.data]
+    """Ends with one line if --fonts or --rotate_tall has no effect on what --data and --val
+    name."""
+    srcs = list(args.data)
+    if getattr(args, "val", None):              # finetune.py's alone
+        srcs += args.val
+    rendered = [is_rendered(src) for src in srcs]
     if args.fonts and not any(rendered):
         parser.error(f"--fonts {args.fonts}: has no effect without rendered words; "
                      "add synth to --data")
@@ -398,7 +402,11 @@ def rank():
 
 def world_size():
     """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if not size.isdecimal():
+        raise UserError(f"WORLD_SIZE is {size}; expected a whole number: start with torchrun, or "
+                        "unset WORLD_SIZE")
+    return int(size)
 
 
 def join_ranks(device):
@@ -590,7 +598,7 @@ def load_state(module, state, path, hint=""):
 def holds_finite_numbers(x):
     if x.layout != torch.strided or x.is_meta or not x.is_floating_point():
         return False
-    return x.isfinite().all()
+    return x.float().isfinite().all()           # torch cannot ask numbers of 8 bits
 
 
 def check_out_dir(path):

@@ -110,6 +110,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MAX_PIXELS = 2 ** 25                    # 33 million are no word. Pillow allows five times as many.
 TALL = 1.5                              # a crop is tall if its height / width is above this
+PHOTOMETRIC = 262                       # a TIFF's tag: 0 if 0 is white, 1 if it is black
 
 # Files that are often met in the place of an image, by how they begin. They are not read.
 NOT_READ = {
@@ -168,6 +169,8 @@ def read_pixels(image, rotate_tall):
     ImageOps.exif_transpose(image, in_place=True)
 
     if image.mode[0] in "IF":                       # I, I;16, F: more than 8 bits of grey
+        if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:
+            raise Damaged("a TIFF of more than 8 bits in which 0 is white: Pillow inverts none")
         image = deep_grey_to_8_bits(image)
     if image.has_transparency_data:
         image = lay_on_ground(image)
@@ -720,6 +723,10 @@ def open_synth(src, fonts, charset, max_length):
 
 def check_can_be_drawn(src, charset):
     """UserError for a charset of which rendered words would be wrong. Says if they lack some."""
+    is_name = charset in CHARSETS or os.path.isfile(charset)
+    if is_name or charset.strip() == "":
+        raise UserError(f"{src}: charset {charset!r}: expected the characters themselves, as "
+                        "data.read_charset(\"36\") gives them")
     wrong = "".join(char for char in charset if not stands_alone(char))
     if wrong:
         raise UserError(
@@ -1110,8 +1117,8 @@ AUGMENTATION |= NOISE_COLUMNS | dict(more_chances=4)
 def guidance_view(images, generator):
     """The same word, looking different, each crop in its own way: (B, 3, H, W) uint8 or float in
     [0, 1] -> float in [0, 1]. UserError for other numbers."""
-    if images.is_floating_point():
-        check_unit(images, "guidance_view: numbers")
+    images = to_unit(images)
+    check_unit(images, "guidance_view: numbers")
     numbers = uniform_numbers(images, VIEW_NUMBERS, generator)
     return moved_view(images, numbers)
 
@@ -1119,6 +1126,7 @@ def guidance_view(images, generator):
 def augment(images, generator):
     """Fine-tuning's augmentation, each crop's its own: (B, 3, H, W) uint8 or float in [0, 1] ->
     float in [0, 1]."""
+    images = to_unit(images)
     numbers = uniform_numbers(images, AUGMENT_NUMBERS, generator)
     return augment_from_numbers(images, numbers)
 
@@ -1761,11 +1769,26 @@ def draw_sheet(rows, path, fonts=None):
                 paste_crop(sheet, picture, x, y + MARGIN_Y)
                 draw_text(sheet, pieces, x, y + base, CAPTION_SIZE, files)
         y += height
+    save_picture(sheet, path)
+
+
+def save_picture(picture, path):
+    """What was there stays until all of the picture is written. UserError if path is no picture's
+    name, OSError if it cannot be written."""
+    place = os.path.realpath(path)                  # a link stays a link
+    suffix = os.path.splitext(path)[1]              # Pillow goes by it
+    temporary = f"{place}.tmp{suffix}"
     try:
-        sheet.save(path)
+        if is_pipe(path):
+            picture.save(path)
+            return
+        picture.save(temporary)
+        os.replace(temporary, place)
     except ValueError as error:
         raise UserError(f"{path}: {error}; expected a picture's name, such as sheet.png") from None
     except OSError as error:                        # Pillow's own say neither the file nor a number
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
         reason = error.strerror or error
         raise OSError(error.errno, f"could not be written ({reason})", path) from None
 
@@ -1819,6 +1842,7 @@ def check_text_output(path, srcs):
 
 def holds_labels(path):
     """True for a labels file whose first image is there."""
+    path = os.path.realpath(path)                   # its images lie beside the file itself
     kind = suffix_of(path)
     if kind not in LABEL_FILES or not os.path.isfile(path):
         return False
@@ -1979,7 +2003,7 @@ def views_to_show(images, generator, args):
         views.append(augment(images, generator))
         views.append(augment(images, generator))
     if args.coarse:
-        height, width = parse_size(args.coarse)
+        height, width = parse_size(args.coarse, "--coarse")
         if height > H or width > W:
             raise UserError(f"--coarse {args.coarse}: expected at most {H}x{W}, a crop's size")
         coarse = coarse_view(images, (height, width))

@@ -446,7 +446,7 @@ def read_changed(net, sources, protocol, args, group, change, values):
             return change(images, value)
 
         rows, _, _ = read_sets(net, sources, protocol, args, group, change_crops)
-        summaries[f"{value:g}"] = summarize(rows, protocol)
+        summaries[str(value).removesuffix(".0")] = summarize(rows, protocol)
     return summaries
 
 
@@ -778,8 +778,13 @@ def check_outputs(parser, args):
     written = files_to_write(args)
     if args.attention:
         written.append(args.attention)
+    check_names_differ(written)
+
+
+def check_names_differ(written):
+    """UserError if two results would be written into one file."""
     if len(set(map(os.path.realpath, written))) < len(written):
-        parser.error(f"{' '.join(written)}: one name for two results; give each its own")
+        raise UserError(f"{' '.join(written)}: one name for two results; give each its own")
 
 
 def check_sets(parser, args):
@@ -833,11 +838,12 @@ def write_json(result, path):
 # A first line of --score is a header if its two columns differ and hold no word but these, such as
 # "GT Label" and "predicted_text".
 LABEL_WORDS = {
-    "label", "labels", "gt", "ground", "truth", "groundtruth", "true", "target", "reference",
+    "label", "labels", "gt", "ground", "truth", "groundtruth", "true", "target", "reference", "ref",
     "expected",
 }
 PREDICTION_WORDS = {
     "pred", "preds", "prediction", "predictions", "predicted", "reading", "model", "ocr", "output",
+    "hypothesis", "hyp", "recognized",
 }
 HEADER_WORDS = LABEL_WORDS | PREDICTION_WORDS | {"text"}
 
@@ -967,7 +973,9 @@ def open_images(args):
         if os.path.isdir(path):
             # open_source's remarks go to stderr: stdout is for readings alone
             with contextlib.redirect_stdout(sys.stderr):
-                parts.append(data.open_source(path, rotate_tall=args.rotate_tall, labels=False))
+                part = data.open_source(path, rotate_tall=args.rotate_tall, labels=False)
+            rename(part, path.rstrip("/"))      # two folders may have one name
+            parts.append(part)
         else:
             parts.append(data.Files([(path, None)], "", "--images", args.rotate_tall))
     return data.Parts(parts, "--images")
@@ -1068,12 +1076,16 @@ def open_sets(args, net):
             name = src.rstrip("/")
         if name in sources:
             name = os.path.abspath(src)
-        # Crops are named by it, too, and those of a tree of LMDBs by the names of its parts.
-        for part in getattr(source, "parts", []):
-            part.name = name + part.name.removeprefix(source.name)
-        source.name = name
+        rename(source, name)
         sources[name] = source
     return sources
+
+
+def rename(source, name):
+    """Crops are named by their source, and those of a tree of LMDBs by its parts."""
+    for part in getattr(source, "parts", []):
+        part.name = name + part.name.removeprefix(source.name)
+    source.name = name
 
 
 def check_labels(source, net, protocol, predictions):
@@ -1126,6 +1138,7 @@ def score_sets(net, args, group):
     written = files_to_write(args)
     if args.attention:
         written += attention_files(sources, args.attention).values()
+        check_names_differ(written)
     fit_lines = []
     for source in sources.values():
         for path in written:

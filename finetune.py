@@ -220,6 +220,8 @@ def check_can_be_scored(val, protocol):
     """UserError if a label of --val is missing, or if none keeps a letter under the protocol. Says
     how many keep none."""
     labels = labels_of(val)
+    if not labels:
+        raise UserError(f"--val {val.name}: none of its {len(val):,} labels can be read")
     if all(evaluate.normalize(label, protocol) == "" for label in labels):
         raise UserError(f"--val {val.name}: no label keeps a letter under the protocol {protocol}, "
                         "which goes with --charset")
@@ -292,7 +294,8 @@ def main():
     say(report)
     if len(source) == 0:
         raise UserError(f"--data {report}; expected labels that fit --charset {args.charset} and "
-                        f"--max_length {args.max_length}")
+                        f"--max_length {args.max_length}; a folder of images has none: name its "
+                        "labels file")
     val = None
     if args.val:
         val = open_val(args, charset, protocol, options)

@@ -430,7 +430,7 @@ def parse_args():
 
     check_training_flags(parser, args)
     method = change_method(parser, args)
-    scales = [parse_size(text) for text in args.scales]
+    scales = [parse_size(text, "--scales") for text in args.scales]
     check_method(parser, args, method, scales)
     args.objective = method                     # goes into the checkpoint: --resume refuses another
     return args, method, scales

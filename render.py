@@ -406,7 +406,7 @@ def fonts_with(charset, fonts):
     complete = [path for path in fonts if not lacking[path]]
     if not complete:
         least = min(lacking.values(), key=len)
-        raise UserError("charset: no font has all of it, the best lacks "
+        raise UserError("--charset: no font has all of it, the best lacks "
                         f"{''.join(least[:40])!r}; give one with --fonts FOLDER")
     return complete
 

@@ -613,6 +613,14 @@ def test_pixels_that_are_no_grey(kind, value):
         data.decode(encode(Image.fromarray(grey), "TIFF"))
 
 
+def test_a_deep_tiff_that_counts_from_white():
+    """Black and white exchanged, in silence: Pillow heeds the tag for 8 bits alone."""
+    grey = Image.fromarray(np.full((20, 40), 60000, np.uint16))
+    assert data.decode(encode(grey, "TIFF", tiffinfo={262: 1})).float().mean() > 200
+    with pytest.raises(Damaged, match="0 is white"):
+        data.decode(encode(grey, "TIFF", tiffinfo={262: 0}))
+
+
 def letters_on_nothing(colour, opacity=255):
     """A bar as of an "l", 8 x 20, in the middle of a transparent picture."""
     hidden = (255 - colour[0],) * 3                             # what is transparent has a colour too
@@ -1829,10 +1837,44 @@ def test_coarse_and_unit():
             to_unit(other)                              # tokens of another picture, and nobody says so
     with pytest.raises(UserError, match="images are a ndarray; expected a tensor"):
         to_unit(images.numpy())
-    with pytest.raises(UserError, match="guidance_view: numbers from 4 to 253; expected uint8, or float in"):
+    with pytest.raises(UserError, match="from 4 to 253; expected uint8, or float in"):
         data.guidance_view(images.float(), generator())                 # white noise, and nobody says so
-    with pytest.raises(UserError, match="guidance_view: numbers from -0.9.* to 0.9.*; expected"):
+    with pytest.raises(UserError, match="from -0.9.* to 0.9.*; expected"):
         data.guidance_view(images.float() / 127.5 - 1, generator())     # another picture
+    for view in (data.guidance_view, data.augment):
+        with pytest.raises(UserError, match="images are a ndarray; expected a tensor"):
+            view(images.numpy(), generator())
+
+
+def test_a_charsets_name_is_no_charset(tmp_path, monkeypatch):
+    """Words of 3 and 6 alone for charset="36", or of the letters of a file's name; a traceback for none."""
+    (tmp_path / "greek.txt").write_text("αβγ", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    for charset in ("36", "94", "greek.txt", "", " "):
+        with pytest.raises(UserError, match="expected the characters themselves"):
+            data.open_source("synth:6", charset=charset)
+    assert set("".join(data.open_source("synth:6", charset="63").label(i) for i in range(6))) == set("63")
+
+
+def test_a_picture_that_fails_leaves_what_was_there(tmp_path):
+    """A crop, or a picture of yesterday, emptied by one that Pillow cannot write; a link that becomes a file."""
+    (tmp_path / "keep.jpg").write_bytes(b"yesterday's")
+    (tmp_path / "link.jpg").symlink_to("keep.jpg")
+    with pytest.raises(OSError, match="could not be written"):
+        data.save_picture(Image.new("RGB", (8, 70000)), str(tmp_path / "keep.jpg"))     # no JPEG is so high
+    assert (tmp_path / "keep.jpg").read_bytes() == b"yesterday's"
+    data.save_picture(Image.new("RGB", (8, 8)), str(tmp_path / "link.jpg"))
+    assert Image.open(tmp_path / "keep.jpg").size == (8, 8) and (tmp_path / "link.jpg").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["keep.jpg", "link.jpg"]
+
+
+def test_labels_behind_a_link(tmp_path):
+    """Labels that were typed by hand, written over through a link to them."""
+    (tmp_path / "crops").mkdir()
+    picture(0).save(tmp_path / "crops" / "a.png")
+    (tmp_path / "crops" / "labels.tsv").write_text("a.png\tword\n")
+    (tmp_path / "link.tsv").symlink_to("crops/labels.tsv")
+    assert data.holds_labels(str(tmp_path / "link.tsv"))
 
 
 # ---- the command line

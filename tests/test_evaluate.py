@@ -357,12 +357,12 @@ def test_score_refuses_other_columns(call, tmp_path):
     """A header counted as a word; what --images prints, whose first column is no label; a file with the line
     ends of old Macs, which is one long line: each a wrong figure in silence."""
     file = tmp_path / "p.tsv"
-    for header in ("Label\tPrediction", "GT Label\tPredicted text", "ground_truth\tpred"):
+    for header in ("Label\tPrediction", "GT Label\tPredicted text", "ground_truth\tpred", "ref\thyp"):
         file.write_text(f"{header}\nab\tab\n")
         status, out, err = call("--score", file)
         assert status == 0 and f"line 1 is taken for a header: {header}\n" in err
         assert re.search(r"^p.tsv +1 +1 +100", out, re.M)
-    for header in ("prediction\tlabel", "text\tground truth", "Predicted text\ttext"):         # parseq36 drops by label
+    for header in ("prediction\tlabel", "hypothesis\treference", "text\tground truth", "Predicted text\ttext"):         # parseq36 drops by label
         file.write_text(f"{header}\nab\tab\n")
         refused(call("--score", file), f"its header is {header!r}; expected the label first")
     for header in ("expected output\tmodel output", "true label\tpredicted label"):
@@ -406,7 +406,7 @@ def test_table_json_predictions_and_pictures(bench, call, tmp_path):
     status, out, err = call(
         "--ckpt", bench / "tiny.pt", "--data", bench / "set" / "labels.tsv", "--json", new / "r.json",
         "--errors", new / "e.png", "--predictions", new / "p.tsv", "--attention", new / "looks",
-        "--heights", 32, 16, 8, "--rotations", 0, 30, "--workers", 0, "--device", "cpu", "--batch_size", 4,
+        "--heights", 32, 16, 8, "--rotations", 0, 0.00001, "--workers", 0, "--device", "cpu", "--batch_size", 4,
         "--max_damaged", 0.5)
     assert status == 0, err
     got = timeless(new / "r.json")
@@ -416,7 +416,7 @@ def test_table_json_predictions_and_pictures(bench, call, tmp_path):
     assert (one["n"], one["evaluated"], one["dropped"]) == (9, 8, {"damaged": 1})
     assert out.count("damaged: labels.tsv 7.png") == 1
 
-    assert list(got["heights"]) == ["32", "16", "8"] and list(got["rotations"]) == ["0", "30"]
+    assert list(got["heights"]) == ["32", "16", "8"] and list(got["rotations"]) == ["0", "1e-05"]
     plain = {key: got[key] for key in ("protocol", "sets", "average", "weighted")}
     assert got["heights"]["32"] == plain == got["rotations"]["0"]
     assert got["heights"]["8"]["sets"]["labels.tsv"]["n"] == 9
@@ -491,6 +491,8 @@ def test_a_wrong_name_costs_nothing(bench, call, tmp_path):
     refused(got, "labels.tsv: File exists")
     assert (tmp_path / "r.json").read_text() == "{}"
     refused(call(*ckpt, "--data", "synth:4", "--errors", tmp_path / "errors"), "errors.png")
+    got = call(*ckpt, "--data", "synth:4", "--attention", tmp_path, "--errors", tmp_path / "synth_4.png")
+    refused(got, "synth_4.png: one name for two results")
     got = call(*ckpt, "--data", bench / "set", "--attention", bench / "set")        # its pictures would be crops
     refused(got, "is read, and would be changed")
     typed = (bench / "set" / "labels.tsv").read_text()
@@ -829,7 +831,12 @@ def test_images_of_an_lmdb(bench, call, tmp_path):
     status, out, _ = call("--ckpt", bench / "tiny.pt", "--workers", 0, "--images", tmp_path / "packed")
     assert status == 0
     assert [line.split("\t")[0] for line in out.splitlines()] == [
-        "packed image-000000001", "packed image-000000002"]
+        f"{tmp_path}/packed image-000000001", f"{tmp_path}/packed image-000000002"]
+    shutil.copytree(tmp_path / "packed", tmp_path / "other" / "packed")     # two of one name are told apart
+    status, out, _ = call("--ckpt", bench / "tiny.pt", "--workers", 0, "--images", tmp_path / "packed",
+                          tmp_path / "other" / "packed/")
+    paths = [line.split("\t")[0] for line in out.splitlines()]
+    assert status == 0 and len(set(paths)) == 4 and f"{tmp_path}/other/packed image-000000002" in paths
 
 
 def test_images_are_printed_as_they_are_read(bench, call, monkeypatch):

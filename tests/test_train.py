@@ -2556,9 +2556,9 @@ WRONG = [
     (PRE, "--method mim --set align=1 form=mse", "align needs two [cls] tokens, and there is one"),
     (PRE, "--batch_size 1", "InfoNCE compares crops, and there is one; raise --batch_size"),
     # --scales
-    (PRE, "--scales 16", "16: expected height x width in pixels, such as 16x64"),
-    (PRE, "--scales 0x64", "0x64: expected height x width in pixels, such as 16x64"),
-    (PRE, "--scales 16x64x3", "16x64x3: expected height x width in pixels, such as 16x64"),
+    (PRE, "--scales 16", "--scales 16: expected height x width in pixels, such as 16x64"),
+    (PRE, "--scales 0x64", "--scales 0x64: expected height x width in pixels, such as 16x64"),
+    (PRE, "--scales 16x64x3", "--scales 16x64x3: expected height x width in pixels, such as 16x64"),
     (PRE, "--scales 12x64", "--scales 12x64: expected multiples of the patch, 8x8, below 32x128"),
     (PRE, "--scales 16x50", "--scales 16x50: expected multiples of the patch, 8x8, below 32x128"),
     (PRE, "--scales 32x128", "--scales 32x128: expected multiples of the patch, 8x8, below 32x128"),
@@ -2753,6 +2753,25 @@ def test_ranks_of_an_empty_variable(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "")
     monkeypatch.setenv("RANK", "")
     assert (common.rank(), common.world_size()) == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE is two; expected a whole number"):
+        common.world_size()
+
+
+def test_flags_that_val_alone_needs(real):
+    """Rendered words of one's own fonts, or tall crops, refused where --data has none and --val has."""
+    assert parsed(finetune, "--data", real, "--val", "synth:4:1", "--fonts", "f").fonts == "f"
+    assert parsed(finetune, "--data", "synth:4", "--val", real, "--rotate_tall").rotate_tall
+    with pytest.raises(SystemExit):
+        parsed(finetune, "--data", "synth:4", "--val", "synth:4:1", "--rotate_tall")
+
+
+def test_finite_numbers_of_8_bits():
+    """A traceback of torch's for weights of 8 bits, or weights that are not finite taken."""
+    x = torch.zeros(4).to(torch.float8_e4m3fn)
+    assert common.holds_finite_numbers(x)
+    x[0] = math.nan
+    assert not common.holds_finite_numbers(x)
 
 
 def test_a_ranks_device_is_torchruns_to_choose(monkeypatch):
@@ -2858,6 +2877,14 @@ def test_val_that_cannot_be_scored(go, tmp_path, capsys, labels, says):
     assert os.listdir(tmp_path) == ["crops"]
 
 
+def test_val_whose_labels_cannot_be_read(real, monkeypatch):
+    """The charset blamed for labels that are not UTF-8."""
+    monkeypatch.setattr(data, "readable_labels", lambda source: iter([]))
+    monkeypatch.setattr(finetune, "readable_labels", data.readable_labels)
+    with pytest.raises(UserError, match="none of its 16 labels can be read"):
+        finetune.check_can_be_scored(data.open_sources([real]), "waics")
+
+
 def test_val_of_which_nothing_can_be_read(real, monkeypatch):
     """A traceback about None in the midst of a run, when the disk with --val is gone."""
     monkeypatch.setattr(evaluate, "read_source", lambda *_: ([], ["00.png: torn", "01.png: torn"]))
@@ -2920,7 +2947,7 @@ def test_labels_that_do_not_fit(go, tmp_path, capsys):
     go(finetune, *flags, "6")
     assert "1 of 3 labels fit, 2 outside the charset" in capsys.readouterr().out
 
-    with pytest.raises(UserError, match="3 without a label.*expected labels that fit"):
+    with pytest.raises(UserError, match="3 without a label.*a folder of images has none: name its labels file"):
         go(finetune, "--data", str(crops), "--max_steps", "1", out="unlabelled")
     (crops / "val.tsv").write_text("00.png\tabcdefg\n", "utf-8")
     with pytest.raises(UserError, match="val.tsv: no label fits --charset 94 and --max_length 6"):
