@@ -7,6 +7,7 @@ import os
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONUNBUFFERED", None)      # scripts that tests start would need no flush
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..")))
 
 from model import MODELS                                    # noqa: E402

@@ -54,9 +54,10 @@ PRETRAINING = {
     "lmim": "--method lmim --teacher {mim-s0}",
     "mnsp": "--method mnsp",
 
-    # the steps that mim and nsp make while mnsp makes 2,000
+    # the steps that these make while mnsp makes 2,000
     "mim_long": "--method mim --max_steps 5500",
     "nsp_long": "--method nsp --max_steps 4300",
+    "mnsp_no_guide_long": "--method mnsp --set guide=none --max_steps 2750",
 
     # parts of mnsp left out
     "mnsp_no_guide": "--method mnsp --set guide=none",
@@ -78,14 +79,15 @@ PRETRAINING = {
     "large_mim_long": "--method mim --max_steps 5500",
 }
 MAIN_ROWS = ["scratch", "mim", "nsp", "lmim", "mnsp"]
-EQUAL_TIME = ["mim_long", "nsp_long", "lmim", "mnsp"]
+EQUAL_TIME = ["mim_long", "nsp_long", "lmim", "mnsp_no_guide_long", "mnsp"]
 LARGE_ROWS = ["large_scratch", "large_mim", "large_mnsp", "large_mim_long"]
 TENTH_ROWS = [*MAIN_ROWS, "mim_long"]           # also fine-tuned with a tenth of the labels
 LONG_ROWS = ["scratch", "mim_long", "mnsp"]     # also fine-tuned for long
 FROZEN_ROWS = ["untrained", *MAIN_ROWS[1:], "mim_long"]     # also with a frozen encoder
 
 # the other rows have the first seed alone
-ALL_SEEDS = [*TENTH_ROWS, "untrained", "mnsp_no_guide", "mnsp_no_mla", "mim_.4", *LARGE_ROWS]
+ALL_SEEDS = [*TENTH_ROWS, "untrained", "mnsp_no_guide_long", "mnsp_no_guide", "mnsp_no_mla", "mim_.4",
+             *LARGE_ROWS]
 
 # steps; how many of the real labels, in words; the part of the split that has them; how often
 # each of its crops counts; flags of finetune.py

@@ -120,6 +120,13 @@ def test_lmdb(words):
             source[wrong]
 
 
+def test_one_lmdb_under_two_names(tmp_path, words):
+    """lmdb opens a folder once in a process: a link to one that is open could not be read."""
+    os.symlink(words, tmp_path / "link")
+    source = data.open_sources([words, tmp_path / "link"])
+    assert [source.label(i) for i in (0, 50)] == ["w0", "w0"]
+
+
 def test_lmdb_without_num_samples(tmp_path):
     """Counting the keys would lose the last crop when one in the middle is missing."""
     entries = [(encode(picture(i)), b"x") for i in range(12)]
@@ -843,6 +850,7 @@ def test_places_of_damaged_crops_are_filled(damaged, char_maps):
         if i >= 30 and char_maps:
             assert torch.equal(filled.char_maps[k], source.get(i).char_map)
     assert char_maps or filled.char_maps is None
+    assert data.read_batch(source, [3, 0, 6], char_maps, fill=True).indices == [0, 0, 0]    # one sound crop
 
 
 def test_shared_memory_that_is_too_small(monkeypatch):
@@ -2202,6 +2210,20 @@ def test_nothing_is_written_over_what_is_read(tmp_path, monkeypatch, capsys):
     call(monkeypatch, capsys, "show", database, "--out", tmp_path / "database" / "sheet.png")
 
 
+def test_a_link_hides_nothing_that_is_read(tmp_path, monkeypatch, capsys):
+    """Under the name of a link: a crop that is written over, a sheet or an LMDB among the crops."""
+    (tmp_path / "set").mkdir()
+    picture(0).save(tmp_path / "set" / "a.png")
+    (tmp_path / "l.tsv").write_text("set/a.png\tword\n")
+    (tmp_path / "link.png").symlink_to(tmp_path / "set" / "a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    for words in (["show", tmp_path / "l.tsv", "--out", tmp_path / "link.png"],
+                  ["show", tmp_path / "set", "--out", tmp_path / "link" / "sheet.png"],
+                  ["pack", tmp_path / "set", tmp_path / "link" / "new"]):
+        with pytest.raises(UserError, match="is read, and would be changed"):
+            call(monkeypatch, capsys, *words)
+
+
 def test_check_counts(tmp_path, damaged, monkeypatch, capsys):
     """Reports that do not add up; characters outside the charset, damage and repeats left unsaid."""
     entries = [(encode(picture(1)), "ñ".encode()), (encode(picture(1)), b"b c")]
@@ -2214,6 +2236,15 @@ def test_check_counts(tmp_path, damaged, monkeypatch, capsys):
     assert "24 labels, length from 1 to 3, median 3" in said
     said = call(monkeypatch, capsys, "check", f"{damaged[0]}@2")
     assert "44 read + 16 damaged" in said and said.count("damaged: damaged image-") == 8
+
+
+def test_alike_1_is_of_the_same_bytes_alone(tmp_path, words, monkeypatch, capsys):
+    """--alike 1 that finds crops which are saved anew without loss: their likeness is 1, but for rounding."""
+    anew = [(encode(picture(i), "PNG" if i == 0 else "BMP"), b"w%d" % i) for i in range(50)]
+    test = write_lmdb(tmp_path / "anew", anew)
+    said = call(monkeypatch, capsys, "check", words, "--against", test, "--alike", 1)
+    assert f"also in {test}: 1\n" in said
+    assert f"also in {test}: 50, " in call(monkeypatch, capsys, "check", words, "--against", test, "--alike", .999)
 
 
 def test_fingerprints_by_hand():

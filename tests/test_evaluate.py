@@ -450,8 +450,9 @@ def test_the_errors_are_the_surest(bench, call, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "draw_sheet", lambda rows, path: drawn.extend(rows))
     monkeypatch.setattr(evaluate, "N_ERRORS", 4)
     src = bench / "set" / "labels.tsv"
-    call("--ckpt", bench / "tiny.pt", "--data", src, "--errors", tmp_path / "e.png", "--workers", 0,
-         "--predictions", tmp_path / "p.tsv", "--protocol", "parseq36")
+    said = call("--ckpt", bench / "tiny.pt", "--data", src, "--errors", tmp_path / "e.png", "--workers", 0,
+                "--predictions", tmp_path / "p.tsv", "--protocol", "parseq36")[1]
+    assert "e.png: the 4 most confident of 5 errors\n" in said
     rows = [row for row in columns(tmp_path / "p.tsv") if row[2] != "damaged"]
     # random weights read nothing right; parseq36 drops what is too long, and "&"
     wrong = [row for row in rows if len(row[0]) <= 25 and row[0] != "&"]
@@ -515,6 +516,14 @@ def test_a_wrong_name_costs_nothing(bench, call, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no such pipes, and links for few")
+def test_a_link_hides_no_checkpoint(bench, call, tmp_path):
+    """Results written through a link over the weights that have just read."""
+    shutil.copy(bench / "tiny.pt", tmp_path / "best.pt")
+    (tmp_path / "r.json").symlink_to(tmp_path / "best.pt")
+    got = call("--ckpt", tmp_path / "best.pt", "--images", bench / "set" / "0.png", "--json", tmp_path / "r.json")
+    refused(got, "best.pt is read, and would be changed")
+
+
 def test_results_are_replaced_whole(call, tmp_path, monkeypatch):
     """A disk that fills up while results are written: half a file where a whole one was, and an error that
     does not name it. A link that is replaced by a file; /dev/null that becomes one."""

@@ -741,6 +741,13 @@ def test_nsp_sees_its_own_views_alone(name, scales):
     assert other_loss != loss                                           # the crop is the target
 
 
+def test_nsp_encodes_no_crop():
+    """The crop encoded beside nsp's views: more work than all of them, for tokens that no term looks at."""
+    m, image, guide, coarse, ids_keep, _ = batch("nsp", n=2)
+    guides, views, seen = m.encode(image, guide, coarse, ids_keep)
+    assert (len(guides), len(views), len(seen)) == (0, 1, 0)
+
+
 @pytest.mark.parametrize("name", ["nsp", "mnsp"])
 @pytest.mark.parametrize("scales", [TWO_SCALES, THREE_SCALES])
 def test_a_scale_is_predicted_from_coarser_scales_alone(name, scales):

@@ -417,6 +417,18 @@ def test_one_rank_that_is_told_to_stop_stops_all(two):
         assert f"stop: rank {rank}: KeyboardInterrupt()" in two.err
 
 
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_all_ranks_are_asked_whether_to_stop(go, monkeypatch, script):
+    """A script that asks its own rank alone: the others would wait for it."""
+    asked = []
+    monkeypatch.setattr(script, "join_ranks", lambda device: "group")
+    monkeypatch.setattr(script, "check_ranks_agree", lambda *_: None)
+    monkeypatch.setattr(common, "sum_over_ranks", lambda group, *numbers: [float(number) for number in numbers])
+    monkeypatch.setattr(common.StopSignal, "came", lambda self, group: asked.append(group))
+    go(script, "--batch_size", "4", "--max_steps", "2")
+    assert asked == ["group"] * 2
+
+
 def test_killed_rank(two):
     """torchrun starts all ranks again: they must find each other, go on at the checkpoint, and end where an
     unbroken run does."""
@@ -773,7 +785,8 @@ def draw(monkeypatch, tmp_path, prediction, teacher=None):
     monkeypatch.setattr(pretrain, "draw_sheet", lambda rows, path: drawn.append(rows))
     images, _ = crops_of("synth:8")
     network = Pretrainer("mnsp", "vit_square", teacher=teacher)
-    make_views, strengths = pretrain.make_views, []
+    make_views, strengths, stances = pretrain.make_views, [], []
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda name: stances.append(name) or contextlib.nullcontext())
 
     def keep_strength(*given):
         strengths.append(given[-1])
@@ -785,6 +798,7 @@ def draw(monkeypatch, tmp_path, prediction, teacher=None):
         pretrain.draw_samples(network, images, torch.device("cpu"), torch.float32, args, path, step)
         assert network.training
     assert masks[0].shape == (8, 32) and strengths == [2.0, 2.0], "flags of the run that its pictures do not heed"
+    assert stances == ["force_eager"] * 2, "with --compile these few crops would be compiled for anew"
     titles, *rows = drawn[0]
     columns = [torch.stack([row[k][0] for row in rows]) for k in range(len(titles))]
     again = [torch.stack([row[k][0] for row in drawn[1][1:]]) for k in range(len(titles))]
@@ -1911,6 +1925,14 @@ def test_what_is_counted_over_all_ranks(tmp_path, monkeypatch, capsys):
         common.check_ranks_agree("group", 4, 64)
 
 
+def test_a_line_is_in_its_file_at_once(go, monkeypatch, tmp_path):
+    """Lines that wait in memory until the run ends: nobody can follow it, and SIGKILL loses them."""
+    found = []
+    after_line(monkeypatch, 3, lambda: found.extend(log_of(tmp_path / "run")))
+    go(pretrain, *MIM, "--batch_size", "4", "--max_steps", "4")
+    assert [row["step"] for row in found] == [1, 2, 3]
+
+
 def test_torn_lines_of_the_log_are_dropped(go, whole, tmp_path):
     """Half a line, left by a full disk or a crash in the midst of it, that makes --resume fail; a whole line
     that is dropped with it."""
@@ -1938,6 +1960,16 @@ def test_damage_is_counted_over_a_resume(go, monkeypatch, tmp_path):
     out = go(pretrain, *flags, "--resume")
     assert [row["damaged"] for row in log_of(out)] == [1, 2, 3, 4, 5, 6]
     assert checkpoint(out)["damage"] == [96, 6] and drawn == [8]
+
+
+def test_pre_training_asks_for_no_label(go, tmp_path):
+    """A sound crop that counts as damaged, since its label, which nobody reads, is missing."""
+    lmdb = pytest.importorskip("lmdb")
+    data.write_lmdb(str(tmp_path / "lmdb"), data.open_source("synth:16"), skip=set(), workers=0)
+    with lmdb.open(str(tmp_path / "lmdb")) as environment, environment.begin(write=True) as transaction:
+        transaction.delete(b"label-000000003")
+    out = go(pretrain, *MIM, "--data", str(tmp_path / "lmdb"), "--batch_size", "8", "--max_steps", "2")
+    assert [row["damaged"] for row in log_of(out)] == [0, 0]
 
 
 def test_out_dir_is_guarded(go, whole, tmp_path, capsys):
@@ -2052,6 +2084,13 @@ def test_data_that_grew_is_no_longer_the_runs(go, tmp_path):
     with pytest.raises(UserError, match="crops is read, and would be changed; name a file elsewhere"):
         go(pretrain, *flags, "1", out="crops/run")
     assert not (crops / "run").exists()
+
+
+def test_fine_tuning_goes_on_with_the_same_crops(go):
+    """A --resume of finetune.py that asks nothing: other words, and nobody is told."""
+    go(finetune, *"--data synth:16 --batch_size 4 --max_steps 1".split())
+    with pytest.raises(UserError, match="--data .*synth:16.* there, .*synth:17.* here"):
+        go(finetune, *"--data synth:17 --batch_size 4 --max_steps 2 --resume".split())
 
 
 def test_a_run_beside_what_makes_no_crops_of_its_pictures(go, tmp_path, monkeypatch):
