@@ -492,8 +492,8 @@ def test_a_wrong_name_costs_nothing(bench, call, tmp_path):
     refused(got, "labels.tsv: File exists")
     assert (tmp_path / "r.json").read_text() == "{}"
     refused(call(*ckpt, "--data", "synth:4", "--errors", tmp_path / "errors"), "errors.png")
-    got = call(*ckpt, "--data", "synth:4", "--attention", tmp_path, "--errors", tmp_path / "synth_4.png")
-    refused(got, "synth_4.png: one name for two results")
+    got = call(*ckpt, "--data", "synth:4", "--attention", tmp_path, "--errors", tmp_path / "synth.png")
+    refused(got, "synth.png: one name for two results")
     got = call(*ckpt, "--data", bench / "set", "--attention", bench / "set")        # its pictures would be crops
     refused(got, "is read, and would be changed")
     typed = (bench / "set" / "labels.tsv").read_text()
