@@ -1775,20 +1775,12 @@ def draw_sheet(rows, path, fonts=None):
 def save_picture(picture, path):
     """What was there stays until all of the picture is written. UserError if path is no picture's
     name, OSError if it cannot be written."""
-    place = os.path.realpath(path)                  # a link stays a link
     suffix = os.path.splitext(path)[1]              # Pillow goes by it
-    temporary = f"{place}.tmp{suffix}"
     try:
-        if is_pipe(path):
-            picture.save(path)
-            return
-        picture.save(temporary)
-        os.replace(temporary, place)
+        write_whole(path, picture.save, ".tmp" + suffix)
     except ValueError as error:
         raise UserError(f"{path}: {error}; expected a picture's name, such as sheet.png") from None
     except OSError as error:                        # Pillow's own say neither the file nor a number
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
         reason = error.strerror or error
         raise OSError(error.errno, f"could not be written ({reason})", path) from None
 
@@ -1922,27 +1914,37 @@ def write_file(text, path, errors="backslashreplace"):
 
     Of a file name that is not UTF-8 Python makes lone surrogates. They are written as JSON does,
     \\udcff, and are no error; errors="surrogateescape" writes the name's own bytes."""
+    def write(path):
+        with open(path, "w", encoding="utf-8", errors=errors, newline="\n") as file:
+            file.write(text)
+
+    if not is_pipe(path):
+        path = os.path.realpath(path)           # an error names the file, not a link to it
     try:
-        if is_pipe(path):
-            write_text(text, path, errors)
-            return
-        path = os.path.realpath(path)           # a link stays a link
-        write_text(text, path + ".tmp", errors)
-        os.replace(path + ".tmp", path)
+        write_whole(path, write, ".tmp")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
         raise UserError(f"{path}: could not be written ({error.strerror})") from None
+
+
+def write_whole(path, write, suffix):
+    """write(path + suffix), and that file takes the place of what was there. If it fails, what was
+    there stays. A pipe is written as it is."""
+    if is_pipe(path):
+        write(path)
+        return
+    path = os.path.realpath(path)               # a link stays a link
+    try:
+        write(path + suffix)
+        os.replace(path + suffix, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(path + suffix)
+        raise
 
 
 def is_pipe(path):
     """True for a pipe, and for a device such as /dev/stdout: they are written as they are."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-
-
-def write_text(text, path, errors):
-    with open(path, "w", encoding="utf-8", errors=errors, newline="\n") as file:
-        file.write(text)
 
 
 # ---- the command show
